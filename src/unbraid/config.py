@@ -1,0 +1,362 @@
+"""Every setting of a run, its default and its check; nothing else in the package holds a default of its own.
+
+A run is described by one frozen `RunConfig`. Unknown keys are refused, never dropped. The defaults are the paper's
+constants where it gives them (DESIGN: Adam, lr 3e-4, lambda1 0.04, 1000 warm-up steps, batches of 2048 tokens, 24
+contexts of 128 tokens per model pass, a buffer of 2048 contexts); named settings live in `recipes.py`.
+"""
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from unbraid.errors import ConfigError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+SITE_PATTERN = re.compile(r"^(resid_post|mlp_out|attn_out)\.(\d+)$")
+
+
+class Site(NamedTuple):
+    """Where activations are read: what `kind` of stream, after which `layer` (0-based)."""
+
+    kind: Literal["resid_post", "mlp_out", "attn_out"]
+    layer: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """`"resid_post.6"` -> `Site("resid_post", 6)`."""
+        match = SITE_PATTERN.match(text)
+        if match is None:
+            raise ConfigError(
+                f"site {text!r} is not understood; expected KIND.LAYER with KIND one of resid_post, mlp_out, attn_out, "
+                "such as resid_post.6; change model.sites"
+            )
+        return cls(match[1], int(match[2]))  # pyright: ignore[reportArgumentType]
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.layer}"
+
+
+class Section(BaseModel):
+    """Shared behaviour of every group of settings: frozen, typed, no unknown keys, docs from attribute docstrings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TextConfig(Section):
+    """Where documents come from and how they are cut into contexts."""
+
+    source: Literal["packaged", "files", "hub", "generated"] = "packaged"
+    """packaged: the corpus installed from the package index; files: local txt/jsonl/parquet; hub: a streamed Hugging
+    Face dataset; generated: seeded pseudo-text, for trying things out."""
+    paths: list[str] = []
+    """Files or folders, for source=files."""
+    dataset: str = ""
+    """Dataset name or local dataset folder, for source=hub."""
+    dataset_config: str | None = None
+    """Configuration name of the hub dataset."""
+    revision: str | None = None
+    """Revision of the hub dataset."""
+    split: str = "train"
+    """Split of the hub dataset."""
+    column: str = "text"
+    """Column (parquet, hub) or key (jsonl) that holds the text."""
+    context_length: int = Field(128, ge=2, le=1_000_000)
+    """Tokens per context T, the beginning-of-sequence token included."""
+    held_out_fraction: float = Field(0.02, ge=0.0, le=0.5)
+    """Share of documents kept for held-out metrics, chosen by a hash of their text, never trained on."""
+    shuffle_seed: int = 0
+    """Order of the documents (packaged and files) or of the stream's shuffle buffer (hub)."""
+    max_skipped_fraction: float = Field(0.5, ge=0.0, le=1.0)
+    """Stop when more than this share of documents is unusable (empty, not text, not UTF-8, too large)."""
+
+
+class ModelConfig(Section):
+    """The language model and the sites read from it."""
+
+    name: str = "packaged:smollm2"
+    """packaged:smollm2, random:FAMILY (a tiny random model; llama, gemma2, gpt2, gpt_neox, qwen2), a hub id, a local
+    folder, or a .gguf file."""
+    revision: str | None = None
+    """Hub revision."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model's weights and pass; bfloat16 is slower than float32 on most CPUs."""
+    sites: list[str] = ["resid_post.6"]
+    """KIND.LAYER, KIND one of resid_post, mlp_out, attn_out; all are read in one pass."""
+    batch_contexts: int = Field(24, ge=1)
+    """Contexts per model pass."""
+    trust_remote_code: bool = False
+    """Run code shipped with a hub model. Leave off unless you have read that code."""
+
+    @field_validator("sites")
+    @classmethod
+    def _sites_parse_and_differ(cls, sites: list[str]) -> list[str]:
+        parsed = [Site.parse(site) for site in sites]
+        if not parsed:
+            raise ConfigError("model.sites is empty; expected at least one site such as resid_post.6")
+        if len(set(parsed)) < len(parsed):
+            raise ConfigError(f"model.sites names a site twice: {sites}; expected distinct sites")
+        return [str(site) for site in parsed]
+
+
+class BufferConfig(Section):
+    """The shuffle buffer between model and SAE, and which rows may enter it."""
+
+    contexts: int = Field(2048, ge=2)
+    """Capacity in contexts; refilled when half has been used."""
+    drop_first_position: bool = True
+    """Leave out position 0 of every context (an attention sink with about 100x the median norm)."""
+    norm_limit: float | None = Field(10.0, gt=1.0)
+    """Leave out rows whose norm exceeds this many times the site's median norm; none keeps every row."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of stored activations."""
+
+
+Architecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "denoising", "sparse_filtering"]
+
+
+class SAEConfig(Section):
+    """One sparse autoencoder: its architecture, width and sparsity."""
+
+    architecture: Architecture = "relu"
+    """Which encoder and sparsity loss."""
+    n_features: int = Field(16384, ge=2)
+    """Width N: number of features."""
+    k: int = Field(64, ge=1)
+    """Active features per token, for topk, batch_topk and matryoshka."""
+    lambda1: float = Field(0.04, ge=0.0)
+    """Weight of the sparsity loss (relu, gated, denoising: L1; jumprelu: L0 or tanh), with E||x||^2 = 1."""
+    aux_k: int | None = Field(None, ge=0)
+    """Dead features used to explain the residual (topk family); none picks D/2, 0 turns it off."""
+    aux_weight: float = Field(1 / 32, ge=0.0)
+    """Weight of the auxiliary loss on dead features."""
+    dead_after_tokens: int = Field(1_000_000, ge=1)
+    """A feature that has not fired for this many training tokens counts as dead."""
+    bandwidth: float = Field(0.001, gt=0.0)
+    """JumpReLU: width of the straight-through window around the threshold."""
+    jumprelu_sparsity: Literal["l0", "tanh"] = "l0"
+    """JumpReLU: which sparsity penalty lambda1 weighs."""
+    initial_threshold: float = Field(0.001, gt=0.0)
+    """JumpReLU: threshold at the start."""
+    matryoshka_widths: list[int] | None = None
+    """Matryoshka: nested prefix widths, ascending, the last equal to n_features; none takes N/16, N/4, N."""
+    corruption: float = Field(0.1, ge=0.0)
+    """Denoising: standard deviation of the input noise relative to the input's root mean square."""
+    decoder_init_norm: float = Field(1.0, gt=0.0, le=1.0)
+    """Encoder columns start as this multiple of the unit decoder rows."""
+
+
+Floor = float | Literal["chance"] | None
+
+
+class DecorrelationConfig(Section):
+    """Selective feature decorrelation (Eq. 2-4) and what it is compared with."""
+
+    method: Literal["none", "selective", "global", "static_groups", "orthogonal", "random_pairs"] = "selective"
+    """selective: the paper's idea; the others are comparators under the same interface."""
+    lambda2: float = Field(0.1, ge=0.0)
+    """Weight of the penalty R(tau); 0 measures without penalising."""
+    fraction: float = Field(1e-3, gt=0.0, le=1.0)
+    """Share of live pairs selected."""
+    measure: Literal["cosine", "pearson"] = "cosine"
+    """Correlation of two features over a batch; cosine is the paper's Eq. 2."""
+    space: Literal["codes", "decoder", "co-active"] = "codes"
+    """codes: the paper's; decoder: overlap of decoder rows; co-active: pairs chosen by codes, penalised by decoder."""
+    window: int = Field(1, ge=1)
+    """Select on the codes of the last M batches, every M steps; 1 is the paper's per-batch form."""
+    min_support: int = Field(1, ge=1)
+    """Features that fired fewer times in the window are left out of the selection."""
+    interval: int = Field(1, ge=1)
+    """Penalise every T-th step with weight T."""
+    threshold: Literal["batch", "running", "fixed"] = "batch"
+    """tau: mu + sigma of this selection, its running mean, or `tau`."""
+    tau: float = Field(0.2, ge=0.0, le=1.0)
+    """The fixed threshold, for threshold=fixed."""
+    threshold_decay: float = Field(0.99, ge=0.0, lt=1.0)
+    """Decay of the running mean, for threshold=running."""
+    floor: Floor = None
+    """tau never falls below this; chance = sqrt(2 ln N / D) in decoder space."""
+    max_pairs_per_feature: int | None = Field(None, ge=1)
+    """Caps |S| at this many pairs per live feature, which makes it linear in N."""
+    groups: int = Field(64, ge=1)
+    """static_groups: number of fixed subsets."""
+    chunk: int = Field(8192, ge=2)
+    """orthogonal (OrtSAE): features per random chunk."""
+    block: int = Field(512, ge=2)
+    """Features per random block when codes are too dense for the exact path."""
+    pair_budget: int = Field(64_000_000, ge=1)
+    """Most co-activations W of a batch the exact path enumerates before blocks take over."""
+
+
+class OptimiserConfig(Section):
+    """Adam and its schedules."""
+
+    lr: float = Field(3e-4, gt=0.0)
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: float = Field(1e-8, gt=0.0)
+    """Adam's epsilon."""
+    warmup_steps: int = Field(1000, ge=0)
+    """Steps over which the learning rate rises linearly; the first one is already above zero."""
+    decay_fraction: float = Field(0.2, ge=0.0, le=1.0)
+    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
+    sparsity_warmup_steps: int = Field(0, ge=0)
+    """Steps over which lambda1 rises linearly."""
+    decorrelation_warmup_steps: int = Field(0, ge=0)
+    """Steps over which lambda2 rises linearly."""
+    clip_norm: float | None = Field(1.0, gt=0.0)
+    """Clip the global gradient norm of each SAE; none leaves it."""
+
+
+class TrainingConfig(Section):
+    """How long, how often and where."""
+
+    tokens: int = Field(20_000_000, ge=0)
+    """Training tokens; steps = tokens // batch_tokens."""
+    batch_tokens: int = Field(2048, ge=1)
+    """Token rows B per training step."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = Field(1000, ge=0)
+    """Steps between checkpoints; 0 writes one only when interrupted."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Older checkpoints are deleted."""
+    held_out_tokens: int = Field(32_768, ge=256)
+    """Held-out token rows for the final metrics."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; none leaves torch's choice."""
+
+
+class RunConfig(Section):
+    """One run: text -> language model -> buffer -> SAEs, for every site and every variant."""
+
+    name: str = "custom"
+    """Name of the recipe."""
+    seed: int = Field(0, ge=0)
+    """The one seed every generator derives from."""
+    text: TextConfig = TextConfig()
+    model: ModelConfig = ModelConfig()
+    buffer: BufferConfig = BufferConfig()
+    sae: SAEConfig = SAEConfig()
+    decorrelation: DecorrelationConfig = DecorrelationConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    training: TrainingConfig = TrainingConfig()
+    variants: dict[str, dict[str, Any]] = {"": {}}
+    """SAEs trained side by side at every site: name -> overrides of seed, sae.*, decorrelation.* or optimiser.*, such as
+    {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0}}."""
+
+    @model_validator(mode="after")
+    def _variants_resolve(self) -> Self:
+        if not self.variants:
+            raise ConfigError('variants is empty; expected at least one, such as {"": {}}')
+        for name in self.variants:
+            self.variant(name)
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps the token budget pays for."""
+        return self.training.tokens // self.training.batch_tokens
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites, parsed."""
+        return [Site.parse(site) for site in self.model.sites]
+
+    def variant(self, name: str) -> "VariantConfig":
+        """The settings one variant trains with.
+
+        Raises:
+            ConfigError: the variant's name or one of its overrides is not acceptable.
+        """
+        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", name):
+            raise ConfigError(f"variant name {name!r} cannot be part of a folder name; expected letters, digits and '-'")
+        data = {key: getattr(self, key).model_dump() for key in ("sae", "decorrelation", "optimiser")} | {"seed": self.seed}
+        for path, value in self.variants[name].items():
+            set_by_path(data, path, value, f"variants.{name}")
+        return validated(VariantConfig, data, f"variants.{name}")
+
+    def sae_name(self, site: Site, variant: str) -> str:
+        """Folder and metric name of one SAE: `resid_post.6_twin`, or the bare site for an unnamed variant."""
+        return f"{site}_{variant}" if variant else str(site)
+
+
+class VariantConfig(Section):
+    """What may differ between SAEs that share a run's text, model pass and buffer."""
+
+    seed: int = Field(ge=0)
+    sae: SAEConfig
+    decorrelation: DecorrelationConfig
+    optimiser: OptimiserConfig
+
+
+def validated(model: type[ModelT], data: Any, where: str) -> ModelT:
+    """`model` built from `data`; every complaint of pydantic's becomes one readable `ConfigError`."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        complaints = [_complaint(model, item) for item in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(complaints)) from None
+
+
+def _complaint(model: type[BaseModel], item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown setting {path!r}{suggestion(path, setting_paths(model))}"
+    return f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def setting_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of every setting of `model`."""
+    paths: list[str] = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            paths += setting_paths(annotation, f"{prefix}{name}.")
+        else:
+            paths.append(f"{prefix}{name}")
+    return paths
+
+
+def suggestion(path: str, known: list[str]) -> str:
+    """`"; did you mean ...?"` for a misspelt setting, matched on the whole path and then on its last part."""
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
+    close = close or [name for name in known if name.rpartition(".")[2] == path.rpartition(".")[2]][:1]
+    close = close or difflib.get_close_matches(path, known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else f"; known settings: {', '.join(known)}"
+
+
+def set_by_path(data: dict[str, Any], path: str, value: Any, where: str) -> None:
+    """Set `data["a"]["b"]` for path "a.b" in place; the settings' own checks come later.
+
+    Raises:
+        ConfigError: the path leads through something that is not a group of settings.
+    """
+    *groups, last = path.split(".")
+    for group in groups:
+        if not isinstance(data.get(group), dict):
+            known = [f"{outer}.{inner}" for outer, members in data.items() if isinstance(members, dict) for inner in members]
+            raise ConfigError(f"{where}: unknown setting {path!r}{suggestion(path, known)}")
+        data = data[group]
+    data[last] = value
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a `config.json` as written into every run folder.
+
+    Raises:
+        ConfigError: the file is missing, not JSON, or holds unknown or unacceptable settings.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {str(path)!r}: {error.strerror}; expected a readable JSON file") from None
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} is not JSON ({error}); expected settings as in a run's config.json") from None
+    return validated(RunConfig, data, str(path))
