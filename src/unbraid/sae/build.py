@@ -1,0 +1,29 @@
+"""From settings to an SAE: the one table of architectures, and the one place an SAE gets its first weights."""
+
+import torch
+from torch import Tensor
+
+from unbraid.config import SAEConfig
+from unbraid.errors import ConfigError
+from unbraid.sae.base import SAE
+from unbraid.sae.relu import ReLUSAE
+from unbraid.sae.topk import TopKSAE
+
+ARCHITECTURES: dict[str, type[SAE]] = {cls.architecture: cls for cls in (ReLUSAE, TopKSAE)}
+
+
+def build(config: SAEConfig, d_in: int, generator: torch.Generator, mean_D: Tensor | None = None) -> SAE:
+    """A fresh SAE: decoder rows random of unit norm, encoder their transpose times `decoder_init_norm`, biases zero.
+
+    Args:
+        config: architecture, width and sparsity.
+        d_in: model width D.
+        generator: the only source of chance; the same state gives the same weights.
+        mean_D: `[D]`, where b_dec starts (the mean activation); zero without it.
+
+    Raises:
+        ConfigError: more active features are asked for than there are.
+    """
+    if config.k > config.n_features:
+        raise ConfigError(f"sae.k is {config.k} but sae.n_features only {config.n_features}; lower sae.k")
+    return ARCHITECTURES[config.architecture](config, d_in, generator, mean_D)

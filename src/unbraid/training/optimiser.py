@@ -1,0 +1,90 @@
+"""Adam for one SAE, with the decoder kept on the unit sphere.
+
+A step clips the global gradient norm, removes from each decoder row's gradient the part along the row (moving along
+it would be undone by the renormalisation, but would still enter Adam's moments), takes a fused Adam step, and puts
+the rows back to unit norm (Eq. 5). A gradient that is not finite stops the step before any weight is touched.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from unbraid.config import OptimiserConfig
+from unbraid.errors import TrainingError
+from unbraid.sae.base import SAE
+
+
+class SAEOptimiser:
+    """Fused Adam over an SAE's parameters with unit decoder rows.
+
+    Args:
+        sae: the autoencoder whose parameters are updated in place.
+        config: betas, eps and the clipping norm; the learning rate is given to each step.
+    """
+
+    def __init__(self, sae: SAE, config: OptimiserConfig):
+        self.sae = sae
+        self.config = config
+        self.parameters = dict(sae.named_parameters())
+        self.adam = torch.optim.Adam(self.parameters.values(), betas=config.betas, eps=config.eps, fused=True)
+        for parameter in self.parameters.values():
+            self.adam.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        self.adam.zero_grad()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """Update the weights from their gradients; returns the gradient's global L2 norm before clipping.
+
+        Raises:
+            TrainingError: the gradient is not finite; no weight has been changed.
+        """
+        W_dec = self.sae.W_dec
+        if W_dec.grad is not None:
+            along_N1 = (W_dec.grad * W_dec).sum(1, keepdim=True)
+            W_dec.grad.addcmul_(along_N1, W_dec, value=-1)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = float(get_total_norm(gradients))
+        if not norm < float("inf"):
+            raise TrainingError(
+                f"the gradient norm is {norm}; expected a finite number; no weight was changed: lower optimiser.lr or "
+                "sae.lambda1, or look at the activations of this batch"
+            )
+        if self.config.clip_norm is not None and norm > self.config.clip_norm:
+            clip_grads_with_norm_(self.parameters.values(), self.config.clip_norm, torch.tensor(norm))
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        self.sae.normalise_decoder()
+        return norm
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts, named after the parameters, for a checkpoint."""
+        return {
+            f"{name}.{part}": tensor
+            for name, parameter in self.parameters.items()
+            for part, tensor in self.adam.state[parameter].items()
+        }
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` returned, in place.
+
+        Raises:
+            TrainingError: a tensor is missing, unknown, or of another shape.
+        """
+        own = self.state_tensors()
+        if set(own) != set(tensors):
+            odd = sorted(set(own) ^ set(tensors))
+            raise TrainingError(f"optimiser state differs in {odd}; expected the tensors of this architecture")
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise TrainingError(
+                    f"optimiser state {name!r} has shape {tuple(tensors[name].shape)}; expected {tuple(tensor.shape)}"
+                )
+            tensor.copy_(tensors[name])
