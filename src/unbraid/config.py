@@ -9,9 +9,10 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from tyro.constructors import PrimitiveConstructorSpec
 
 from unbraid.errors import ConfigError
 
@@ -69,9 +70,11 @@ class TextConfig(Section):
     held_out_fraction: float = Field(0.02, ge=0.0, le=0.5)
     """Share of documents kept for held-out metrics, chosen by a hash of their text, never trained on."""
     shuffle_seed: int = 0
-    """Order of the documents (packaged and files) or of the stream's shuffle buffer (hub)."""
+    """Order of the documents; hub streams are put in random order within blocks of 1024 documents."""
     max_skipped_fraction: float = Field(0.5, ge=0.0, le=1.0)
     """Stop when more than this share of documents is unusable (empty, not text, not UTF-8, too large)."""
+    max_document_characters: int = Field(2_000_000, ge=1)
+    """Documents longer than this count as too large."""
 
 
 class ModelConfig(Section):
@@ -233,6 +236,30 @@ class TrainingConfig(Section):
     """CPU threads; none leaves torch's choice."""
 
 
+def _read_variants(text: str) -> dict[str, dict[str, Any]]:
+    try:
+        variants = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"variants = {text!r} is not JSON ({error}); expected an object of name -> overrides"
+        ) from None
+    if not isinstance(variants, dict) or not all(isinstance(overrides, dict) for overrides in variants.values()):
+        raise ConfigError(f"variants = {text!r}; expected a JSON object of name -> object of overrides")
+    return variants
+
+
+Variants = Annotated[
+    dict[str, dict[str, Any]],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda words: _read_variants(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
+
+
 class RunConfig(Section):
     """One run: text -> language model -> buffer -> SAEs, for every site and every variant."""
 
@@ -247,12 +274,12 @@ class RunConfig(Section):
     decorrelation: DecorrelationConfig = DecorrelationConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     training: TrainingConfig = TrainingConfig()
-    variants: dict[str, dict[str, Any]] = {"": {}}
+    variants: Variants = {"": {}}
     """SAEs trained side by side at every site: name -> overrides of seed, sae.*, decorrelation.* or optimiser.*, such as
     {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0}}."""
 
     @model_validator(mode="after")
-    def _variants_resolve(self) -> Self:
+    def _variants_resolve(self) -> "RunConfig":
         if not self.variants:
             raise ConfigError('variants is empty; expected at least one, such as {"": {}}')
         for name in self.variants:
@@ -276,8 +303,12 @@ class RunConfig(Section):
             ConfigError: the variant's name or one of its overrides is not acceptable.
         """
         if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", name):
-            raise ConfigError(f"variant name {name!r} cannot be part of a folder name; expected letters, digits and '-'")
-        data = {key: getattr(self, key).model_dump() for key in ("sae", "decorrelation", "optimiser")} | {"seed": self.seed}
+            raise ConfigError(
+                f"variant name {name!r} cannot be part of a folder name; expected letters, digits and '-'"
+            )
+        data = {key: getattr(self, key).model_dump() for key in ("sae", "decorrelation", "optimiser")} | {
+            "seed": self.seed
+        }
         for path, value in self.variants[name].items():
             set_by_path(data, path, value, f"variants.{name}")
         return validated(VariantConfig, data, f"variants.{name}")
@@ -294,6 +325,63 @@ class VariantConfig(Section):
     sae: SAEConfig
     decorrelation: DecorrelationConfig
     optimiser: OptimiserConfig
+
+
+class WorldConfig(Section):
+    """A synthetic world after SynthSAEBench (arXiv 2602.14687); the defaults are its full-size benchmark world."""
+
+    n_features: int = Field(16_384, ge=2)
+    """True features G."""
+    d_model: int = Field(768, ge=1)
+    """Width D of the activations."""
+    seed: int = Field(0, ge=0)
+    """The one seed the world itself derives from; samples have their own generator."""
+    max_probability: float = Field(0.4, gt=0.0, lt=1.0)
+    """Firing probability of the most common feature."""
+    min_probability: float = Field(5e-4, gt=0.0, lt=1.0)
+    """Firing probability of the rarest feature."""
+    zipf_exponent: float = Field(0.5, gt=0.0)
+    """How fast the firing probability falls with the rank of a feature."""
+    roots: int = Field(128, ge=0)
+    """Features at the top of a hierarchy; features beyond the trees stand alone."""
+    branching: int = Field(4, ge=1)
+    """Children of every parent."""
+    depth: int = Field(3, ge=0)
+    """Levels below the roots."""
+    exclusive_siblings: bool = True
+    """At most one child of a parent fires at a time."""
+    correlation_rank: int = Field(25, ge=0)
+    """Shared factors of the Gaussian copula; 0 makes families fire independently."""
+    correlation_scale: float = Field(0.1, ge=0.0)
+    """Standard deviation of a feature's loading on each factor."""
+    magnitude_first: float = Field(5.0, gt=0.0)
+    """Mean magnitude of the most common feature."""
+    magnitude_last: float = Field(4.0, gt=0.0)
+    """Mean magnitude of the rarest feature; linear in the rank between them."""
+    magnitude_sd_mean: float = Field(0.5, ge=0.0)
+    """Mean of the normal whose absolute value is a feature's standard deviation of magnitude."""
+    magnitude_sd_sd: float = Field(0.5, ge=0.0)
+    """Its standard deviation."""
+    bias_norm: float = Field(1.0, ge=0.0)
+    """Norm of the constant added to every activation."""
+    orthogonalise_steps: int = Field(100, ge=0)
+    """Adam steps that push the true directions apart."""
+    orthogonalise_lr: float = Field(3e-4, gt=0.0)
+    """Their learning rate."""
+
+    @model_validator(mode="after")
+    def _trees_fit(self) -> "WorldConfig":
+        needed = self.roots * sum(self.branching**level for level in range(self.depth + 1))
+        if needed > self.n_features:
+            raise ConfigError(
+                f"{self.roots} roots x {self.branching} children x {self.depth} levels need {needed} features; "
+                f"expected at most n_features = {self.n_features}; lower roots, branching or depth"
+            )
+        if self.min_probability > self.max_probability:
+            raise ConfigError(
+                f"min_probability {self.min_probability} is above max_probability {self.max_probability}; swap them"
+            )
+        return self
 
 
 def validated(model: type[ModelT], data: Any, where: str) -> ModelT:
@@ -341,7 +429,9 @@ def set_by_path(data: dict[str, Any], path: str, value: Any, where: str) -> None
     *groups, last = path.split(".")
     for group in groups:
         if not isinstance(data.get(group), dict):
-            known = [f"{outer}.{inner}" for outer, members in data.items() if isinstance(members, dict) for inner in members]
+            known = [
+                f"{outer}.{inner}" for outer, members in data.items() if isinstance(members, dict) for inner in members
+            ]
             raise ConfigError(f"{where}: unknown setting {path!r}{suggestion(path, known)}")
         data = data[group]
     data[last] = value
@@ -356,7 +446,9 @@ def load_config(path: Path) -> RunConfig:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the settings file {str(path)!r}: {error.strerror}; expected a readable JSON file") from None
+        raise ConfigError(
+            f"cannot read the settings file {str(path)!r}: {error.strerror}; expected a readable JSON file"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{str(path)!r} is not JSON ({error}); expected settings as in a run's config.json") from None
     return validated(RunConfig, data, str(path))

@@ -1,0 +1,1 @@
+"""unbraid: train sparse autoencoders whose features come apart."""

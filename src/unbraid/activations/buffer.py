@@ -1,0 +1,158 @@
+"""The token-level shuffle buffer between the language model and the SAEs.
+
+Rows of a context are highly correlated, so SAEs learn from a random mix of many contexts: the buffer holds up to
+`contexts` contexts' worth of rows, hands out exactly B of them at a time in random order, and refills the used slots
+when half are used. A refill is a transaction: until its last chunk is in, everything a checkpoint would save is as it
+was before, so a run can be stopped in the middle of one and loses nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbraid.activations.rows import Chunk, ChunkSource, RowFilter, StopSignal, never
+from unbraid.config import BufferConfig
+from unbraid.errors import ConfigError, TextError
+from unbraid.randomness import generator
+
+
+class RefillInterrupted(Exception):
+    """The stop signal came during a refill; the buffer is as it was before it."""
+
+
+class ActivationBuffer:
+    """Yields batches of exactly B rows per site.
+
+    Args:
+        source: where chunks come from.
+        config: capacity, precision and row filter.
+        batch_tokens: B.
+        seed: the run's seed.
+        device: where batches are delivered; rows are kept where they are produced.
+        should_stop: asked between chunks of a refill.
+        on_fill: called with (rows present, capacity) as a refill goes on.
+
+    Raises:
+        ConfigError: the capacity is too small for the batch or the model batch.
+    """
+
+    def __init__(
+        self,
+        source: ChunkSource,
+        config: BufferConfig,
+        batch_tokens: int,
+        seed: int,
+        *,
+        device: torch.device | str = "cpu",
+        should_stop: StopSignal = never,
+        on_fill: Callable[[int, int], None] | None = None,
+    ):
+        if config.contexts < 2 * source.batch_contexts:
+            raise ConfigError(
+                f"buffer.contexts = {config.contexts} cannot be refilled at half by model batches of "
+                "model.batch_contexts = "
+                f"{source.batch_contexts}; expected at least {2 * source.batch_contexts}"
+            )
+        self.capacity = config.contexts * source.context_length
+        if 2 * batch_tokens > self.capacity:
+            raise ConfigError(
+                f"training.batch_tokens = {batch_tokens} is more than half of the buffer's {self.capacity} rows "
+                "(buffer.contexts "
+                f"= {config.contexts} x {source.context_length}); raise buffer.contexts or lower training.batch_tokens"
+            )
+        self.source, self.config, self.batch_tokens, self.device = source, config, batch_tokens, torch.device(device)
+        self.dtype = getattr(torch, config.dtype)
+        self.filter = RowFilter(config, source.sites, source.special_ids)
+        self.position: dict[str, Any] | None = None
+        self.exhausted = False
+        self.handed_out = 0
+        self._should_stop, self._on_fill = should_stop, on_fill
+        self._generator = generator(seed, "buffer")
+        self._pools = [torch.empty(self.capacity, source.d_model, dtype=self.dtype) for _ in source.sites]
+        self._unread = torch.empty(0, dtype=torch.long)
+        self._chunks: Iterator[Chunk] | None = None
+
+    def __len__(self) -> int:
+        """Rows not yet handed out."""
+        return len(self._unread)
+
+    def next_batch(self) -> list[Tensor]:
+        """B rows, one [B, D] float32 tensor a site; row b is the same token at every site.
+
+        Raises:
+            TextError: the text is used up before B rows are left.
+            RefillInterrupted: the stop signal came; call again to go on.
+        """
+        if len(self._unread) - self.batch_tokens < self.capacity // 2 and not self.exhausted:
+            self._refill()
+        if len(self._unread) < self.batch_tokens:
+            rows = self.handed_out + len(self._unread)
+            raise TextError(
+                f"the text is used up: it gave {rows:,} token rows, which is {rows // self.batch_tokens:,} steps of "
+                f"training.batch_tokens = {self.batch_tokens:,} rows; give more text, or lower training.tokens to at "
+                "most "
+                f"{rows // self.batch_tokens * self.batch_tokens:,}"
+            )
+        batch, self._unread = self._unread[: self.batch_tokens], self._unread[self.batch_tokens :]
+        self.handed_out += self.batch_tokens
+        return [pool[batch].to(self.device, torch.float32, non_blocking=True) for pool in self._pools]
+
+    def fill(self) -> None:
+        """Fill the buffer to the brim before the first batch."""
+        if not self.exhausted:
+            self._refill()
+
+    def rows(self) -> list[Tensor]:
+        """Every unread row, one [R, D] float32 tensor a site: what first statistics are taken from."""
+        return [pool[self._unread].float() for pool in self._pools]
+
+    def _refill(self) -> None:
+        free = torch.ones(self.capacity, dtype=torch.bool)
+        free[self._unread] = False
+        slots = free.nonzero().squeeze(1)
+        largest_chunk = self.source.batch_contexts * self.source.context_length
+        filter_state, position, exhausted, used = self.filter.state(), self.position, False, 0
+        while used + largest_chunk <= len(slots):
+            if self._should_stop():
+                self.filter.load_state(filter_state)
+                self._chunks = None
+                raise RefillInterrupted
+            if self._chunks is None:
+                self._chunks = self.source.chunks(self.position)
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                exhausted = True
+                break
+            rows = self.filter(chunk)
+            here = slots[used : used + len(rows[0])]
+            for pool, rows_RD in zip(self._pools, rows, strict=True):
+                pool[here] = rows_RD.to(pool.device, self.dtype)
+            used, position = used + len(here), chunk.position
+            if self._on_fill is not None:
+                self._on_fill(len(self._unread) + used, self.capacity)
+        present = torch.cat([self._unread, slots[:used]])
+        self._unread = present[torch.randperm(len(present), generator=self._generator)]
+        self.position, self.exhausted = position, exhausted
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything needed to go on exactly: (tensors, JSON data). Only unread rows are saved."""
+        tensors = {f"rows.{i}": pool[self._unread] for i, pool in enumerate(self._pools)}
+        tensors |= {"unread": self._unread.clone(), "generator": self._generator.get_state()}
+        return tensors, {
+            "position": self.position,
+            "exhausted": self.exhausted,
+            "handed_out": self.handed_out,
+            "filter": self.filter.state(),
+        }
+
+    def load_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        self._unread = tensors["unread"].clone()
+        for i, pool in enumerate(self._pools):
+            pool[self._unread] = tensors[f"rows.{i}"]
+        self._generator.set_state(tensors["generator"])
+        self.position, self.exhausted, self.handed_out = data["position"], data["exhausted"], data["handed_out"]
+        self.filter.load_state(data["filter"])
+        self._chunks = None

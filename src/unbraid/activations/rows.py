@@ -1,0 +1,122 @@
+"""Contexts in, activation rows out: one model pass at a time, for every site at once.
+
+A *chunk* is the kept rows of one model batch. Chunks are cut by the text alone (always `batch_contexts` contexts, save
+for the last), never by the buffer's needs, so the same text gives the same chunks whether they come live from the
+model or from a cache, and whether or not they are computed ahead of time.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from unbraid.config import BufferConfig, Site
+from unbraid.errors import ActivationError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Activations of a few contexts.
+
+    Attributes:
+        tokens_BT: token ids, [contexts, T].
+        activations: one [contexts, T, D] tensor a site.
+        position: where the text continues after this chunk; plain JSON data.
+    """
+
+    tokens_BT: Tensor
+    activations: list[Tensor]
+    position: dict[str, Any]
+
+
+@runtime_checkable
+class ChunkSource(Protocol):
+    """What a buffer reads from: a live model or a cache on disk."""
+
+    sites: list[Site]
+    d_model: int
+    context_length: int
+    batch_contexts: int
+    special_ids: frozenset[int]
+
+    def chunks(self, position: dict[str, Any] | None, held_out: bool = False) -> Iterator[Chunk]:
+        """Chunks from `position` (None: the beginning) to the end of the text."""
+        ...
+
+
+class RowFilter:
+    """Decides which rows of a chunk may be learnt from.
+
+    Special tokens (BOS, EOS, padding) never are. Position 0 and rows beyond `norm_limit` times the site's median norm
+    are massive activations: one such row outweighs ten thousand others in the loss, so they are dropped by default,
+    at every site together (sites share the buffer), and counted.
+
+    Attributes:
+        dropped: rows left out so far, by reason.
+        limits: largest norm kept, one per site; set by the first chunk seen, so it repeats with the text.
+    """
+
+    def __init__(self, config: BufferConfig, sites: list[Site], special_ids: frozenset[int]):
+        self.config, self.sites = config, sites
+        self.special_ids = torch.tensor(sorted(special_ids), dtype=torch.long)
+        self.limits: list[float] | None = None
+        self.dropped = {"special": 0, "first_position": 0, "massive": 0}
+        self.kept = 0
+
+    def __call__(self, chunk: Chunk) -> list[Tensor]:
+        """The kept rows, one [R, D] tensor a site, in text order.
+
+        Raises:
+            ActivationError: a value is NaN or infinite.
+        """
+        first_BT = torch.zeros_like(chunk.tokens_BT, dtype=torch.bool)
+        first_BT[:, 0] = self.config.drop_first_position
+        special_BT = torch.isin(chunk.tokens_BT, self.special_ids) & ~first_BT
+        keep_BT = ~(first_BT | special_BT)
+        norms = [self._norms(site, x_BTD) for site, x_BTD in zip(self.sites, chunk.activations, strict=True)]
+        massive_BT = torch.zeros_like(keep_BT)
+        if self.config.norm_limit is not None:
+            if self.limits is None:
+                if not keep_BT.any():
+                    raise ActivationError(
+                        "the first model batch holds no token row to learn from, only special tokens; check text"
+                    )
+                self.limits = [self.config.norm_limit * float(norm_BT[keep_BT].median()) for norm_BT in norms]
+            for norm_BT, limit in zip(norms, self.limits, strict=True):
+                massive_BT |= (norm_BT > limit) & keep_BT
+            keep_BT &= ~massive_BT
+        self.dropped["first_position"] += int(first_BT.sum())
+        self.dropped["special"] += int(special_BT.sum())
+        self.dropped["massive"] += int(massive_BT.sum())
+        self.kept += int(keep_BT.sum())
+        return [x_BTD[keep_BT.to(x_BTD.device)] for x_BTD in chunk.activations]
+
+    def _norms(self, site: Site, x_BTD: Tensor) -> Tensor:
+        norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1, dtype=torch.float32).cpu()
+        finite_BT = norm_BT.isfinite()
+        if not finite_BT.all():
+            context, position = (~finite_BT).nonzero()[0].tolist()
+            raise ActivationError(
+                f"activations at {site} are not finite (first at context {context} of the batch, position {position}); "
+                "expected "
+                "finite numbers; try model.dtype float32, or check the model's weights"
+            )
+        return norm_BT
+
+    def state(self) -> dict[str, Any]:
+        """Limits and counts as JSON data."""
+        return {"limits": self.limits, "dropped": dict(self.dropped), "kept": self.kept}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        self.limits, self.dropped, self.kept = state["limits"], dict(state["dropped"]), state["kept"]
+
+
+def never() -> bool:
+    """The default answer to "should this stop early?"."""
+    return False
+
+
+StopSignal = Callable[[], bool]

@@ -1,0 +1,126 @@
+"""The command line: reads words, calls the library, prints what happened.
+
+Errors a user can cause end in one message and a non-zero exit code; `--debug` shows the traceback as well. Settings
+are parsed from the very models of `config.py`, so every setting has a flag and a help text.
+"""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from unbraid.config import RunConfig, load_config
+from unbraid.errors import ConfigError, UnbraidError
+from unbraid.recipes import RECIPES
+
+console = Console(soft_wrap=True)
+
+
+@dataclasses.dataclass
+class _Train:
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    run: Path | None = None
+    """Run folder to make; runs/<recipe> by default."""
+
+
+def train(arguments: list[str]) -> None:
+    """train RECIPE|config.json [--run DIR] [--any.setting VALUE]: train SAEs, measure them, draw Figure 1."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(
+            f"train needs a recipe or a settings file; recipes: {', '.join(RECIPES)}; such as `unbraid train tiny`"
+        )
+    recipe, *rest = arguments
+    default = _Train(_recipe(recipe))
+    options = tyro.cli(_Train, default=default, args=rest, prog=f"unbraid train {recipe}")
+    from unbraid import run
+
+    run.train(options.config, options.run, console=console)
+
+
+def _recipe(name: str) -> RunConfig:
+    if name.endswith(".json"):
+        return load_config(Path(name))
+    key = name.replace("_", "-")
+    if key not in RECIPES:
+        close = difflib.get_close_matches(key, RECIPES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(RECIPES)}"
+        raise ConfigError(f"no recipe {name!r}; expected a recipe or a path ending in .json; {hint}")
+    return RECIPES[key]()
+
+
+@dataclasses.dataclass
+class _RunFolder:
+    run: tyro.conf.Positional[Path]
+    """A run folder."""
+
+
+def resume(arguments: list[str]) -> None:
+    """resume DIR: go on with an interrupted run, exactly where its last checkpoint stands."""
+    options = tyro.cli(_RunFolder, args=arguments, prog="unbraid resume")
+    from unbraid import run
+
+    run.resume(options.run, console=console)
+
+
+def figure(arguments: list[str]) -> None:
+    """figure DIR: draw Figure 1 of a run from its metrics."""
+    options = tyro.cli(_RunFolder, args=arguments, prog="unbraid figure")
+    from unbraid.reporting.figures import draw_training
+
+    for path in draw_training(options.run):
+        console.print(str(path), highlight=False)
+
+
+def doctor(arguments: list[str]) -> None:
+    """doctor: what is installed, which model, text and device were found, and what is missing."""
+    tyro.cli(dict, args=arguments, prog="unbraid doctor")
+    from unbraid.doctor import report
+
+    if not report(console):
+        sys.exit(1)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    command.__name__: command for command in (train, resume, figure, doctor)
+}
+
+
+def usage() -> str:
+    """The list of commands, from their docstrings."""
+    lines = ["unbraid: train sparse autoencoders whose features come apart", ""]
+    for command in COMMANDS.values():
+        form, _, what = (command.__doc__ or "").partition(": ")
+        lines += [f"  unbraid {form}", f"      {what}"]
+    lines += [
+        "",
+        f"recipes: {', '.join(RECIPES)}",
+        "`unbraid COMMAND --help` lists a command's options; --debug shows tracebacks.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `unbraid` and `python -m unbraid`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
+            raise ConfigError(f"no command {name!r}; {hint}")
+        COMMANDS[name](rest)
+    except UnbraidError as error:
+        if debug:
+            raise
+        print(f"unbraid: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))

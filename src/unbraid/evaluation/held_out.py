@@ -1,0 +1,87 @@
+"""The paper's metrics of one SAE on held-out rows: reconstruction, sparsity and correlation.
+
+Sums run in float64 over any number of batches, so R^2 is one number over all tokens and does not depend on how they
+were cut. Codes are taken in inference form, as a user of the exported SAE gets them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbraid.errors import EvaluationError
+from unbraid.evaluation.correlation import correlation_summary
+from unbraid.sae import Codes
+
+ROWS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class HeldOutMetrics:
+    """Means over held-out tokens.
+
+    Attributes:
+        l0: active features per token.
+        l1: sum of the code, in the units the SAE was given.
+        r2: 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2.
+        reconstruction_error: mean ||x - x_hat||^2, in the squared units the SAE was given.
+        correlation_mean: mean correlation of all pairs of live features.
+        correlation_std: its spread over those pairs.
+        correlation_top: mean over the most correlated pairs.
+        live_fraction: share of features that fired on these tokens.
+    """
+
+    l0: float
+    l1: float
+    r2: float
+    reconstruction_error: float
+    correlation_mean: float
+    correlation_std: float
+    correlation_top: float
+    live_fraction: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Metric name -> value."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def held_out_metrics(sae: Any, batches: Iterable[Tensor], fraction: float) -> HeldOutMetrics:
+    """Measure one SAE.
+
+    Args:
+        sae: anything with `encode`, `decode` and `n_features`.
+        batches: activation rows `[R, D]` in the units the SAE takes.
+        fraction: share of the pairs that counts as the top.
+
+    Raises:
+        EvaluationError: there are no rows.
+    """
+    tokens, active, total, error, square = 0, 0.0, 0.0, 0.0, 0.0
+    sum_D: Tensor | None = None
+    codes: list[Codes] = []
+    for batch in batches:
+        for x_BD in batch.split(ROWS_AT_ONCE):
+            f_BN = sae.encode(x_BD)
+            tokens += len(x_BD)
+            active += float((f_BN != 0).double().sum())
+            total += float(f_BN.double().sum())
+            error += float((x_BD - sae.decode(f_BN)).double().square().sum())
+            square += float(x_BD.double().square().sum())
+            sum_D = x_BD.double().sum(0) + (0 if sum_D is None else sum_D)
+            codes.append(Codes.from_dense(f_BN.cpu()))
+    if sum_D is None or tokens == 0:
+        raise EvaluationError("no held-out rows to measure on; expected at least one")
+    correlation = correlation_summary(codes, sae.n_features, fraction)
+    return HeldOutMetrics(
+        l0=active / tokens,
+        l1=total / tokens,
+        r2=1 - error / max(square - float(sum_D.square().sum()) / tokens, 1e-300),
+        reconstruction_error=error / tokens,
+        correlation_mean=correlation.mean,
+        correlation_std=correlation.std,
+        correlation_top=correlation.top,
+        live_fraction=correlation.n_live / sae.n_features,
+    )

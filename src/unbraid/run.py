@@ -1,0 +1,312 @@
+"""A whole run as one function: text -> model -> buffer -> SAEs -> held-out metrics -> exported SAEs -> Figure 1.
+
+This is what `unbraid train` and `unbraid.train` do. Rooms that only read SAEs (evaluation, formats, reporting) are
+brought together with training here and nowhere else. Every part that can be redone from the last checkpoint is, so a
+run killed at any moment, even while it exports, is finished by `resume`.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from unbraid import formats
+from unbraid.activations.live import LiveActivations
+from unbraid.activations.rows import RowFilter
+from unbraid.config import RunConfig
+from unbraid.errors import ConfigError, TextError
+from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
+from unbraid.training.checkpoint import list_checkpoints
+from unbraid.training.loop import Trained, Trainee, TrainingInterrupted, train_saes
+from unbraid.training.progress import RunProgress
+from unbraid.training.run_folder import RunFolder, write_json
+
+
+class Run:
+    """A run on disk.
+
+    Args:
+        path: a run folder.
+    """
+
+    def __init__(self, path: Path | str):
+        self.folder = RunFolder(path)
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings the run was made with."""
+        return self.folder.config
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Contents of `summary.json`.
+
+        Raises:
+            TrainingError: the run is not complete.
+        """
+        return self.folder.read_summary()
+
+    @property
+    def saes(self) -> dict[str, Any]:
+        """The finished SAEs by name, acting on raw activations."""
+        return {path.name: formats.load(path) for path in sorted(self.folder.saes.iterdir())}
+
+
+def train(config: RunConfig, path: Path | str | None = None, *, console: Console | None = None) -> Run:
+    """Run `config` into a new folder.
+
+    Args:
+        config: settings, such as `unbraid.recipes.demo()`.
+        path: run folder to make; `runs/<recipe>` by default.
+        console: where progress is shown; nothing is shown without one.
+
+    Raises:
+        UnbraidError: with what was wrong, what was expected and what to change.
+    """
+    check_steps(config)
+    folder = RunFolder.create(path or Path("runs") / config.name, config)
+    return _run(folder, config, console or Console(quiet=True))
+
+
+def resume(path: Path | str, *, console: Console | None = None) -> Run:
+    """Go on with an interrupted run from its newest checkpoint; a complete run is left as it is.
+
+    Raises:
+        UnbraidError: the folder holds no run, is in use, or its newest checkpoint is damaged.
+    """
+    folder, console = RunFolder(path), console or Console(quiet=True)
+    if folder.summary.is_file():
+        console.print(f"run {folder.path} is complete; see {folder.summary}", highlight=False)
+        return Run(folder.path)
+    return _run(folder, folder.config, console)
+
+
+def check_steps(config: RunConfig) -> None:
+    """The plan must hold at least one step.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    if config.steps < 1:
+        tokens, batch = config.training.tokens, config.training.batch_tokens
+        raise ConfigError(
+            f"training.tokens = {tokens:,} // training.batch_tokens = {batch:,} gives {config.steps} steps; expected "
+            "at least 1; "
+            f"raise training.tokens to {batch:,} or more, or lower training.batch_tokens"
+        )
+
+
+def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
+    say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
+    with folder.lock(), stop_on_signals() as stop:
+        names = [config.sae_name(site, variant) for site in config.sites for variant in config.variants]
+        say(
+            f"plan: {config.steps:,} steps of {config.training.batch_tokens:,} tokens "
+            f"({config.steps * config.training.batch_tokens:,} "
+            f"tokens) for {len(names)} SAEs: {', '.join(names)}"
+        )
+        if config.training.threads is not None:
+            torch.set_num_threads(config.training.threads)
+        device = pick_device(config.training.device)
+        saved = list_checkpoints(folder.checkpoints)
+        start = int(saved[-1].name.removeprefix("step_")) if saved else 0
+        source = LiveActivations(config, device)
+        say(
+            f"model: {config.model.name} on {device}, {source.d_model} wide, read at "
+            f"{', '.join(map(str, config.sites))}"
+        )
+        if start < config.steps:
+            check_text(config, source)
+        if start:
+            say(f"going on after step {start:,}")
+        with RunProgress(config, console, start) as progress:
+            trained = train_saes(folder, config, source, device, progress, stop)
+        say(f"measuring on {config.training.held_out_tokens:,} held-out tokens")
+        summary = _finish(folder, config, source, trained, device)
+        for warning in warnings_of(summary, config):
+            say(f"warning: {warning}")
+        say(f"done: results in {folder.path} (summary.json, saes/, figures/figure1.png)")
+    return Run(folder.path)
+
+
+def check_text(config: RunConfig, source: LiveActivations) -> None:
+    """There must be text enough for every step, where that can be known beforehand (any source but a hub stream).
+
+    Raises:
+        TextError: with the arithmetic of how many steps the text yields.
+    """
+    rows = config.steps * config.training.batch_tokens
+    per_context = config.text.context_length - int(config.buffer.drop_first_position)
+    needed = -(-rows // per_context)
+    found = source.count_contexts(needed)
+    if found is None or found >= needed:
+        return
+    steps = found * per_context // config.training.batch_tokens
+    raise TextError(
+        f"the text is too small: it gives {found:,} contexts of {config.text.context_length} tokens = "
+        f"{found * per_context:,} "
+        f"token rows = at most {steps:,} steps of training.batch_tokens = {config.training.batch_tokens:,}; the run "
+        f"needs {needed:,} "
+        f"contexts for {config.steps:,} steps; give more text, or lower training.tokens to "
+        f"{steps * config.training.batch_tokens:,}"
+    )
+
+
+def _finish(
+    folder: RunFolder, config: RunConfig, source: LiveActivations, trained: Trained, device: torch.device
+) -> dict[str, Any]:
+    """Held-out metrics, exported SAEs, Figure 1 and, last of all, `summary.json`."""
+    from unbraid.reporting.figures import draw_training
+
+    held_out = list(_held_out_rows(config, source, trained.buffer.filter))
+    metrics: dict[str, HeldOutMetrics] = {}
+    for trainee in trained.trainees:
+        rows = (batch[trainee.site].to(device, torch.float32) * trainee.scale for batch in held_out)
+        metrics[trainee.name] = held_out_metrics(trainee.sae, rows, config.decorrelation.fraction)
+    seconds = trained.seconds["buffer"] + trained.seconds["training"]
+    summary: dict[str, Any] = {
+        "recipe": config.name,
+        "steps": {"planned": config.steps, "executed": min(trainee.updates for trainee in trained.trainees)},
+        "tokens": config.steps * config.training.batch_tokens,
+        "held_out_tokens": sum(len(batch[0]) for batch in held_out),
+        "rows": {"kept": trained.buffer.filter.kept, "dropped": trained.buffer.filter.dropped},
+        "seconds": trained.seconds,
+        "saes": {
+            trainee.name: metrics[trainee.name].as_dict()
+            | {
+                "correlation_reduction": _reduction(config, trainee, trained, metrics),
+                "updates_per_second": trainee.updates / seconds if seconds else None,
+                "dead_fraction": float(
+                    (trainee.tokens_since_fired >= trainee.config.sae.dead_after_tokens).double().mean()
+                ),
+                "steps": {"planned": config.steps, "executed": trainee.updates},
+                "scale": trainee.scale,
+            }
+            for trainee in trained.trainees
+        },
+    }
+    for trainee in trained.trainees:
+        site = config.sites[trainee.site]
+        metadata = {
+            "model_name": config.model.name,
+            "hook_name": f"blocks.{site.layer}.hook_{site.kind}",
+            "hook_layer": site.layer,
+            "context_size": config.text.context_length,
+            "prepend_bos": source.prepends_bos,
+            "training_tokens": summary["tokens"],
+        }
+        trainee.sae.fold_scale(trainee.scale)
+        formats.save(trainee.sae, folder.saes / trainee.name, metadata=metadata)
+    draw_training(folder.path)
+    write_json(folder.summary, summary)
+    return summary
+
+
+def _held_out_rows(config: RunConfig, source: LiveActivations, trained_filter: RowFilter) -> Iterator[list[Tensor]]:
+    """Rows of held-out text, filtered by the norms training was filtered by, `held_out_tokens` in all."""
+    rows_filter = RowFilter(config.buffer, config.sites, source.special_ids)
+    rows_filter.limits = trained_filter.limits
+    left = config.training.held_out_tokens
+    for chunk in source.chunks(None, held_out=True):
+        rows = [site_rows[:left] for site_rows in rows_filter(chunk)]
+        left -= len(rows[0])
+        yield rows
+        if left == 0:
+            return
+    if left == config.training.held_out_tokens:
+        raise TextError(
+            f"no held-out text: text.held_out_fraction = {config.text.held_out_fraction} of the documents gave no full "
+            "context; "
+            "give more text or raise text.held_out_fraction"
+        )
+
+
+def _reduction(
+    config: RunConfig, trainee: Trainee, trained: Trained, metrics: dict[str, HeldOutMetrics]
+) -> float | None:
+    """1 - top correlation / the twin's, the twin being the SAE of the same site and settings at lambda2 = 0."""
+    settings = trainee.config
+    if settings.decorrelation.lambda2 == 0:
+        return None
+    for other in trained.trainees:
+        decorrelation = other.config.decorrelation
+        same = other.config.model_copy(update={"decorrelation": settings.decorrelation}) == settings
+        if other.site == trainee.site and same and decorrelation.lambda2 == 0:
+            twin = metrics[other.name].correlation_top
+            return 1 - metrics[trainee.name].correlation_top / twin if twin > 0 else None
+    return None
+
+
+def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
+    """What a user should know about the SAEs of a finished run, and which setting to move."""
+    found: list[str] = []
+    for name, metrics in summary["saes"].items():
+        if not 0 < metrics["l0"] < config.sae.n_features / 2:
+            move = "lower" if metrics["l0"] == 0 else "raise"
+            found.append(
+                f"{name} ends with L0 = {metrics['l0']:.1f} of {config.sae.n_features} features; expected more than 0 "
+                "and less than "
+                f"half; {move} sae.lambda1 (now {config.sae.lambda1:g})"
+            )
+        if metrics["dead_fraction"] > 0.5:
+            found.append(
+                f"{name} ends with {metrics['dead_fraction']:.0%} dead features; lower sae.lambda1 or optimiser.lr"
+            )
+    return found
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA when there is one.
+
+    Raises:
+        ConfigError: the device is not understood or not present.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"training.device = {name!r} cannot be used ({str(error).splitlines()[0]}); expected auto, cpu or cuda[:N]"
+        ) from None
+    return device
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Any]:
+    """Turn the first SIGINT or SIGTERM into a polite stop; a second one acts as usual.
+
+    Only the main thread can catch signals; elsewhere the stop is never asked for.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, ask)
+    except ValueError:
+        pass
+    try:
+        yield lambda: bool(asked)
+    except TrainingInterrupted as interrupted:
+        interrupted.exit_code = 128 + asked[0]
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Training: one visible loop, its optimiser and schedules, checkpoints, and what a person sees meanwhile."""

@@ -1,0 +1,128 @@
+"""Checkpoints that appear whole or not at all, and are never trusted blindly.
+
+A checkpoint is a folder `step_N` of safetensors files, a `state.json`, and a `manifest.json` with the format version
+and a checksum of every other file. It is written beside its final place, synced to disk, then renamed; a crash at any
+instant leaves either the old set of checkpoints or the old set plus a complete new one. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from unbraid.errors import CheckpointError
+
+FORMAT_VERSION = 1
+SPARE_BYTES = 64 << 20
+"""Room left on the disk beyond the checkpoint itself, for metrics and exported SAEs."""
+
+CheckpointTensors = dict[str, dict[str, Tensor]]
+"""File stem -> tensor name -> tensor."""
+
+
+def write_checkpoint(folder: Path, step: int, tensors: CheckpointTensors, state: dict[str, Any], keep: int) -> Path:
+    """Write `folder/step_{step}` atomically, then delete all but the newest `keep` checkpoints.
+
+    Raises:
+        CheckpointError: the disk has too little room, or the write failed; earlier checkpoints are untouched.
+    """
+    final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
+    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + SPARE_BYTES
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _discard_leftovers(folder)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"checkpoint of step {step} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has "
+                f"{free / 2**20:,.0f} MiB free; "
+                "free some room (earlier checkpoints are intact) and run `unbraid resume` on this run"
+            )
+        partial.mkdir()
+        for stem, group in tensors.items():
+            safetensors.torch.save_file(
+                {k: v.detach().cpu().contiguous() for k, v in group.items()}, partial / f"{stem}.safetensors"
+            )
+        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        checksums = {path.name: checksum(path) for path in sorted(partial.iterdir())}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "checksums": checksums}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in partial.iterdir():
+            sync(path)
+        sync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write the checkpoint of step {step} into {str(folder)!r}: {error}; earlier checkpoints are "
+            "intact; "
+            "make the folder writable or free some room, then run `unbraid resume` on this run"
+        ) from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def read_checkpoint(path: Path) -> tuple[CheckpointTensors, dict[str, Any]]:
+    """Tensors and state of one checkpoint, after its checksums have been checked.
+
+    Raises:
+        CheckpointError: a file is missing, altered or truncated, or the format is newer than this version reads.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        version, checksums = manifest["format_version"], manifest["checksums"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint {str(path)!r} has format version {version}; this unbraid reads up to {FORMAT_VERSION}; "
+                "upgrade unbraid"
+            )
+        for name, expected in checksums.items():
+            if checksum(path / name) != expected:
+                raise CheckpointError(_damaged(path, f"{name} does not match its checksum"))
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        names = [name for name in checksums if name.endswith(".safetensors")]
+        return {name.removesuffix(".safetensors"): safetensors.torch.load_file(path / name) for name in names}, state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(_damaged(path, f"{type(error).__name__}: {error}")) from error
+
+
+def _damaged(path: Path, what: str) -> str:
+    return f"checkpoint {str(path)!r} is damaged ({what}); expected the files as written; delete that folder to resume "
+    "from an earlier one"
+
+
+def _discard_leftovers(folder: Path) -> None:
+    for leftover in folder.glob(".step_*.partial"):
+        shutil.rmtree(leftover)
+
+
+def checksum(path: Path) -> str:
+    """BLAKE2b of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

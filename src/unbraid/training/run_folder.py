@@ -1,0 +1,175 @@
+"""A run is a folder; this is its layout and the rules for who may write into it.
+
+config.json                the settings, complete
+metrics.jsonl              one line a logged step; the same bytes for the same settings on the same device
+timing.jsonl               wall-clock figures of the same steps, kept apart because they never repeat
+checkpoints/step_N/        see checkpoint.py
+saes/<site>[_<variant>]/   finished SAEs in the SAELens layout
+figures/, report/          drawn from the files above
+summary.json               held-out metrics of every SAE; present once the run is complete
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unbraid.config import RunConfig, load_config
+from unbraid.errors import TrainingError
+from unbraid.training.checkpoint import sync
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Args:
+        path: an existing run folder; use `create` for a new one.
+
+    Raises:
+        TrainingError: the folder is not there or holds no run.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            raise TrainingError(
+                f"{str(path)!r} holds no run (no config.json); expected a folder made by `unbraid train`"
+            )
+
+    @classmethod
+    def create(cls, path: Path | str, config: RunConfig) -> "RunFolder":
+        """Make a new run folder.
+
+        Raises:
+            TrainingError: the folder exists and is not empty, or cannot be written.
+        """
+        path = Path(path)
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise TrainingError(
+                    f"run folder {str(path)!r} exists already; expected a new or empty folder; choose another --run, "
+                    "or go on "
+                    f"with it by `unbraid resume {path}`"
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "config.json", config.model_dump(mode="json"))
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write the run folder {str(path)!r}: {error.strerror}; expected a writable place; choose "
+                "another --run"
+            ) from error
+        return cls(path)
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return load_config(self.path / "config.json")
+
+    @property
+    def metrics(self) -> Path:
+        """`metrics.jsonl`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        """`timing.jsonl`."""
+        return self.path / "timing.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`checkpoints/`."""
+        return self.path / "checkpoints"
+
+    @property
+    def saes(self) -> Path:
+        """`saes/`."""
+        return self.path / "saes"
+
+    @property
+    def summary(self) -> Path:
+        """`summary.json`."""
+        return self.path / "summary.json"
+
+    def read_summary(self) -> dict[str, Any]:
+        """Contents of `summary.json`.
+
+        Raises:
+            TrainingError: the run is not complete, or the file is damaged.
+        """
+        try:
+            return json.loads(self.summary.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise TrainingError(
+                f"run {str(self.path)!r} is not complete (no summary.json); finish it with `unbraid resume {self.path}`"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise TrainingError(
+                f"{str(self.summary)!r} cannot be read ({error}); expected the summary of a finished run"
+            ) from error
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process.
+
+        Raises:
+            TrainingError: another process trains in it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise TrainingError(
+                    f"another process is training in {str(self.path)!r}; wait for it or choose another run folder"
+                ) from None
+            yield
+
+
+class JsonLines:
+    """An append-only log that can be cut back to where a checkpoint stood."""
+
+    def __init__(self, path: Path, offset: int = 0):
+        if path.exists():
+            os.truncate(path, min(offset, path.stat().st_size))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line and hand it to the operating system at once."""
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Force the log to disk; its length in bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Every complete line of a log; a last line cut off by a crash is left out.
+
+    Raises:
+        TrainingError: the file cannot be read or a complete line is not JSON.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+    except OSError as error:
+        raise TrainingError(
+            f"cannot read {str(path)!r}: {error.strerror}; expected the log of a run that has started"
+        ) from error
+    except ValueError as error:
+        raise TrainingError(f"{str(path)!r} is damaged ({error}); expected one JSON object per line") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(partial)
+    partial.replace(path)

@@ -1,0 +1,88 @@
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from unbraid.errors import CheckpointError
+from unbraid.training import checkpoint
+from unbraid.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
+
+
+def tensors(value: float = 1.0) -> checkpoint.CheckpointTensors:
+    return {"sae": {"W": torch.full((3, 2), value), "generator": torch.Generator().get_state()}}
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    path = write_checkpoint(tmp_path, 7, tensors(), {"step": 7, "name": "é"}, keep=2)
+    read, state = read_checkpoint(path)
+    assert state == {"step": 7, "name": "é"}
+    assert all(torch.equal(read["sae"][name], tensor) for name, tensor in tensors()["sae"].items())
+
+
+def test_only_the_newest_checkpoints_are_kept_in_order_of_steps(tmp_path):
+    for step in (9, 10, 100):
+        write_checkpoint(tmp_path, step, tensors(), {}, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_10", "step_100"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "empty manifest"])
+def test_a_damaged_checkpoint_is_named_and_refused(tmp_path, damage):
+    path = write_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
+    target = path / "sae.safetensors"
+    content = bytearray(target.read_bytes())
+    if damage == "flip":
+        content[-3] ^= 1
+        target.write_bytes(content)
+    elif damage == "truncate":
+        target.write_bytes(content[:-8])
+    elif damage == "remove":
+        target.unlink()
+    else:
+        (path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"step_1' is damaged .*delete that folder"):
+        read_checkpoint(path)
+
+
+def test_a_newer_format_is_refused_with_advice(tmp_path):
+    path = write_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match=r"format version 99.*upgrade unbraid"):
+        read_checkpoint(path)
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10, 10, 0))
+    with pytest.raises(CheckpointError, match=r"needs \d+ MiB but .* has 0 MiB free"):
+        write_checkpoint(tmp_path, 2, tensors(), {}, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+
+
+@pytest.mark.parametrize("instant", ["save_file", "sync"])
+def test_a_write_that_fails_leaves_the_earlier_checkpoint_and_no_rubbish(tmp_path, monkeypatch, instant):
+    write_checkpoint(tmp_path, 1, tensors(), {}, keep=1)
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    if instant == "sync":
+        monkeypatch.setattr(checkpoint, "sync", fail)
+    else:
+        monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", fail)
+    with pytest.raises(CheckpointError, match=r"No space left.*earlier checkpoints are intact"):
+        write_checkpoint(tmp_path, 2, tensors(2.0), {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+    read_checkpoint(tmp_path / "step_1")
+
+
+def test_a_half_written_checkpoint_of_a_killed_process_is_ignored_and_cleared(tmp_path):
+    write_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
+    (tmp_path / ".step_2.partial").mkdir()
+    (tmp_path / ".step_2.partial" / "sae.safetensors").write_bytes(b"half")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_1"]
+    write_checkpoint(tmp_path, 2, tensors(), {}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_2"]
