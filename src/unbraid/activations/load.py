@@ -1,0 +1,93 @@
+"""From a model's name to its weights and tokenizer, whatever kind of place the name points to.
+
+transformers is imported on first use only: importing it costs seconds and most of unbraid does not need it.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from unbraid.activations.packaged_model import packaged_model_folder
+from unbraid.activations.random_model import FAMILIES, random_model
+from unbraid.config import ModelConfig
+from unbraid.errors import ModelError
+
+
+def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Module, Any]:
+    """The transformers model, in `config.dtype` on the CPU, and its tokenizer.
+
+    Raises:
+        ModelError: the model is not installed, not found or not readable.
+    """
+    kind, _, rest = config.name.partition(":")
+    with quiet_transformers():
+        if kind == "random":
+            if rest not in FAMILIES:
+                raise ModelError(
+                    f"model.name = {config.name!r}: no such family; expected random: and one of {', '.join(FAMILIES)}"
+                )
+            return random_model(rest, config.dtype, seed)
+        if kind == "packaged":
+            return _pretrained(config, str(packaged_model_folder(rest)))
+        if config.name.endswith(".gguf"):
+            return _gguf(config, Path(config.name).expanduser())
+        return _pretrained(config, config.name)
+
+
+def _pretrained(config: ModelConfig, name: str) -> tuple[nn.Module, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as problem:
+        raise ModelError(
+            f"cannot load model.name = {config.name!r} (revision {config.revision or 'default'}): {_first_line(problem)}; expected "
+            "packaged:smollm2, random:FAMILY, a .gguf file, a local folder, or a hub id that this machine can reach and is allowed to read"
+        ) from problem
+    return model, tokenizer
+
+
+def _gguf(config: ModelConfig, path: Path) -> tuple[nn.Module, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise ModelError(f"model.name = {config.name!r}: no such file; expected a .gguf file; change model.name")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=getattr(torch, config.dtype)
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, NotImplementedError) as problem:
+        raise ModelError(
+            f"cannot read {config.name!r}: {_first_line(problem)}; expected a GGUF file of an architecture that transformers "
+            "knows; reading one needs: pip install gguf accelerate"
+        ) from problem
+    return model, tokenizer
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no chatter below errors from transformers while the block runs."""
+    from transformers.utils import logging as chatter
+
+    level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity(logging.ERROR)
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(level)
+        if bars:
+            chatter.enable_progress_bar()

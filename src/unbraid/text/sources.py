@@ -1,0 +1,30 @@
+"""From settings to a source of text."""
+
+from unbraid.config import TextConfig
+from unbraid.text.documents import TextSource
+from unbraid.text.files import FileSource
+from unbraid.text.generated import GeneratedSource
+from unbraid.text.hub import HubSource
+from unbraid.text.packaged import PackagedSource
+
+
+def open_source(config: TextConfig) -> TextSource:
+    """The source that `config` describes.
+
+    Raises:
+        TextError: its files or packages are missing; a hub data set is looked for on first use.
+    """
+    if config.source == "packaged":
+        return PackagedSource(config.shuffle_seed)
+    if config.source == "files":
+        return FileSource(config.paths, config.column, config.shuffle_seed)
+    if config.source == "generated":
+        return GeneratedSource(config.shuffle_seed)
+    return HubSource(
+        config.dataset,
+        config=config.dataset_config,
+        revision=config.revision,
+        split=config.split,
+        column=config.column,
+        seed=config.shuffle_seed,
+    )
