@@ -49,6 +49,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt requirements/packaged.txt require
 	@touch $@
 
 setup: $(VENV)/.ready
+	@:
 
 $(PEERS)/.ready: requirements/peers.txt constraints.txt pyproject.toml
 	$(call make_environment,$(PEERS))
@@ -56,10 +57,11 @@ $(PEERS)/.ready: requirements/peers.txt constraints.txt pyproject.toml
 	@$(PEERS)/bin/python $(PIP) "$(TORCH)"
 	@$(PEERS)/bin/python $(PIP) -c <(echo "$(TORCH)") -r requirements/peers.txt
 	@$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
-	@$(PEERS)/bin/python $(PIP) -c <(echo "$(TORCH)") -e . pytest pytest-timeout hypothesis
+	@$(PEERS)/bin/python $(PIP) -c <(echo "$(TORCH)") -e . beartype pytest pytest-timeout hypothesis
 	@touch $@
 
 peers: $(PEERS)/.ready
+	@:
 
 # A finished run is shown, an interrupted one is ended, anything else is started.
 demo: setup
