@@ -42,6 +42,26 @@ def train(arguments: list[str]) -> None:
     run.train(options.config, options.run, console=console)
 
 
+@dataclasses.dataclass
+class _Harvest:
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+def harvest(arguments: list[str]) -> None:
+    """harvest RECIPE|config.json --cache DIR [--any.setting VALUE]: store the activations a run needs on disk."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(
+            "harvest needs a recipe or a settings file; such as `unbraid harvest tiny --cache cache/tiny`"
+        )
+    recipe, *rest = arguments
+    options = tyro.cli(_Harvest, default=_Harvest(_recipe(recipe)), args=rest, prog=f"unbraid harvest {recipe}")
+    if options.config.cache is None:
+        raise ConfigError("harvest needs --cache DIR: the folder to write activations into")
+    from unbraid import run
+
+    run.fill_cache(options.config, options.config.cache, console=console)
+
+
 def _recipe(name: str) -> RunConfig:
     if name.endswith(".json"):
         return load_config(Path(name))
@@ -86,7 +106,7 @@ def doctor(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    command.__name__: command for command in (train, resume, figure, doctor)
+    command.__name__: command for command in (train, resume, harvest, figure, doctor)
 }
 
 

@@ -267,6 +267,9 @@ class RunConfig(Section):
     """Name of the recipe."""
     seed: int = Field(0, ge=0)
     """The one seed every generator derives from."""
+    cache: str | None = None
+    """Train from the activations in this folder, made by `unbraid harvest` from the same text, model and settings,
+    instead of running the model."""
     text: TextConfig = TextConfig()
     model: ModelConfig = ModelConfig()
     buffer: BufferConfig = BufferConfig()
@@ -330,43 +333,43 @@ class VariantConfig(Section):
 class WorldConfig(Section):
     """A synthetic world after SynthSAEBench (arXiv 2602.14687); the defaults are its full-size benchmark world."""
 
-    n_features: int = Field(16_384, ge=2)
+    n_features: int = Field(default=16_384, ge=2)
     """True features G."""
-    d_model: int = Field(768, ge=1)
+    d_model: int = Field(default=768, ge=1)
     """Width D of the activations."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """The one seed the world itself derives from; samples have their own generator."""
-    max_probability: float = Field(0.4, gt=0.0, lt=1.0)
+    max_probability: float = Field(default=0.4, gt=0.0, lt=1.0)
     """Firing probability of the most common feature."""
-    min_probability: float = Field(5e-4, gt=0.0, lt=1.0)
+    min_probability: float = Field(default=5e-4, gt=0.0, lt=1.0)
     """Firing probability of the rarest feature."""
-    zipf_exponent: float = Field(0.5, gt=0.0)
+    zipf_exponent: float = Field(default=0.5, gt=0.0)
     """How fast the firing probability falls with the rank of a feature."""
-    roots: int = Field(128, ge=0)
+    roots: int = Field(default=128, ge=0)
     """Features at the top of a hierarchy; features beyond the trees stand alone."""
-    branching: int = Field(4, ge=1)
+    branching: int = Field(default=4, ge=1)
     """Children of every parent."""
-    depth: int = Field(3, ge=0)
+    depth: int = Field(default=3, ge=0)
     """Levels below the roots."""
     exclusive_siblings: bool = True
     """At most one child of a parent fires at a time."""
-    correlation_rank: int = Field(25, ge=0)
+    correlation_rank: int = Field(default=25, ge=0)
     """Shared factors of the Gaussian copula; 0 makes families fire independently."""
-    correlation_scale: float = Field(0.1, ge=0.0)
+    correlation_scale: float = Field(default=0.1, ge=0.0)
     """Standard deviation of a feature's loading on each factor."""
-    magnitude_first: float = Field(5.0, gt=0.0)
+    magnitude_first: float = Field(default=5.0, gt=0.0)
     """Mean magnitude of the most common feature."""
-    magnitude_last: float = Field(4.0, gt=0.0)
+    magnitude_last: float = Field(default=4.0, gt=0.0)
     """Mean magnitude of the rarest feature; linear in the rank between them."""
-    magnitude_sd_mean: float = Field(0.5, ge=0.0)
+    magnitude_sd_mean: float = Field(default=0.5, ge=0.0)
     """Mean of the normal whose absolute value is a feature's standard deviation of magnitude."""
-    magnitude_sd_sd: float = Field(0.5, ge=0.0)
+    magnitude_sd_sd: float = Field(default=0.5, ge=0.0)
     """Its standard deviation."""
-    bias_norm: float = Field(1.0, ge=0.0)
+    bias_norm: float = Field(default=1.0, ge=0.0)
     """Norm of the constant added to every activation."""
-    orthogonalise_steps: int = Field(100, ge=0)
+    orthogonalise_steps: int = Field(default=100, ge=0)
     """Adam steps that push the true directions apart."""
-    orthogonalise_lr: float = Field(3e-4, gt=0.0)
+    orthogonalise_lr: float = Field(default=3e-4, gt=0.0)
     """Their learning rate."""
 
     @model_validator(mode="after")

@@ -14,18 +14,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress as Bar
 from torch import Tensor
 
 from unbraid import formats
+from unbraid.activations.cache import PARTS, CachedActivations, harvest, wanted_rows
 from unbraid.activations.live import LiveActivations
 from unbraid.activations.rows import RowFilter
 from unbraid.config import RunConfig
 from unbraid.errors import ConfigError, TextError
+from unbraid.files import write_json
 from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.training.checkpoint import list_checkpoints
 from unbraid.training.loop import Trained, Trainee, TrainingInterrupted, train_saes
 from unbraid.training.progress import RunProgress
-from unbraid.training.run_folder import RunFolder, write_json
+from unbraid.training.run_folder import RunFolder
 
 
 class Run:
@@ -92,6 +95,32 @@ def resume(path: Path | str, *, console: Console | None = None) -> Run:
     return _run(folder, folder.config, console)
 
 
+def open_activations(config: RunConfig, device: torch.device) -> LiveActivations | CachedActivations:
+    """The model, or the cache the run trains from."""
+    return LiveActivations(config, device) if config.cache is None else CachedActivations(config, Path(config.cache))
+
+
+def fill_cache(config: RunConfig, cache: Path | str, *, console: Console | None = None) -> None:
+    """Harvest what a run of `config` needs into `cache`, so that `cache=...` trains without the model.
+
+    Raises:
+        UnbraidError: with what was wrong, what was expected and what to change.
+    """
+    check_steps(config)
+    console = console or Console(quiet=True)
+    with stop_on_signals() as stop, Bar(console=console) as bar:
+        tasks = {part: bar.add_task(f"{part} rows", total=wanted_rows(config, part)) for part in PARTS}
+        manifest = harvest(
+            config,
+            Path(cache),
+            pick_device(config.training.device),
+            on_rows=lambda part, rows, wanted: bar.update(tasks[part], completed=rows),
+            should_stop=stop,
+        )
+    shards = sum(len(manifest["parts"][part]) for part in PARTS)
+    console.print(f"done: {shards} shards in {cache}; train with --cache {cache}", highlight=False)
+
+
 def check_steps(config: RunConfig) -> None:
     """The plan must hold at least one step.
 
@@ -121,7 +150,7 @@ def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
         device = pick_device(config.training.device)
         saved = list_checkpoints(folder.checkpoints)
         start = int(saved[-1].name.removeprefix("step_")) if saved else 0
-        source = LiveActivations(config, device)
+        source = open_activations(config, device)
         say(
             f"model: {config.model.name} on {device}, {source.d_model} wide, read at "
             f"{', '.join(map(str, config.sites))}"
@@ -140,7 +169,7 @@ def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
     return Run(folder.path)
 
 
-def check_text(config: RunConfig, source: LiveActivations) -> None:
+def check_text(config: RunConfig, source: LiveActivations | CachedActivations) -> None:
     """There must be text enough for every step, where that can be known beforehand (any source but a hub stream).
 
     Raises:
@@ -164,7 +193,11 @@ def check_text(config: RunConfig, source: LiveActivations) -> None:
 
 
 def _finish(
-    folder: RunFolder, config: RunConfig, source: LiveActivations, trained: Trained, device: torch.device
+    folder: RunFolder,
+    config: RunConfig,
+    source: LiveActivations | CachedActivations,
+    trained: Trained,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Held-out metrics, exported SAEs, Figure 1 and, last of all, `summary.json`."""
     from unbraid.reporting.figures import draw_training
@@ -213,7 +246,9 @@ def _finish(
     return summary
 
 
-def _held_out_rows(config: RunConfig, source: LiveActivations, trained_filter: RowFilter) -> Iterator[list[Tensor]]:
+def _held_out_rows(
+    config: RunConfig, source: LiveActivations | CachedActivations, trained_filter: RowFilter
+) -> Iterator[list[Tensor]]:
     """Rows of held-out text, filtered by the norms training was filtered by, `held_out_tokens` in all."""
     rows_filter = RowFilter(config.buffer, config.sites, source.special_ids)
     rows_filter.limits = trained_filter.limits

@@ -30,6 +30,7 @@ class ActivationBuffer:
         config: capacity, precision and row filter.
         batch_tokens: B.
         seed: the run's seed.
+        planned_rows: rows the run will take in all; nothing is read that it cannot use.
         device: where batches are delivered; rows are kept where they are produced.
         should_stop: asked between chunks of a refill.
         on_fill: called with (rows present, capacity) as a refill goes on.
@@ -45,6 +46,7 @@ class ActivationBuffer:
         batch_tokens: int,
         seed: int,
         *,
+        planned_rows: int | None = None,
         device: torch.device | str = "cpu",
         should_stop: StopSignal = never,
         on_fill: Callable[[int, int], None] | None = None,
@@ -65,6 +67,7 @@ class ActivationBuffer:
         self.source, self.config, self.batch_tokens, self.device = source, config, batch_tokens, torch.device(device)
         self.dtype = getattr(torch, config.dtype)
         self.filter = RowFilter(config, source.sites, source.special_ids)
+        self.planned_rows = planned_rows
         self.position: dict[str, Any] | None = None
         self.exhausted = False
         self.handed_out = 0
@@ -85,7 +88,7 @@ class ActivationBuffer:
             TextError: the text is used up before B rows are left.
             RefillInterrupted: the stop signal came; call again to go on.
         """
-        if len(self._unread) - self.batch_tokens < self.capacity // 2 and not self.exhausted:
+        if len(self._unread) - self.batch_tokens < self.capacity // 2 and not self.exhausted and not self._enough(0):
             self._refill()
         if len(self._unread) < self.batch_tokens:
             rows = self.handed_out + len(self._unread)
@@ -114,7 +117,7 @@ class ActivationBuffer:
         slots = free.nonzero().squeeze(1)
         largest_chunk = self.source.batch_contexts * self.source.context_length
         filter_state, position, exhausted, used = self.filter.state(), self.position, False, 0
-        while used + largest_chunk <= len(slots):
+        while used + largest_chunk <= len(slots) and not self._enough(used):
             if self._should_stop():
                 self.filter.load_state(filter_state)
                 self._chunks = None
@@ -135,6 +138,10 @@ class ActivationBuffer:
         present = torch.cat([self._unread, slots[:used]])
         self._unread = present[torch.randperm(len(present), generator=self._generator)]
         self.position, self.exhausted = position, exhausted
+
+    def _enough(self, used: int) -> bool:
+        rows = self.handed_out + len(self._unread) + used
+        return self.planned_rows is not None and rows >= self.planned_rows
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything needed to go on exactly: (tensors, JSON data). Only unread rows are saved."""

@@ -5,9 +5,7 @@ and a checksum of every other file. It is written beside its final place, synced
 instant leaves either the old set of checkpoints or the old set plus a complete new one. Nothing is ever unpickled.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from unbraid.errors import CheckpointError
+from unbraid.files import checksum, free_bytes, sync
 
 FORMAT_VERSION = 1
 SPARE_BYTES = 64 << 20
@@ -38,7 +37,7 @@ def write_checkpoint(folder: Path, step: int, tensors: CheckpointTensors, state:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _discard_leftovers(folder)
-        free = shutil.disk_usage(folder).free
+        free = free_bytes(folder)
         if free < needed:
             raise CheckpointError(
                 f"checkpoint of step {step} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has "
@@ -111,18 +110,3 @@ def _damaged(path: Path, what: str) -> str:
 def _discard_leftovers(folder: Path) -> None:
     for leftover in folder.glob(".step_*.partial"):
         shutil.rmtree(leftover)
-
-
-def checksum(path: Path) -> str:
-    """BLAKE2b of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,14 +12,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from unbraid import decorrelation
-from unbraid import sae as architectures
 from unbraid.activations.buffer import ActivationBuffer, RefillInterrupted
 from unbraid.activations.rows import ChunkSource, StopSignal, never
 from unbraid.config import RunConfig, Site, VariantConfig
+from unbraid.decorrelation.build import build as build_decorrelation
+from unbraid.decorrelation.stats import DecorrelationStats
 from unbraid.errors import TrainingError, UnbraidError
 from unbraid.randomness import derive_seed, generator
 from unbraid.sae import SAE, Codes
+from unbraid.sae.build import build as build_sae
 from unbraid.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
 from unbraid.training.optimiser import SAEOptimiser
 from unbraid.training.run_folder import JsonLines, RunFolder
@@ -67,7 +68,7 @@ class Trainee:
     scale: float
     sae: SAE
     optimiser: SAEOptimiser
-    decorrelate: nn.Module | None
+    decorrelate: nn.Module
     generator: torch.Generator
     tokens_since_fired: Tensor
     updates: int = 0
@@ -77,7 +78,7 @@ class Trainee:
         groups = {
             "sae": dict(self.sae.state_dict()),
             "optimiser": self.optimiser.state_tensors(),
-            "decorrelate": dict(self.decorrelate.state_dict()) if self.decorrelate is not None else {},
+            "decorrelate": dict(self.decorrelate.state_dict()),
             "trainee": {"generator": self.generator.get_state(), "tokens_since_fired": self.tokens_since_fired},
         }
         return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
@@ -94,8 +95,7 @@ class Trainee:
 
         self.sae.load_state_dict(group("sae"))
         self.optimiser.load_state_tensors(group("optimiser"))
-        if self.decorrelate is not None:
-            self.decorrelate.load_state_dict(group("decorrelate"))
+        self.decorrelate.load_state_dict(group("decorrelate"))
         own = group("trainee")
         self.generator.set_state(own["generator"])
         self.tokens_since_fired.copy_(own["tokens_since_fired"])
@@ -130,6 +130,7 @@ def train_saes(
         config.buffer,
         config.training.batch_tokens,
         config.seed,
+        planned_rows=config.steps * config.training.batch_tokens,
         device=device,
         should_stop=should_stop,
         on_fill=progress.filling,
@@ -216,7 +217,7 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
     out = sae.training_forward(x_BD, dead_N, trainee.generator)
     loss = out.reconstruction + lambda1 * out.sparsity + out.auxiliary
     penalty, stats = None, None
-    if trainee.decorrelate is not None and (lambda2 > 0 or log):
+    if lambda2 > 0 or log:
         with torch.set_grad_enabled(lambda2 > 0):
             penalty, stats = _decorrelate(trainee.decorrelate, out.codes, sae.W_dec)
     if penalty is not None and lambda2 > 0:
@@ -252,10 +253,22 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
             "lambda1": lambda1,
             "lambda2": lambda2,
         }
-        return record | (stats.scalars() if stats is not None else {})
+        return record | (correlation_record(stats) if stats is not None else {})
 
 
-def _decorrelate(decorrelate: nn.Module, codes: Codes | Tensor, W_dec: Tensor) -> tuple[Tensor, Any]:
+def correlation_record(stats: DecorrelationStats) -> dict[str, Any]:
+    """What metrics.jsonl says about correlation; `correlation_top` is the mean over the nominal |S|."""
+    return {
+        "tau": stats.tau,
+        "correlation_mean": stats.mean,
+        "correlation_std": stats.std,
+        "correlation_top": float(stats.correlations.double().sum()) / max(1, stats.nominal),
+        "pairs": len(stats.pairs),
+        "decorrelation": stats.scalars(),
+    }
+
+
+def _decorrelate(decorrelate: nn.Module, codes: Codes | Tensor, W_dec: Tensor) -> tuple[Tensor, DecorrelationStats]:
     if isinstance(codes, Codes):
         return decorrelate(codes=codes, decoder=W_dec)
     return decorrelate(codes, decoder=W_dec)
@@ -290,7 +303,7 @@ def _new_trainee(
 ) -> Trainee:
     settings = config.variant(variant)
     seed = derive_seed(settings.seed, str(site))
-    sae = architectures.build(settings.sae, len(mean_D), generator(seed, "init"), mean_D).to(device)
+    sae = build_sae(settings.sae, len(mean_D), generator(seed, "init"), mean_D).to(device)
     return Trainee(
         name=config.sae_name(site, variant),
         site=index,
@@ -298,16 +311,12 @@ def _new_trainee(
         scale=scale,
         sae=sae,
         optimiser=SAEOptimiser(sae, settings.optimiser),
-        decorrelate=_on(
-            decorrelation.build(settings.decorrelation, sae.n_features, sae.d_in, derive_seed(seed, "pairs")), device
-        ),
+        decorrelate=build_decorrelation(
+            settings.decorrelation, sae.n_features, sae.d_in, derive_seed(seed, "pairs")
+        ).to(device),
         generator=generator(seed, "training", device=device),
         tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),
     )
-
-
-def _on(module: nn.Module | None, device: torch.device) -> nn.Module | None:
-    return module.to(device) if module is not None else None
 
 
 def _restore(

@@ -19,7 +19,7 @@ from typing import Any
 
 from unbraid.config import RunConfig, load_config
 from unbraid.errors import TrainingError
-from unbraid.training.checkpoint import sync
+from unbraid.files import write_json
 
 
 class RunFolder:
@@ -165,11 +165,3 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         ) from error
     except ValueError as error:
         raise TrainingError(f"{str(path)!r} is damaged ({error}); expected one JSON object per line") from error
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(partial)
-    partial.replace(path)

@@ -1,0 +1,263 @@
+"""Activations on disk: harvested once, trained on many times, with the very batches live training would have seen.
+
+A cache is a folder of safetensors shards and a `manifest.json` that says which model, text, sites and settings made
+them, with a checksum for each shard. A shard holds whole chunks (see `rows.py`) of token ids and unfiltered
+activations; a context's position in the text is its chunk's. The manifest is rewritten after every shard, so an
+interrupted harvest goes on where it stood, and nothing that is not in the manifest is ever read.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from unbraid.activations.live import LiveActivations
+from unbraid.activations.rows import Chunk, RowFilter, StopSignal, never
+from unbraid.config import RunConfig
+from unbraid.errors import ActivationError, TextError
+from unbraid.files import checksum, free_bytes, write_json, write_whole
+
+FORMAT_VERSION = 1
+CHUNKS_PER_SHARD = 8
+PARTS = ("training", "held_out")
+
+
+def recipe_of_activations(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide what a model pass gives: two runs may share a cache when these agree."""
+    model = config.model.model_dump(mode="json", include={"name", "revision", "dtype", "batch_contexts"})
+    return {"text": config.text.model_dump(mode="json"), "model": model, "stored_dtype": config.buffer.dtype}
+
+
+def harvest(
+    config: RunConfig,
+    folder: Path,
+    device: torch.device,
+    *,
+    on_rows: Callable[[str, int, int], None] | None = None,
+    should_stop: StopSignal = never,
+) -> dict[str, Any]:
+    """Write the activations a run of `config` needs into `folder`; goes on with an unfinished harvest.
+
+    Args:
+        config: the run to prepare; its token budget, text, model, sites and row filter count.
+        folder: where shards go.
+        device: where the model runs.
+        on_rows: called with (part, usable rows so far, rows wanted).
+        should_stop: asked between model passes.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ActivationError: the folder holds another harvest, or there is no room.
+        TextError: the text is too small for the run.
+    """
+    manifest = _open_manifest(config, folder)
+    if manifest["complete"]:
+        return manifest
+    live = LiveActivations(config, device)
+    manifest |= {
+        "model": live.model.identity,
+        "text": live.documents.identity,
+        "d_model": live.d_model,
+        "special_ids": sorted(live.special_ids),
+        "prepends_bos": live.prepends_bos,
+    }
+    limits: list[float] | None = None
+    for part in PARTS:
+        wanted = wanted_rows(config, part)
+        shards: list[dict[str, Any]] = manifest["parts"][part]
+        counter = RowFilter(config.buffer, config.sites, live.special_ids)
+        counter.limits = limits
+        if shards:
+            counter.load_state(shards[-1]["filter"])
+        chunks = live.chunks(shards[-1]["positions"][-1] if shards else None, held_out=part == "held_out")
+        group: list[Chunk] = []
+        while counter.kept < wanted:
+            if should_stop():
+                raise ActivationError(
+                    f"harvest stopped with {counter.kept:,} of {wanted:,} {part} rows; run the same command to go on"
+                )
+            chunk = next(chunks, None)
+            if chunk is None:
+                break
+            counter(chunk)
+            group.append(chunk)
+            if len(group) == CHUNKS_PER_SHARD or counter.kept >= wanted:
+                shards.append(_write_shard(folder, f"{part}_{len(shards):05d}", config, group, counter.state()))
+                group = []
+                write_json(folder / "manifest.json", manifest)
+            if on_rows is not None:
+                on_rows(part, min(counter.kept, wanted), wanted)
+        if group:
+            shards.append(_write_shard(folder, f"{part}_{len(shards):05d}", config, group, counter.state()))
+        if part == "training" and counter.kept < wanted:
+            raise TextError(
+                f"the text is used up: it gave {counter.kept:,} usable token rows and the run needs {wanted:,}; give more text, "
+                f"or lower training.tokens to at most {counter.kept // config.training.batch_tokens * config.training.batch_tokens:,}"
+            )
+        limits = counter.limits
+    manifest["complete"] = True
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def wanted_rows(config: RunConfig, part: str) -> int:
+    """Usable rows a run takes from one part of the text."""
+    return config.steps * config.training.batch_tokens if part == "training" else config.training.held_out_tokens
+
+
+def _open_manifest(config: RunConfig, folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    recipe = recipe_of_activations(config)
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ActivationError(
+                f"{str(folder)!r} is not empty and holds no harvest; expected a new or empty folder; choose another --cache"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return {
+            "format_version": FORMAT_VERSION,
+            "complete": False,
+            "recipe": recipe,
+            "sites": [str(site) for site in config.sites],
+            "parts": {part: [] for part in PARTS},
+        }
+    manifest = _read_manifest(folder)
+    _check_recipe(manifest, config, folder)
+    return manifest
+
+
+def _write_shard(
+    folder: Path, name: str, config: RunConfig, group: list[Chunk], state: dict[str, Any]
+) -> dict[str, Any]:
+    dtype = getattr(torch, config.buffer.dtype)
+    tensors = {"tokens": torch.cat([chunk.tokens_BT for chunk in group]).to(torch.int32)}
+    for i, site in enumerate(config.sites):
+        tensors[str(site)] = torch.cat([chunk.activations[i].to("cpu", dtype) for chunk in group])
+    needed, free = sum(tensor.nbytes for tensor in tensors.values()), free_bytes(folder)
+    if free < needed + (64 << 20):
+        raise ActivationError(
+            f"shard {name} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has {free / 2**20:,.0f} MiB free; free some room "
+            "and run the same command to go on"
+        )
+    path = folder / f"{name}.safetensors"
+    write_whole(path, lambda partial: safetensors.torch.save_file(tensors, partial))
+    return {
+        "file": path.name,
+        "checksum": checksum(path),
+        "contexts": [len(chunk.tokens_BT) for chunk in group],
+        "positions": [chunk.position for chunk in group],
+        "filter": state,
+        "square_norm": {str(site): float(tensors[str(site)].double().square().sum(-1).mean()) for site in config.sites},
+    }
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format_version"] > FORMAT_VERSION:
+            raise ActivationError(
+                f"cache {str(folder)!r} has format version {manifest['format_version']}; this unbraid reads up to "
+                f"{FORMAT_VERSION}; upgrade unbraid"
+            )
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ActivationError(
+            f"{str(folder)!r} holds no readable manifest.json ({error}); expected a folder made by `unbraid harvest`"
+        ) from error
+
+
+def _check_recipe(manifest: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    expected, found = recipe_of_activations(config), manifest["recipe"]
+    for group in expected:
+        if found[group] != expected[group]:
+            raise ActivationError(
+                f"cache {str(folder)!r} was harvested with {group} = {found[group]}; the run has {expected[group]}; expected the "
+                "same settings; change the run's, or harvest into another folder"
+            )
+    missing = [str(site) for site in config.sites if str(site) not in manifest["sites"]]
+    if missing:
+        raise ActivationError(
+            f"cache {str(folder)!r} holds {', '.join(manifest['sites'])} but not {', '.join(missing)}; change model.sites, or "
+            "harvest again"
+        )
+
+
+class CachedActivations:
+    """A `ChunkSource` that reads a finished harvest; no language model is loaded.
+
+    Args:
+        config: the run; its text, model and stored precision must be those of the harvest.
+        folder: the cache.
+
+    Raises:
+        ActivationError: the cache is unfinished, was made with other settings, is too small, or a shard is missing,
+            truncated or altered: every shard's checksum is verified here, before any training.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path):
+        self.folder, self.manifest = folder, _read_manifest(folder)
+        _check_recipe(self.manifest, config, folder)
+        if not self.manifest["complete"]:
+            raise ActivationError(
+                f"cache {str(folder)!r} is unfinished; run the same `unbraid harvest` command to go on"
+            )
+        self.sites = config.sites
+        self.d_model: int = self.manifest["d_model"]
+        self.context_length = config.text.context_length
+        self.batch_contexts = config.model.batch_contexts
+        self.special_ids = frozenset(self.manifest["special_ids"])
+        self.prepends_bos: bool = self.manifest["prepends_bos"]
+        for part in PARTS:
+            for shard in self.manifest["parts"][part]:
+                self._verify(shard)
+
+    def _verify(self, shard: dict[str, Any]) -> None:
+        path = self.folder / shard["file"]
+        try:
+            found = checksum(path)
+        except OSError as error:
+            raise ActivationError(
+                f"shard {str(path)!r} cannot be read ({error.strerror}); harvest again into a new folder"
+            ) from None
+        if found != shard["checksum"]:
+            raise ActivationError(
+                f"shard {str(path)!r} is truncated, altered or foreign: its checksum is {found}, the manifest says "
+                f"{shard['checksum']}; harvest again into a new folder"
+            )
+
+    def chunks(self, position: dict[str, Any] | None, held_out: bool = False) -> Iterator[Chunk]:
+        """Chunks from `position` to the end of what was harvested."""
+        waiting = position is not None
+        for shard in self.manifest["parts"]["held_out" if held_out else "training"]:
+            if waiting and position not in shard["positions"]:
+                continue
+            tensors = self._read(shard)
+            first = 0
+            for contexts, after in zip(shard["contexts"], shard["positions"], strict=True):
+                here = slice(first, first + contexts)
+                first += contexts
+                if not waiting:
+                    activations = [tensors[str(site)][here] for site in self.sites]
+                    yield Chunk(tensors["tokens"][here].long(), activations, after)
+                elif after == position:
+                    waiting = False
+
+    def _read(self, shard: dict[str, Any]) -> dict[str, torch.Tensor]:
+        path = self.folder / shard["file"]
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in ("tokens", *map(str, self.sites))}
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ActivationError(
+                f"shard {str(path)!r} cannot be read ({error}); harvest again into a new folder"
+            ) from error
+
+    def count_contexts(self, limit: int) -> int:
+        """Training contexts in the cache, counted no further than `limit`."""
+        return min(limit, sum(sum(shard["contexts"]) for shard in self.manifest["parts"]["training"]))
