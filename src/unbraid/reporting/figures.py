@@ -6,12 +6,14 @@ something is drawn; figures are built without pyplot, so no display and no globa
 the same bytes.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unbraid.errors import UnbraidError
+from unbraid.files import write_whole
 from unbraid.reporting.training_log import Curve, TrainingLog, split_name
 
 if TYPE_CHECKING:
@@ -95,9 +97,8 @@ def save_figure(figure: "Figure", stem: Path) -> list[Path]:
         with matplotlib.rc_context(STYLE):
             for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
                 path = stem.with_name(f"{stem.name}.{kind}")
-                partial = stem.with_name(f".{stem.name}.{kind}.partial")
-                figure.savefig(partial, format=kind, metadata=metadata)
-                paths.append(partial.replace(path))
+                write_whole(path, partial(figure.savefig, format=kind, metadata=metadata))
+                paths.append(path)
     except OSError as error:
         raise UnbraidError(
             f"cannot write the figure {str(stem)!r}: {error.strerror}; expected a writable folder; make it writable"

@@ -1,0 +1,170 @@
+"""An SAE between two layouts: its architecture, its settings and its tensors under one set of names.
+
+Every layout module translates its files to and from `Weights` and knows nothing of the others; this module knows the
+SAE classes. What a layout means differently is brought into our inference form by exact algebra in float64 (an encoder
+that does not subtract b_dec, a decoder whose row norms rescale the codes), so that outputs are equal, not just names.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbraid import sae as architectures
+from unbraid.config import SAEConfig, validated
+from unbraid.errors import ConfigError, FormatError
+from unbraid.sae import SAE
+
+PER_FEATURE = {"b_enc", "threshold", "b_gate", "b_mag", "r_mag"}
+GATED = ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec")
+PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
+THRESHOLDED = (*PLAIN, "threshold")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What travels between layouts.
+
+    Attributes:
+        architecture: a name of `SAEConfig.architecture`.
+        tensors: W_enc `[D, N]`, W_dec `[N, D]`, b_dec `[D]` and, by architecture, b_enc, threshold, b_gate, b_mag and
+            r_mag, each `[N]` (a threshold shared by all features is `[]`).
+        settings: further fields of `SAEConfig`, such as k; what is not given keeps its default.
+    """
+
+    architecture: str
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sae: SAE) -> "Weights":
+        """The weights of an SAE, as contiguous copies on the CPU."""
+        state = {name: tensor.detach().cpu().clone() for name, tensor in sae.state_dict().items()}
+        tensors = {"W_enc": state.pop("encoder_ND").T.contiguous(), **state}
+        if sae.architecture == "gated":
+            tensors.pop("b_enc", None)
+        return cls(sae.architecture, tensors, sae.config.model_dump(mode="json", exclude={"architecture"}))
+
+    def to_sae(self, where: str) -> SAE:
+        """An SAE with these weights, in float32 (float64 weights stay float64), ready for inference.
+
+        Args:
+            where: the file they came from, for messages.
+
+        Raises:
+            FormatError: a tensor is missing, surplus, of the wrong shape or not finite, or a setting is unacceptable.
+        """
+        tensors = {name: _at_least_float32(tensor) for name, tensor in self.tensors.items()}
+        d_in, n_features = _checked_widths(tensors, where)
+        k = min(SAEConfig().k, n_features)
+        settings = {"k": k} | self.settings | {"architecture": self.architecture, "n_features": n_features}
+        try:
+            config = validated(SAEConfig, settings, where)
+            sae = architectures.build(config, d_in, torch.Generator().manual_seed(0))
+        except ConfigError as error:
+            raise FormatError(f"{where} describes no SAE unbraid can hold: {error}") from None
+        state = {"encoder_ND": tensors.pop("W_enc").T.contiguous(), **tensors}
+        expected = sae.state_dict()
+        missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+        if missing or surplus:
+            raise FormatError(
+                f"{where} lacks {missing or 'nothing'} and holds {surplus or 'nothing'} beyond what an SAE of "
+                f"architecture {self.architecture!r} has: {sorted(expected)}; check the architecture it names"
+            )
+        for name, tensor in state.items():
+            state[name] = tensor.reshape(expected[name].shape) if tensor.numel() == expected[name].numel() else tensor
+            if state[name].shape != expected[name].shape:
+                raise FormatError(
+                    f"{where}: tensor {name} has shape {list(tensor.shape)}; expected {list(expected[name].shape)}"
+                )
+        dtype = state["W_dec"].dtype
+        sae = sae.to(dtype)
+        sae.load_state_dict(state)
+        return sae.eval().requires_grad_(False)
+
+
+def subtract_input_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """From an encoder that reads x to one that reads x - b_dec: x W + b = (x - b_dec) W + (b + b_dec W)."""
+    return _shift_encoder(tensors, +1.0)
+
+
+def add_input_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """From an encoder that reads x - b_dec to one that reads x; the inverse of `subtract_input_bias`."""
+    return _shift_encoder(tensors, -1.0)
+
+
+def _shift_encoder(tensors: dict[str, Tensor], sign: float) -> dict[str, Tensor]:
+    shift_N = sign * (tensors["b_dec"].double() @ tensors["W_enc"].double())
+    shifted = dict(tensors)
+    for name, scale in (("b_enc", None), ("b_gate", None), ("b_mag", "r_mag")):
+        if name in tensors:
+            factor = tensors[scale].double().exp() if scale is not None else 1.0
+            shifted[name] = (tensors[name].double() + shift_N * factor).to(tensors[name].dtype)
+    return shifted
+
+
+def fold_decoder_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Unit decoder rows, with codes that carry the norm: W_dec/n, W_enc*n, and biases and thresholds times n."""
+    norm_N = tensors["W_dec"].double().norm(dim=1)
+    if not bool((norm_N > 0).all()):
+        raise FormatError(f"{int((norm_N == 0).sum())} decoder rows are zero and have no norm to fold; expected none")
+    folded = dict(tensors)
+    folded["W_dec"] = (tensors["W_dec"].double() / norm_N[:, None]).to(tensors["W_dec"].dtype)
+    for name in ("W_enc", "b_enc", "threshold", "b_gate", "b_mag"):
+        if name in tensors:
+            folded[name] = (tensors[name].double() * norm_N).to(tensors[name].dtype)
+    return folded
+
+
+def require(tensors: dict[str, Tensor], names: tuple[str, ...], where: str) -> None:
+    """Exactly these tensors must be there.
+
+    Raises:
+        FormatError: naming what is missing and what is surplus.
+    """
+    missing, surplus = [name for name in names if name not in tensors], sorted(set(tensors) - set(names))
+    if missing or surplus:
+        raise FormatError(
+            f"{where} has tensors {sorted(tensors)}; expected exactly {sorted(names)}; "
+            f"missing: {', '.join(missing) or 'none'}; surplus: {', '.join(surplus) or 'none'}"
+        )
+
+
+def shared_threshold(threshold: Tensor, where: str) -> Tensor:
+    """The one value of a threshold that all features share, as `[]`.
+
+    Raises:
+        FormatError: the features differ.
+    """
+    flat = threshold.reshape(-1)
+    if not bool((flat == flat[0]).all()):
+        raise FormatError(
+            f"{where}: threshold runs from {flat.min().item():g} to {flat.max().item():g}; expected one value for all "
+            "features, as the architecture it was trained with has; read it as a jumprelu SAE instead"
+        )
+    return flat[0].clone()
+
+
+def _checked_widths(tensors: dict[str, Tensor], where: str) -> tuple[int, int]:
+    for name in ("W_enc", "W_dec", "b_dec"):
+        if name not in tensors:
+            raise FormatError(f"{where} has no tensor {name}; found {sorted(tensors)}")
+    W_enc, W_dec = tensors["W_enc"], tensors["W_dec"]
+    if W_enc.ndim != 2 or W_dec.ndim != 2 or W_enc.shape != W_dec.shape[::-1]:
+        raise FormatError(
+            f"{where}: the encoder has shape {list(W_enc.shape)} and the decoder {list(W_dec.shape)}; "
+            "expected [D, N] and [N, D]"
+        )
+    d_in, n_features = W_enc.shape
+    for name, tensor in tensors.items():
+        expected = [n_features] if name in PER_FEATURE else [d_in] if name == "b_dec" else list(tensor.shape)
+        if list(tensor.shape) != expected and not (name == "threshold" and tensor.numel() == 1):
+            raise FormatError(f"{where}: tensor {name} has shape {list(tensor.shape)}; expected {expected}")
+        if not bool(tensor.isfinite().all()):
+            raise FormatError(f"{where}: tensor {name} holds values that are not finite; expected finite numbers only")
+    return d_in, n_features
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)

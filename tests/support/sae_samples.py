@@ -1,0 +1,20 @@
+"""SAEs whose weights are far from their initial values, for tests that save, load and look at them."""
+
+import torch
+
+from unbraid.config import SAEConfig
+from unbraid.sae import SAE, build
+
+D, N, K = 12, 40, 5
+
+
+def make_sae(architecture: str, seed: int = 0, unit_rows: bool = True, **settings) -> SAE:
+    generator = torch.Generator().manual_seed(seed)
+    sae = build(SAEConfig(architecture=architecture, n_features=N, k=K, **settings), D, generator)
+    with torch.no_grad():
+        for name, tensor in sae.state_dict().items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(noise.abs() * 0.3 if "threshold" in name else tensor + 0.3 * noise)
+        if unit_rows:
+            sae.normalise_decoder()
+    return sae.eval().requires_grad_(False)
