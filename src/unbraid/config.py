@@ -65,15 +65,15 @@ class TextConfig(Section):
     """Split of the hub dataset."""
     column: str = "text"
     """Column (parquet, hub) or key (jsonl) that holds the text."""
-    context_length: int = Field(128, ge=2, le=1_000_000)
+    context_length: int = Field(default=128, ge=2, le=1_000_000)
     """Tokens per context T, the beginning-of-sequence token included."""
-    held_out_fraction: float = Field(0.02, ge=0.0, le=0.5)
+    held_out_fraction: float = Field(default=0.02, ge=0.0, le=0.5)
     """Share of documents kept for held-out metrics, chosen by a hash of their text, never trained on."""
     shuffle_seed: int = 0
     """Order of the documents; hub streams are put in random order within blocks of 1024 documents."""
-    max_skipped_fraction: float = Field(0.5, ge=0.0, le=1.0)
+    max_skipped_fraction: float = Field(default=0.5, ge=0.0, le=1.0)
     """Stop when more than this share of documents is unusable (empty, not text, not UTF-8, too large)."""
-    max_document_characters: int = Field(2_000_000, ge=1)
+    max_document_characters: int = Field(default=2_000_000, ge=1)
     """Documents longer than this count as too large."""
 
 
@@ -89,7 +89,7 @@ class ModelConfig(Section):
     """Precision of the model's weights and pass; bfloat16 is slower than float32 on most CPUs."""
     sites: list[str] = ["resid_post.6"]
     """KIND.LAYER, KIND one of resid_post, mlp_out, attn_out; all are read in one pass."""
-    batch_contexts: int = Field(24, ge=1)
+    batch_contexts: int = Field(default=24, ge=1)
     """Contexts per model pass."""
     trust_remote_code: bool = False
     """Run code shipped with a hub model. Leave off unless you have read that code."""
@@ -108,11 +108,11 @@ class ModelConfig(Section):
 class BufferConfig(Section):
     """The shuffle buffer between model and SAE, and which rows may enter it."""
 
-    contexts: int = Field(2048, ge=2)
+    contexts: int = Field(default=2048, ge=2)
     """Capacity in contexts; refilled when half has been used."""
     drop_first_position: bool = True
     """Leave out position 0 of every context (an attention sink with about 100x the median norm)."""
-    norm_limit: float | None = Field(10.0, gt=1.0)
+    norm_limit: float | None = Field(default=10.0, gt=1.0)
     """Leave out rows whose norm exceeds this many times the site's median norm; none keeps every row."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of stored activations."""
@@ -126,29 +126,29 @@ class SAEConfig(Section):
 
     architecture: Architecture = "relu"
     """Which encoder and sparsity loss."""
-    n_features: int = Field(16384, ge=2)
+    n_features: int = Field(default=16384, ge=2)
     """Width N: number of features."""
-    k: int = Field(64, ge=1)
+    k: int = Field(default=64, ge=1)
     """Active features per token, for topk, batch_topk and matryoshka."""
-    lambda1: float = Field(0.04, ge=0.0)
+    lambda1: float = Field(default=0.04, ge=0.0)
     """Weight of the sparsity loss (relu, gated, denoising: L1; jumprelu: L0 or tanh), with E||x||^2 = 1."""
-    aux_k: int | None = Field(None, ge=0)
+    aux_k: int | None = Field(default=None, ge=0)
     """Dead features used to explain the residual (topk family); none picks D/2, 0 turns it off."""
-    aux_weight: float = Field(1 / 32, ge=0.0)
+    aux_weight: float = Field(default=1 / 32, ge=0.0)
     """Weight of the auxiliary loss on dead features."""
-    dead_after_tokens: int = Field(1_000_000, ge=1)
+    dead_after_tokens: int = Field(default=1_000_000, ge=1)
     """A feature that has not fired for this many training tokens counts as dead."""
-    bandwidth: float = Field(0.001, gt=0.0)
+    bandwidth: float = Field(default=0.001, gt=0.0)
     """JumpReLU: width of the straight-through window around the threshold."""
     jumprelu_sparsity: Literal["l0", "tanh"] = "l0"
     """JumpReLU: which sparsity penalty lambda1 weighs."""
-    initial_threshold: float = Field(0.001, gt=0.0)
+    initial_threshold: float = Field(default=0.001, gt=0.0)
     """JumpReLU: threshold at the start."""
     matryoshka_widths: list[int] | None = None
     """Matryoshka: nested prefix widths, ascending, the last equal to n_features; none takes N/16, N/4, N."""
-    corruption: float = Field(0.1, ge=0.0)
+    corruption: float = Field(default=0.1, ge=0.0)
     """Denoising: standard deviation of the input noise relative to the input's root mean square."""
-    decoder_init_norm: float = Field(1.0, gt=0.0, le=1.0)
+    decoder_init_norm: float = Field(default=1.0, gt=0.0, le=1.0)
     """Encoder columns start as this multiple of the unit decoder rows."""
 
 
@@ -160,79 +160,79 @@ class DecorrelationConfig(Section):
 
     method: Literal["none", "selective", "global", "static_groups", "orthogonal", "random_pairs"] = "selective"
     """selective: the paper's idea; the others are comparators under the same interface."""
-    lambda2: float = Field(0.1, ge=0.0)
+    lambda2: float = Field(default=0.1, ge=0.0)
     """Weight of the penalty R(tau); 0 measures without penalising."""
-    fraction: float = Field(1e-3, gt=0.0, le=1.0)
+    fraction: float = Field(default=1e-3, gt=0.0, le=1.0)
     """Share of live pairs selected."""
     measure: Literal["cosine", "pearson"] = "cosine"
     """Correlation of two features over a batch; cosine is the paper's Eq. 2."""
     space: Literal["codes", "decoder", "co-active"] = "codes"
     """codes: the paper's; decoder: overlap of decoder rows; co-active: pairs chosen by codes, penalised by decoder."""
-    window: int = Field(1, ge=1)
+    window: int = Field(default=1, ge=1)
     """Select on the codes of the last M batches, every M steps; 1 is the paper's per-batch form."""
-    min_support: int = Field(1, ge=1)
+    min_support: int = Field(default=1, ge=1)
     """Features that fired fewer times in the window are left out of the selection."""
-    interval: int = Field(1, ge=1)
+    interval: int = Field(default=1, ge=1)
     """Penalise every T-th step with weight T."""
     threshold: Literal["batch", "running", "fixed"] = "batch"
     """tau: mu + sigma of this selection, its running mean, or `tau`."""
-    tau: float = Field(0.2, ge=0.0, le=1.0)
+    tau: float = Field(default=0.2, ge=0.0, le=1.0)
     """The fixed threshold, for threshold=fixed."""
-    threshold_decay: float = Field(0.99, ge=0.0, lt=1.0)
+    threshold_decay: float = Field(default=0.99, ge=0.0, lt=1.0)
     """Decay of the running mean, for threshold=running."""
     floor: Floor = None
     """tau never falls below this; chance = sqrt(2 ln N / D) in decoder space."""
-    max_pairs_per_feature: int | None = Field(None, ge=1)
+    max_pairs_per_feature: int | None = Field(default=None, ge=1)
     """Caps |S| at this many pairs per live feature, which makes it linear in N."""
-    groups: int = Field(64, ge=1)
+    groups: int = Field(default=64, ge=1)
     """static_groups: number of fixed subsets."""
-    chunk: int = Field(8192, ge=2)
+    chunk: int = Field(default=8192, ge=2)
     """orthogonal (OrtSAE): features per random chunk."""
-    block: int = Field(512, ge=2)
+    block: int = Field(default=512, ge=2)
     """Features per random block when codes are too dense for the exact path."""
-    pair_budget: int = Field(64_000_000, ge=1)
+    pair_budget: int = Field(default=64_000_000, ge=1)
     """Most co-activations W of a batch the exact path enumerates before blocks take over."""
 
 
 class OptimiserConfig(Section):
     """Adam and its schedules."""
 
-    lr: float = Field(3e-4, gt=0.0)
+    lr: float = Field(default=3e-4, gt=0.0)
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
-    eps: float = Field(1e-8, gt=0.0)
+    eps: float = Field(default=1e-8, gt=0.0)
     """Adam's epsilon."""
-    warmup_steps: int = Field(1000, ge=0)
+    warmup_steps: int = Field(default=1000, ge=0)
     """Steps over which the learning rate rises linearly; the first one is already above zero."""
-    decay_fraction: float = Field(0.2, ge=0.0, le=1.0)
+    decay_fraction: float = Field(default=0.2, ge=0.0, le=1.0)
     """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
-    sparsity_warmup_steps: int = Field(0, ge=0)
+    sparsity_warmup_steps: int = Field(default=0, ge=0)
     """Steps over which lambda1 rises linearly."""
-    decorrelation_warmup_steps: int = Field(0, ge=0)
+    decorrelation_warmup_steps: int = Field(default=0, ge=0)
     """Steps over which lambda2 rises linearly."""
-    clip_norm: float | None = Field(1.0, gt=0.0)
+    clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Clip the global gradient norm of each SAE; none leaves it."""
 
 
 class TrainingConfig(Section):
     """How long, how often and where."""
 
-    tokens: int = Field(20_000_000, ge=0)
+    tokens: int = Field(default=20_000_000, ge=0)
     """Training tokens; steps = tokens // batch_tokens."""
-    batch_tokens: int = Field(2048, ge=1)
+    batch_tokens: int = Field(default=2048, ge=1)
     """Token rows B per training step."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = Field(1000, ge=0)
+    checkpoint_every: int = Field(default=1000, ge=0)
     """Steps between checkpoints; 0 writes one only when interrupted."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """Older checkpoints are deleted."""
-    held_out_tokens: int = Field(32_768, ge=256)
+    held_out_tokens: int = Field(default=32_768, ge=256)
     """Held-out token rows for the final metrics."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads; none leaves torch's choice."""
 
 
@@ -265,7 +265,7 @@ class RunConfig(Section):
 
     name: str = "custom"
     """Name of the recipe."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """The one seed every generator derives from."""
     cache: str | None = None
     """Train from the activations in this folder, made by `unbraid harvest` from the same text, model and settings,
