@@ -57,7 +57,7 @@ class Weights:
         """
         tensors = {name: _at_least_float32(tensor) for name, tensor in self.tensors.items()}
         d_in, n_features = _checked_widths(tensors, where)
-        k = min(SAEConfig().k, n_features)
+        k = min(SAEConfig.model_fields["k"].default, n_features)
         settings = {"k": k} | self.settings | {"architecture": self.architecture, "n_features": n_features}
         try:
             config = validated(SAEConfig, settings, where)

@@ -26,7 +26,7 @@ POINTS = 240
 COLOURS = ("#1f2a6b", "#c0392b", "#e69f00", "#4c9f70", "#7f7f7f", "#6fb7e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Any, ...] = ("solid", (0, (3.2, 1.6)), (0, (1.0, 1.2)), (0, (5, 1.2, 1, 1.2)))
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
     "axes.titlesize": 8,
