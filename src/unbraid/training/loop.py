@@ -26,6 +26,9 @@ from unbraid.training.optimiser import SAEOptimiser
 from unbraid.training.run_folder import JsonLines, RunFolder
 from unbraid.training.schedules import learning_rate, warm_up
 
+KEEP_ALL = 2**62
+"""Timing is appended to, never cut back: a resumed run's seconds were spent all the same."""
+
 
 class TrainingInterrupted(UnbraidError):
     """The run was asked to stop; a checkpoint was written and the run can be resumed.
@@ -145,62 +148,63 @@ def train_saes(
             raise TrainingInterrupted("stopped before the first step; nothing to save yet") from None
         trainees, done, offset = _start(config, buffer, device), 0, 0
         seconds = {"buffer": 0.0, "training": 0.0}
-    metrics, timing = JsonLines(folder.metrics, offset), JsonLines(folder.timing, 2**62)
+    with JsonLines(folder.metrics, offset) as metrics, JsonLines(folder.timing, KEEP_ALL) as timing:
+        for step in range(done, config.steps):
+            try:
+                if should_stop():
+                    raise RefillInterrupted
+                started = time.perf_counter()
+                batch = buffer.next_batch()
+            except RefillInterrupted:
+                _save(folder, config, step, trainees, buffer, seconds, metrics)
+                raise TrainingInterrupted(
+                    f"stopped after step {step} of {config.steps}; a checkpoint was written; go on with "
+                    f"`unbraid resume {folder.path}`"
+                ) from None
+            fed = time.perf_counter()
 
-    def save(step: int) -> None:
-        buffer_tensors, buffer_data = buffer.state() if step < config.steps else ({}, {"filter": buffer.filter.state()})
-        tensors = {"buffer": buffer_tensors} | {f"sae-{trainee.name}": trainee.tensors() for trainee in trainees}
-        state = {
-            "step": step,
-            "metrics_offset": metrics.sync(),
-            "scales": {trainee.name: trainee.scale for trainee in trainees},
-            "buffer": buffer_data,
-            "seconds": seconds,
-        }
-        write_checkpoint(folder.checkpoints, step, tensors, state, config.training.keep_checkpoints)
+            finished = step + 1
+            log = finished == 1 or finished % config.training.log_every == 0 or finished == config.steps
+            records: dict[str, Any] = {}
+            for trainee in trainees:
+                lr = learning_rate(trainee.config.optimiser, step, config.steps)
+                records[trainee.name] = train_step(trainee, batch[trainee.site] * trainee.scale, step, lr, log)
 
-    logged_at = time.perf_counter()
-    for step in range(done, config.steps):
-        try:
-            if should_stop():
-                raise RefillInterrupted
-            started = time.perf_counter()
-            batch = buffer.next_batch()
-        except RefillInterrupted:
-            save(step)
-            raise TrainingInterrupted(
-                f"stopped after step {step} of {config.steps}; a checkpoint was written; go on with `unbraid resume "
-                f"{folder.path}`"
-            ) from None
-        fed = time.perf_counter()
-
-        finished = step + 1
-        log = finished == 1 or finished % config.training.log_every == 0 or finished == config.steps
-        lr = 0.0
-        records: dict[str, Any] = {}
-        for trainee in trainees:
-            lr = learning_rate(trainee.config.optimiser, step, config.steps)
-            records[trainee.name] = train_step(trainee, batch[trainee.site] * trainee.scale, step, lr, log)
-
-        seconds["buffer"] += fed - started
-        seconds["training"] += time.perf_counter() - fed
-        line = (
-            {"step": finished, "tokens": finished * config.training.batch_tokens, "lr": lr, "saes": records}
-            if log
-            else None
-        )
-        if line is not None:
-            metrics.write(line)
-            now = time.perf_counter()
-            timing.write({"step": finished, "seconds": dict(seconds), "since_last_line": now - logged_at})
-            logged_at = now
-        progress.step(finished, line)
-        every = config.training.checkpoint_every
-        if finished == config.steps or (every and finished % every == 0):
-            save(finished)
-    metrics.close()
-    timing.close()
+            seconds["buffer"] += fed - started
+            seconds["training"] += time.perf_counter() - fed
+            line = (
+                {"step": finished, "tokens": finished * config.training.batch_tokens, "saes": records} if log else None
+            )
+            if line is not None:
+                metrics.write(line)
+                timing.write({"step": finished, **seconds})
+            progress.step(finished, line)
+            every = config.training.checkpoint_every
+            if finished == config.steps or (every and finished % every == 0):
+                _save(folder, config, finished, trainees, buffer, seconds, metrics)
     return Trained(trainees, buffer, seconds)
+
+
+def _save(
+    folder: RunFolder,
+    config: RunConfig,
+    step: int,
+    trainees: list[Trainee],
+    buffer: ActivationBuffer,
+    seconds: dict[str, float],
+    metrics: JsonLines,
+) -> None:
+    """A checkpoint after `step` steps; the last one leaves out the buffer, which nothing will read again."""
+    tensors, buffer_data = buffer.state() if step < config.steps else ({}, {"filter": buffer.filter.state()})
+    state = {
+        "step": step,
+        "metrics_offset": metrics.sync(),
+        "scales": {trainee.name: trainee.scale for trainee in trainees},
+        "buffer": buffer_data,
+        "seconds": seconds,
+    }
+    groups = {"buffer": tensors} | {f"sae-{trainee.name}": trainee.tensors() for trainee in trainees}
+    write_checkpoint(folder.checkpoints, step, groups, state, config.training.keep_checkpoints)
 
 
 def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) -> dict[str, Any] | None:
@@ -216,18 +220,18 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
     dead_N = trainee.tokens_since_fired >= settings.sae.dead_after_tokens
     out = sae.training_forward(x_BD, dead_N, trainee.generator)
     loss = out.reconstruction + lambda1 * out.sparsity + out.auxiliary
-    penalty, stats = None, None
-    if lambda2 > 0 or log:
-        with torch.set_grad_enabled(lambda2 > 0):
-            penalty, stats = _decorrelate(trainee.decorrelate, out.codes, sae.W_dec)
-    if penalty is not None and lambda2 > 0:
-        loss = loss + lambda2 * penalty
     if not loss.isfinite():
         raise TrainingError(
             f"the loss of {trainee.name} became {loss.item()} at step {step + 1}; expected a finite number; its "
             "weights are as "
             "after the last good step; lower optimiser.lr, set optimiser.clip_norm, or lower decorrelation.lambda2"
         )
+    penalty, stats = None, None
+    if lambda2 > 0 or log:
+        with torch.set_grad_enabled(lambda2 > 0):
+            penalty, stats = _decorrelate(trainee.decorrelate, out.codes, sae.W_dec)
+    if penalty is not None and lambda2 > 0:
+        loss = loss + lambda2 * penalty
     trainee.optimiser.zero_grad()
     loss.backward()
     gradient_norm = trainee.optimiser.step(lr)
@@ -250,6 +254,7 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
             "grad_norm": float(gradient_norm),
             "updates": trainee.updates,
             "path": out.path,
+            "lr": lr,
             "lambda1": lambda1,
             "lambda2": lambda2,
         }

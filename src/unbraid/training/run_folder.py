@@ -128,7 +128,7 @@ class RunFolder:
 
 
 class JsonLines:
-    """An append-only log that can be cut back to where a checkpoint stood."""
+    """An append-only log that can be cut back to where a checkpoint stood. Use as a context manager."""
 
     def __init__(self, path: Path, offset: int = 0):
         if path.exists():
@@ -145,8 +145,10 @@ class JsonLines:
         os.fsync(self._file.fileno())
         return self._file.tell()
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> "JsonLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

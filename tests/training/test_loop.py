@@ -1,0 +1,205 @@
+"""What the loop promises, on a fake source: no model, no text, a few dozen steps of a small SAE."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fake_source import FakeSource
+
+from unbraid.config import BufferConfig, ModelConfig, OptimiserConfig, RunConfig, SAEConfig, TrainingConfig
+from unbraid.errors import TrainingError
+from unbraid.training.checkpoint import list_checkpoints
+from unbraid.training.loop import Trained, TrainingInterrupted, train_saes
+from unbraid.training.run_folder import RunFolder
+
+CPU = torch.device("cpu")
+
+
+class Silent:
+    def filling(self, rows, capacity):
+        pass
+
+    def step(self, step, record):
+        pass
+
+
+def make_config(steps: int = 24, variants: dict | None = None, **sae) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(sites=["resid_post.0", "resid_post.1"], batch_contexts=4),
+        buffer=BufferConfig(contexts=32),
+        sae=SAEConfig(**{"n_features": 32, "dead_after_tokens": 64, "lambda1": 0.02, "k": 4} | sae),
+        optimiser=OptimiserConfig(lr=1e-2, warmup_steps=4),
+        training=TrainingConfig(tokens=steps * 32, batch_tokens=32, log_every=5, checkpoint_every=10),
+        variants=variants or {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0}},
+    )
+
+
+def make_source() -> FakeSource:
+    return FakeSource(400, d_model=16, n_sites=2)
+
+
+def train(folder: Path, config: RunConfig, source: FakeSource | None = None, **settings) -> Trained:
+    run = RunFolder(folder) if (folder / "config.json").exists() else RunFolder.create(folder, config)
+    return train_saes(run, config, source or make_source(), CPU, Silent(), **settings)
+
+
+def weights(trained: Trained) -> dict[str, torch.Tensor]:
+    return {f"{t.name}.{name}": tensor for t in trained.trainees for name, tensor in t.sae.state_dict().items()}
+
+
+def assert_same_bytes(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_the_loop_executes_every_planned_step_and_learns(tmp_path):
+    trained = train(tmp_path / "run", make_config(60))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, *range(5, 61, 5)]
+    for trainee in trained.trainees:
+        assert trainee.updates == 60
+        first, last = lines[0]["saes"][trainee.name], lines[-1]["saes"][trainee.name]
+        assert last["loss"] < 0.8 * first["loss"]
+        assert 0 < last["l0"] < 32
+        assert torch.allclose(trainee.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
+
+
+def test_two_runs_of_one_seed_end_with_the_same_bytes(tmp_path):
+    first, second = train(tmp_path / "a", make_config()), train(tmp_path / "b", make_config())
+    assert_same_bytes(weights(first), weights(second))
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (tmp_path / "b" / "metrics.jsonl").read_bytes()
+
+
+def test_another_seed_gives_other_weights(tmp_path):
+    first = weights(train(tmp_path / "a", make_config()))
+    second = weights(train(tmp_path / "b", make_config().model_copy(update={"seed": 1})))
+    assert not torch.equal(first["resid_post.0_twin.W_dec"], second["resid_post.0_twin.W_dec"])
+
+
+@pytest.mark.parametrize("method", ["none", "selective", "global", "static_groups", "orthogonal", "random_pairs"])
+def test_a_variant_trained_beside_others_is_the_same_as_trained_alone(tmp_path, method):
+    variants = {
+        "a": {"decorrelation.method": method, "decorrelation.window": 2 if method == "selective" else 1},
+        "b": {"seed": 3},
+        "c": {"sae.architecture": "topk", "decorrelation.lambda2": 0},
+    }
+    together = weights(train(tmp_path / "together", make_config(variants=variants)))
+    for name, overrides in variants.items():
+        alone = weights(train(tmp_path / name, make_config(variants={name: overrides})))
+        assert_same_bytes({key: together[key] for key in alone}, alone)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk"])
+@pytest.mark.parametrize("stop_at", [1, 7, 10, 13, 23])
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path, stop_at, architecture):
+    config = make_config(architecture=architecture)
+    whole = train(tmp_path / "whole", config)
+    steps = []
+
+    class Count(Silent):
+        def step(self, step, record):
+            steps.append(step)
+
+    run = RunFolder.create(tmp_path / "cut", config)
+    with pytest.raises(TrainingInterrupted, match=f"after step {stop_at} of 24.*unbraid resume"):
+        train_saes(run, config, make_source(), CPU, Count(), should_stop=lambda: len(steps) >= stop_at)
+    resumed = train(tmp_path / "cut", config)
+    assert_same_bytes(weights(whole), weights(resumed))
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
+
+
+def test_lines_logged_after_the_last_checkpoint_are_written_once(tmp_path):
+    """A killed process has logged steps its newest checkpoint knows nothing of; resuming must not repeat them."""
+    config = make_config()
+
+    class Killed(Exception):
+        pass
+
+    class Kill(Silent):
+        def step(self, step, record):
+            if step == 17:
+                raise Killed
+
+    whole = train(tmp_path / "whole", config)
+    run = RunFolder.create(tmp_path / "cut", config)
+    with pytest.raises(Killed):
+        train_saes(run, config, make_source(), CPU, Kill())
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 18, "tok')
+    resumed = train(tmp_path / "cut", config)
+    assert_same_bytes(weights(whole), weights(resumed))
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
+
+
+def test_a_finished_run_needs_no_text_to_be_read_again(tmp_path):
+    config = make_config()
+    first = train(tmp_path / "run", config)
+    source = make_source()
+    again = train(tmp_path / "run", config, source)
+    assert source.passes == 0
+    assert_same_bytes(weights(first), weights(again))
+
+
+def test_the_final_checkpoint_holds_no_buffer(tmp_path):
+    train(tmp_path / "run", make_config())
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert newest.name == "step_24"
+    assert not any("rows" in path.name for path in newest.iterdir())
+    assert (newest / "buffer.safetensors").stat().st_size < 100
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path):
+    config = make_config(variants={"": {}})
+    seen = {}
+
+    class Poison(Silent):
+        def step(self, step, record):
+            if step == 6:
+                seen["bias"] = trainee_bias()
+
+    bias = {}
+
+    def trainee_bias():
+        bias["before"] = bias["sae"].b_dec.detach().clone()
+        bias["sae"].b_dec.data[0] = float("nan")
+        return True
+
+    from unbraid.training import loop
+
+    original = loop._new_trainee
+
+    def remember(*args):
+        trainee = original(*args)
+        bias["sae"] = trainee.sae
+        return trainee
+
+    loop._new_trainee, restore = remember, original
+    try:
+        with pytest.raises(TrainingError, match=r"loss of resid_post\.\d became nan at step 7.*lower optimiser.lr"):
+            train_saes(RunFolder.create(tmp_path / "run", config), config, make_source(), CPU, Poison())
+    finally:
+        loop._new_trainee = restore
+
+
+def test_activations_are_scaled_so_that_their_mean_square_norm_is_one(tmp_path):
+    trained = train(tmp_path / "run", make_config(steps=2))
+    source = make_source()
+    rows = torch.cat([chunk.activations[0].flatten(0, 1) for chunk in source.chunks(None)])
+    scaled = rows * trained.trainees[0].scale
+    assert abs(float(scaled.square().sum(1).mean()) - 1) < 0.05
+
+
+def test_twins_start_from_the_same_weights(tmp_path):
+    from unbraid.training.loop import _start
+    from unbraid.activations.buffer import ActivationBuffer
+
+    config = make_config()
+    buffer = ActivationBuffer(make_source(), config.buffer, 32, 0)
+    buffer.fill()
+    trainees = {trainee.name: trainee.sae.state_dict() for trainee in _start(config, buffer, CPU)}
+    for name, tensor in trainees["resid_post.0_decorrelated"].items():
+        assert torch.equal(tensor, trainees["resid_post.0_twin"][name])
+    assert not torch.equal(trainees["resid_post.0_twin"]["W_dec"], trainees["resid_post.1_twin"]["W_dec"])
+    assert all(tensor.abs().sum() > 0 for name, tensor in trainees["resid_post.0_twin"].items() if "b_enc" not in name)
