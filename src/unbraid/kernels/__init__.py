@@ -1,0 +1,1 @@
+"""The sparse operations that cost time, each beside a slow twin it is tested against."""
