@@ -11,13 +11,19 @@ from typing import Any
 from torch import Tensor
 
 from unbraid.errors import FormatError
-from unbraid.formats import sae_lens
+from unbraid.formats import dictionary_learning, gemma_scope, sae_lens, sparsify
 from unbraid.formats.folder import SAEFolder
 from unbraid.sae import SAE
 
 __all__ = ["LAYOUTS", "SAEFolder", "load", "open_folder", "save"]
 
-LAYOUTS: dict[str, ModuleType] = {"sae_lens": sae_lens}
+LAYOUTS: dict[str, ModuleType] = {
+    "sae_lens": sae_lens,
+    "dictionary_learning": dictionary_learning,
+    "sparsify": sparsify,
+    "gemma_scope": gemma_scope,
+}
+"""Name -> module; the order in which `load` tries them."""
 
 
 def load(path: Path | str) -> SAE:

@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unbraid.config import SAEConfig, validated
-from unbraid.errors import ConfigError, FormatError
+from unbraid.errors import FormatError
 from unbraid.files import write_json
 from unbraid.formats.folder import (
     SAEFolder,
@@ -25,12 +24,14 @@ from unbraid.formats.folder import (
 )
 from unbraid.formats.weights import (
     GATED,
+    ONE_THRESHOLD,
     PLAIN,
     THRESHOLDED,
     Weights,
     fold_decoder_norms,
     require,
-    shared_threshold,
+    restored,
+    settings_to_restore,
     subtract_input_bias,
 )
 from unbraid.sae import SAE
@@ -51,7 +52,6 @@ WRITTEN_AS = {
 }
 READ_AS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
 TENSORS = {"standard": PLAIN, "topk": PLAIN, "jumprelu": THRESHOLDED, "gated": GATED}
-ONE_THRESHOLD = ("batch_topk", "matryoshka")
 NOT_A_FREQUENCY = 1e-10
 """Added before the logarithm, as SAELens does, so that a feature that never fired has one."""
 
@@ -90,7 +90,7 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": LAYOUT_VERSION, "sae_lens_training_version": None}
         | (metadata or {})
-        | {"unbraid": {"sae": sae.config.model_dump(mode="json")}},
+        | {"unbraid": settings_to_restore(sae)},
     }
     if architecture == "topk":
         config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
@@ -125,8 +125,7 @@ def load(folder: Path) -> SAEFolder:
     if config.get("rescale_acts_by_decoder_norm", False):
         tensors = fold_decoder_norms(tensors)
     weights = Weights(READ_AS[architecture], tensors, {} if k is None else {"k": k})
-    if isinstance(metadata.get("unbraid"), dict):
-        weights = _restored(weights, metadata["unbraid"].get("sae"), architecture, where)
+    weights = restored(weights, metadata.get("unbraid"), WRITTEN_AS, architecture, where)
     frequencies = folder / FREQUENCIES
     log10_frequency_N = read_tensors(frequencies).get("sparsity") if frequencies.is_file() else None
     return SAEFolder(weights.to_sae(where), "sae_lens", metadata, log10_frequency_N)
@@ -171,24 +170,6 @@ def _flat_metadata(config: dict[str, Any]) -> dict[str, Any]:
     known = ("model_name", "hook_name", "hook_layer", "hook_head_index", "context_size", "prepend_bos", "dataset_path")
     flat = {renamed.get(name, name): value for name, value in config.items()}
     return {name: flat[name] for name in known if flat.get(name) is not None}
-
-
-def _restored(weights: Weights, settings: Any, architecture: str, where: str) -> Weights:
-    """The architecture and settings unbraid trained with, where the file's own architecture is how they are written."""
-    try:
-        config = validated(SAEConfig, settings, f"{where}: metadata.unbraid.sae")
-    except ConfigError as error:
-        raise FormatError(f"{error}; written by another version? delete metadata.unbraid to read it plainly") from None
-    if WRITTEN_AS[config.architecture] != architecture:
-        raise FormatError(
-            f"{where}: architecture is {architecture!r} but metadata.unbraid.sae.architecture {config.architecture!r}, "
-            f"which is written as {WRITTEN_AS[config.architecture]!r}; delete metadata.unbraid to read it plainly"
-        )
-    tensors = dict(weights.tensors)
-    if config.architecture in ONE_THRESHOLD:
-        tensors["threshold"] = shared_threshold(tensors["threshold"], where)
-    settings = config.model_dump(exclude={"architecture", "n_features"}) | weights.settings
-    return Weights(config.architecture, tensors, settings)
 
 
 def hook_name(site: str) -> str:

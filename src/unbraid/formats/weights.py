@@ -20,6 +20,8 @@ PER_FEATURE = {"b_enc", "threshold", "b_gate", "b_mag", "r_mag"}
 GATED = ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec")
 PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
 THRESHOLDED = (*PLAIN, "threshold")
+ONE_THRESHOLD = ("batch_topk", "matryoshka")
+"""Architectures whose features share one threshold at inference."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,54 @@ def require(tensors: dict[str, Tensor], names: tuple[str, ...], where: str) -> N
         )
 
 
-def shared_threshold(threshold: Tensor, where: str) -> Tensor:
-    """The one value of a threshold that all features share, as `[]`.
+def settings_to_restore(sae: SAE) -> dict[str, Any]:
+    """What unbraid keeps beside a layout's own settings, so that `restored` gives back the SAE it was."""
+    return {"sae": sae.config.model_dump(mode="json")}
+
+
+def metadata_to_restore(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Where an SAE belongs, kept beside `settings_to_restore` in layouts that have no place for it."""
+    return {"metadata": {key: value for key, value in metadata.items() if key != "unbraid"}}
+
+
+def restored_metadata(kept: Any) -> dict[str, Any]:
+    """What `metadata_to_restore` kept; nothing from a file that is not unbraid's."""
+    metadata = kept.get("metadata") if isinstance(kept, dict) else None
+    return dict(metadata) if isinstance(metadata, dict) else {}
+
+
+def restored(weights: Weights, kept: Any, written_as: dict[str, str], label: str, where: str) -> Weights:
+    """The architecture and settings unbraid trained with, where a layout writes several architectures as one.
+
+    Args:
+        weights: as the layout describes them.
+        kept: what `settings_to_restore` gave; anything else leaves `weights` as they are.
+        written_as: unbraid's architecture -> the layout's.
+        label: the layout's architecture of this SAE.
+        where: the file, for messages.
 
     Raises:
-        FormatError: the features differ.
+        FormatError: `kept` contradicts the file.
     """
+    if not isinstance(kept, dict) or "sae" not in kept:
+        return weights
+    try:
+        config = validated(SAEConfig, kept["sae"], f"{where}: unbraid.sae")
+    except ConfigError as error:
+        raise FormatError(f"{error}; written by another version? delete the entry unbraid to read it plainly") from None
+    if written_as.get(config.architecture) != label:
+        raise FormatError(
+            f"{where}: the architecture is {label!r} but unbraid.sae.architecture {config.architecture!r}, which is "
+            f"written as {written_as.get(config.architecture)!r}; delete the entry unbraid to read it plainly"
+        )
+    tensors = dict(weights.tensors)
+    if config.architecture in ONE_THRESHOLD:
+        tensors["threshold"] = _shared_threshold(tensors["threshold"], where)
+    settings = config.model_dump(exclude={"architecture", "n_features"}) | weights.settings
+    return Weights(config.architecture, tensors, settings)
+
+
+def _shared_threshold(threshold: Tensor, where: str) -> Tensor:
     flat = threshold.reshape(-1)
     if not bool((flat == flat[0]).all()):
         raise FormatError(
