@@ -49,7 +49,7 @@ def _pretrained(config: ModelConfig, name: str) -> tuple[nn.Module, Any]:
         if getattr(text_config, "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # the fused kernels of some versions leave the soft-cap out
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as problem:
+    except Exception as problem:  # transformers, safetensors and hub clients raise too many kinds to list
         raise ModelError(
             f"cannot load model.name = {config.name!r} (revision {config.revision or 'default'}): "
             f"{_first_line(problem)}; expected packaged:smollm2, random:FAMILY, a .gguf file, a local folder, or a hub "
@@ -69,7 +69,7 @@ def _gguf(config: ModelConfig, path: Path) -> tuple[nn.Module, Any]:
         model = AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=getattr(torch, config.dtype)
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, NotImplementedError) as problem:
+    except Exception as problem:  # transformers, safetensors and hub clients raise too many kinds to list
         raise ModelError(
             f"cannot read {config.name!r}: {_first_line(problem)}; expected a GGUF file of an architecture that "
             "transformers knows; reading one needs: pip install gguf accelerate"

@@ -12,7 +12,7 @@ from unbraid.config import Site
 from unbraid.errors import ModelError
 
 ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2")
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:

@@ -94,7 +94,7 @@ class Contexts:
         self.tokenizer = tokenizer
         self.config = config
         self.held_out = held_out
-        self._position = position or Position()
+        self._position = self._end = position or Position()
         self._bos: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._eos: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._pieces = self._read()
@@ -110,7 +110,7 @@ class Contexts:
         filled = len(self._bos)
         while filled < len(context_T):
             if self._piece is None:
-                self._piece = next(self._pieces)
+                self._piece = self._next_piece()
             taken = self._piece.tokens[self._token : self._token + len(context_T) - filled]
             context_T[filled : filled + len(taken)] = taken
             filled += len(taken)
@@ -121,6 +121,13 @@ class Contexts:
         if self._piece is not None:
             self._position = Position(self._piece.index, self._token, self._piece.before)
         return torch.from_numpy(context_T)
+
+    def _next_piece(self) -> _Piece:
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            self._position = self._end
+            raise
 
     @property
     def position(self) -> Position:
@@ -135,11 +142,12 @@ class Contexts:
 
     def _read(self) -> Iterator[_Piece]:
         """Usable documents of this side, tokenised, from the position on."""
-        counts = self._position.counts
+        counts, end = self._position.counts, self._position.document
         waiting: deque[tuple[int, str, Counts, Counts]] = deque()
         characters = 0
         for document in self.source.documents(self._position.document, self._position.bookmark):
             before = counts
+            end = document.index + 1
             text, problem = usable_text(document.text, self.config.max_document_characters)
             counts = self._counted(counts, text, problem)
             if counts.used > before.used:
@@ -156,6 +164,7 @@ class Contexts:
                 f"the text source holds no documents: {self.source.identity}; expected some; change the text settings"
             )
         self._check_skipped(counts)
+        self._end = Position(end, 0, counts)
 
     def _counted(self, counts: Counts, text: str, problem: str) -> Counts:
         if problem:

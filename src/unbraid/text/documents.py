@@ -24,6 +24,7 @@ class Document(NamedTuple):
 
 
 @runtime_checkable
+@runtime_checkable
 class TextSource(Protocol):
     """Documents in a fixed order that can be entered anywhere."""
 

