@@ -16,6 +16,9 @@ from unbraid.errors import FormatError
 from unbraid.files import sync
 from unbraid.sae import SAE
 
+REPLACEABLE = {"cfg.json", "config.json", "sae_weights.safetensors", "sparsity.safetensors", "sae.safetensors", "ae.pt"}
+"""A folder with anything else in it is never replaced."""
+
 
 @dataclass(frozen=True)
 class SAEFolder:
@@ -36,15 +39,21 @@ class SAEFolder:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Write into the folder this yields; on leaving it becomes `folder`, replacing what was there.
+    """Write into the folder this yields; on leaving it becomes `folder`, replacing an SAE folder that was there.
 
     Raises:
-        FormatError: the place cannot be written, or `folder` is a file.
+        FormatError: the place cannot be written, or holds something other than an SAE.
     """
     partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     try:
         if folder.exists() and not folder.is_dir():
             raise FormatError(f"{str(folder)!r} is a file; expected a folder to write; choose another place")
+        foreign = sorted(path.name for path in folder.glob("*") if path.name not in REPLACEABLE or path.is_dir())
+        if foreign:
+            raise FormatError(
+                f"{str(folder)!r} holds {', '.join(foreign[:5])}, which no SAE folder has; expected a new folder or "
+                "one that holds an SAE; choose another folder"
+            )
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)

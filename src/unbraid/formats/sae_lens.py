@@ -61,6 +61,11 @@ def recognises(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
+def cannot_hold(_sae: SAE) -> str | None:
+    """Why this layout cannot hold `sae`: never, every architecture has a class with its inference form."""
+    return None
+
+
 def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequency_N: Tensor | None = None) -> Path:
     """Write `sae`, which acts on raw activations, into `folder`.
 

@@ -41,17 +41,25 @@ def recognises(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
+def cannot_hold(sae: SAE) -> str | None:
+    """Why this layout cannot hold `sae`, naming the field; None if it can."""
+    if sae.architecture in WRITTEN_AS:
+        return None
+    return (
+        f"architecture is {sae.architecture!r}, which sparsify's activation cannot express; expected topk; export to "
+        "sae_lens instead"
+    )
+
+
 def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequency_N: Tensor | None = None) -> Path:
     """Write `sae`, which acts on raw activations, into `folder`; the layout has no place for `frequency_N`.
 
     Raises:
         FormatError: the SAE is no TopK, or the folder cannot be written.
     """
-    if sae.architecture not in WRITTEN_AS:
-        raise FormatError(
-            f"architecture is {sae.architecture!r}, which sparsify's activation cannot express; expected topk; "
-            "export to sae_lens instead"
-        )
+    refusal = cannot_hold(sae)
+    if refusal is not None:
+        raise FormatError(refusal)
     tensors = Weights.of(sae).tensors
     tensors["W_enc"] = tensors["W_enc"].T
     config = {

@@ -1,0 +1,50 @@
+"""A run's SAEs in another layout, all of them or none."""
+
+from pathlib import Path
+
+from unbraid.errors import FormatError
+from unbraid.formats import open_folder, writable_layout
+from unbraid.formats.folder import SAEFolder
+
+
+def export(source: Path | str, to: str, out: Path | str) -> list[Path]:
+    """Write every SAE of a run (or the one of an SAE folder) into `out/<name>` in the layout `to`.
+
+    Args:
+        source: a run folder, or an SAE folder in any known layout.
+        to: sae_lens, dictionary_learning or sparsify.
+        out: folder for the SAE folders; those of the same name in it are replaced.
+
+    Returns:
+        The folders written.
+
+    Raises:
+        FormatError: there is no SAE, the layout cannot hold one of them (nothing is written then), or `out` is not
+            writable.
+    """
+    layout, folders = writable_layout(to), open_source(source)
+    for name, found in folders.items():
+        refusal = layout.cannot_hold(found.sae)
+        if refusal is not None:
+            raise FormatError(f"{name}: {refusal}")
+    written: list[Path] = []
+    for name, found in folders.items():
+        frequency_N = None if found.log10_frequency_N is None else 10.0**found.log10_frequency_N
+        written.append(layout.save(found.sae, Path(out) / name, found.metadata, frequency_N))
+    return written
+
+
+def open_source(source: Path | str) -> dict[str, SAEFolder]:
+    """The SAEs of a run folder by name, or the one SAE of an SAE folder under its folder's name.
+
+    Raises:
+        FormatError: there is none.
+    """
+    source = Path(source)
+    saes = source / "saes"
+    if not (source / "config.json").is_file() or not saes.is_dir():
+        return {source.resolve().name: open_folder(source)}
+    folders = {path.name: open_folder(path) for path in sorted(saes.iterdir()) if path.is_dir()}
+    if not folders:
+        raise FormatError(f"the run {str(source)!r} has no finished SAE yet; expected some in saes/; let it end first")
+    return folders

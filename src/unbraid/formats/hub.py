@@ -1,0 +1,177 @@
+"""SAEs to and from the Hugging Face hub: a repository of SAELens folders with a model card that says what they are.
+
+Each SAE lies in a folder of its name at the root of the repository, which is where SAELens looks for
+`SAE.from_pretrained(release=REPOSITORY, sae_id=NAME)`; unbraid reads repositories in any layout it knows. Everything
+goes through `huggingface_hub`, so tokens, caches and mirrors are configured as everywhere else.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unbraid.errors import FormatError
+from unbraid.formats import open_folder, save
+from unbraid.formats.export import open_source
+from unbraid.formats.folder import SAEFolder, read_json
+
+SAE_FILES = ("cfg.json", "config.json", "sae_weights.safetensors", "sparsity.safetensors", "sae.safetensors", "ae.pt")
+CARD_METRICS = ("r2", "l0", "correlation_mean", "correlation_top", "dead_fraction")
+
+
+def push_to_hub(
+    source: Path | str,
+    repository: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> str:
+    """Upload the SAEs of a run, or one SAE folder, with a model card; returns the address of the commit.
+
+    Args:
+        source: a run folder (with its metrics, figure and settings) or an SAE folder in any known layout.
+        repository: `owner/name`; made if it is not there.
+        private: whether a repository made now is private.
+        token: access token; `hf auth login`'s by default.
+        endpoint: address of the hub or of a mirror; `HF_ENDPOINT` by default.
+
+    Raises:
+        FormatError: there is no SAE at `source`, or the hub refused.
+    """
+    from huggingface_hub import HfApi
+
+    source = Path(source)
+    folders = open_source(source)
+    api = HfApi(endpoint=endpoint, token=token)
+    with tempfile.TemporaryDirectory() as staging, _hub_errors(repository):
+        stage = Path(staging)
+        for name, found in folders.items():
+            frequency_N = None if found.log10_frequency_N is None else 10.0**found.log10_frequency_N
+            save(found.sae, stage / name, metadata=found.metadata, frequency_N=frequency_N)
+        for extra in ("config.json", "summary.json", "figures/figure1.png"):
+            if (source / "saes").is_dir() and (source / extra).is_file():
+                (stage / extra).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / extra, stage / extra)
+        (stage / "README.md").write_text(model_card(repository, folders, stage), encoding="utf-8")
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=stage, commit_message=f"{len(folders)} sparse autoencoders"
+        )
+    return str(commit.commit_url)
+
+
+def from_hub(
+    repository: str,
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    cache: Path | str | None = None,
+) -> SAEFolder:
+    """Download one SAE of a repository, in any layout unbraid knows.
+
+    Args:
+        repository: `owner/name`.
+        name: folder of the SAE; may be left out where the repository holds only one.
+        revision: branch, tag or commit.
+        token: access token, for private and gated repositories.
+        endpoint: address of the hub or of a mirror; `HF_ENDPOINT` by default.
+        cache: where downloads are kept; the hub cache by default.
+
+    Raises:
+        FormatError: no such SAE, the layout is unknown, or the hub refused.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _hub_errors(repository):
+        files = HfApi(endpoint=endpoint, token=token).list_repo_files(repository, revision=revision)
+        chosen = _choose(repository, files, name)
+        prefix = f"{chosen}/" if chosen else ""
+        local = snapshot_download(
+            repository,
+            revision=revision,
+            token=token,
+            endpoint=endpoint,
+            cache_dir=cache,
+            allow_patterns=[f"{prefix}{file}" for file in (*SAE_FILES, "params.npz")],
+        )
+    return open_folder(Path(local) / chosen)
+
+
+def _choose(repository: str, files: list[str], name: str | None) -> str:
+    weights = {"sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz"}
+    found = sorted({path.rpartition("/")[0] for path in files if path.rpartition("/")[2] in weights})
+    if name is not None and name.strip("/") in found:
+        return name.strip("/")
+    if name is None and len(found) == 1:
+        return found[0]
+    shown = ", ".join(repr(folder) for folder in found[:8]) + (", ..." if len(found) > 8 else "")
+    asked = "no SAE was named" if name is None else f"there is no SAE {name!r}"
+    raise FormatError(f"{asked} in repository {repository!r}; expected one of {shown or 'none: it holds no SAE'}")
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """What goes wrong on the way to the hub, as one readable message."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FormatError(
+            f"the hub did not give or take {repository!r}: {reason}; expected a repository you may use, a token "
+            "(`hf auth login`) and a connection"
+        ) from error
+
+
+def model_card(repository: str, folders: dict[str, SAEFolder], stage: Path) -> str:
+    """The repository's README: what the SAEs are, how good they are, how to load them.
+
+    Args:
+        repository: `owner/name`.
+        folders: the SAEs by name.
+        stage: the staged repository; its summary.json, config.json and figure are used where present.
+    """
+    summary = read_json(stage / "summary.json").get("saes", {}) if (stage / "summary.json").is_file() else {}
+    models = sorted({str(found.metadata["model_name"]) for found in folders.values() if "model_name" in found.metadata})
+    header: dict[str, Any] = {"library_name": "unbraid", "tags": ["sparse-autoencoder", "interpretability", "saelens"]}
+    if len(models) == 1 and "/" in models[0] and ":" not in models[0]:
+        header["base_model"] = models[0]
+    first = next(iter(folders))
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", ""]
+    lines += [f"# {repository.rpartition('/')[2]}", ""]
+    lines += [f"Sparse autoencoders trained with `unbraid` on {', '.join(models) or 'a language model'}.", ""]
+    if (stage / "figures" / "figure1.png").is_file():
+        lines += ["![Training: threshold, correlations, updates, loss](figures/figure1.png)", ""]
+    lines += ["## Load", "", "```python", "from unbraid.formats.hub import from_hub", ""]
+    lines += [f'sae = from_hub("{repository}", "{first}").sae', "f = sae.encode(x)  # raw activations in", "```", ""]
+    lines += ["```python", "from sae_lens import SAE", ""]
+    lines += [f'sae = SAE.from_pretrained(release="{repository}", sae_id="{first}")', "```", ""]
+    lines += ["## What is here", "", _table(folders, summary), ""]
+    if summary:
+        lines += [
+            "Measured on held-out text; top correlation is the mean of the most correlated 0.1 % of pairs or the "
+            "fraction given in config.json.",
+            "",
+        ]
+    if (stage / "config.json").is_file():
+        lines += ["`config.json` holds every setting of the run; `summary.json` all its metrics.", ""]
+    return "\n".join(lines)
+
+
+def _table(folders: dict[str, SAEFolder], summary: dict[str, Any]) -> str:
+    metrics = [metric for metric in CARD_METRICS if any(metric in summary.get(name, {}) for name in folders)]
+    head = ["SAE", "architecture", "features", "reads", *metrics]
+    rows = [head, ["---"] * len(head)]
+    for name, found in folders.items():
+        hook = str(found.metadata.get("hook_name", found.metadata.get("hookpoint", "")))
+        row = [f"`{name}`", found.sae.architecture, f"{found.sae.n_features:,}", f"`{hook}`" if hook else ""]
+        values = (summary.get(name, {}).get(metric) for metric in metrics)
+        rows.append(row + ["" if value is None else f"{value:.4g}" for value in values])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
