@@ -33,6 +33,11 @@ class ExplainedVariance:
         self.n_tokens += len(x_BD)
 
     @property
+    def width(self) -> int | None:
+        """D, None before the first row."""
+        return None if self._reference is None else len(self._reference)
+
+    @property
     def variance(self) -> float:
         """Sum over tokens of ||x - mean||^2."""
         if self.n_tokens == 0:
