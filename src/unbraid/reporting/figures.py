@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 WIDTH_INCHES, HEIGHT_INCHES = 5.5, 4.3
 POINTS = 240
+WIDE_RANGE = 4.0
+"""A quantity that changes by more than this factor is drawn on a logarithmic axis."""
 # Dark to light, so that grey prints keep the order of depth; distinguishable with the common colour deficiencies.
 COLOURS = ("#1f2a6b", "#c0392b", "#e69f00", "#4c9f70", "#7f7f7f", "#6fb7e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -229,10 +231,12 @@ def _loss_panel(axes: "Axes", log: TrainingLog, looks: dict[str, dict[str, Any]]
 
 
 def _logarithmic(axes: "Axes", log: TrainingLog, quantity: str) -> None:
-    """A logarithmic axis where every value allows one: what happens late in a run is small."""
+    """A logarithmic axis where the values allow and ask for one: what happens late in a run is small."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if np.nanmin(np.concatenate([log.curve(name, quantity).value for name in log.names])) > 0:
+    values = np.concatenate([log.curve(name, quantity).value for name in log.names])
+    lowest, highest = float(np.nanmin(values)), float(np.nanmax(values))
+    if lowest > 0 and highest / lowest > WIDE_RANGE:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
