@@ -131,11 +131,15 @@ class SAEConfig(Section):
     k: int = Field(default=64, ge=1)
     """Active features per token, for topk, batch_topk and matryoshka."""
     lambda1: float = Field(default=0.04, ge=0.0)
-    """Weight of the sparsity loss (relu, gated, denoising: L1; jumprelu: L0 or tanh), with E||x||^2 = 1."""
+    """Weight of the sparsity loss (relu, gated, denoising: L1; jumprelu: L0 or tanh; sparse_filtering: its own), with
+    E||x||^2 = 1."""
     aux_k: int | None = Field(default=None, ge=0)
     """Dead features used to explain the residual (topk family); none picks D/2, 0 turns it off."""
     aux_weight: float = Field(default=1 / 32, ge=0.0)
-    """Weight of the auxiliary loss on dead features."""
+    """Weight of the loss that revives dead features (topk family: explaining the residual; others: being pulled to their
+    threshold); 0 turns it off."""
+    threshold_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Batch_topk and matryoshka: decay of the running mean that is the inference threshold."""
     dead_after_tokens: int = Field(default=1_000_000, ge=1)
     """A feature that has not fired for this many training tokens counts as dead."""
     bandwidth: float = Field(default=0.001, gt=0.0)
@@ -150,6 +154,18 @@ class SAEConfig(Section):
     """Denoising: standard deviation of the input noise relative to the input's root mean square."""
     decoder_init_norm: float = Field(default=1.0, gt=0.0, le=1.0)
     """Encoder columns start as this multiple of the unit decoder rows."""
+
+    @model_validator(mode="after")
+    def _widths_nest(self) -> "SAEConfig":
+        widths = self.matryoshka_widths
+        if widths is not None and (
+            not widths or widths[0] < 1 or widths != sorted(set(widths)) or widths[-1] != self.n_features
+        ):
+            raise ConfigError(
+                f"sae.matryoshka_widths is {widths}; expected ascending widths of at least 1, the last equal to "
+                f"sae.n_features, {self.n_features}; change one of the two"
+            )
+        return self
 
 
 Floor = float | Literal["chance"] | None

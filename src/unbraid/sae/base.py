@@ -1,13 +1,14 @@
 """What every sparse autoencoder shares: its weights, its faces, and how a training step looks at it.
 
 An architecture is one small class that says how pre-activations become codes, once for inference (`encode`: every row
-on its own, any leading dimensions) and once for training (`training_forward`: a whole batch, with losses). The
-encoder is stored as rows, one a feature, like the decoder: its gradient is then built feature by feature from the
-active entries, and both matrices are optimised by the same code. `W_enc` shows it in the usual [D, N] orientation.
+on its own, any leading dimensions) and once for training, where a whole batch is seen at once. Training makes one big
+product, the pre-activations, without a graph, and then goes one of two ways to the same weights: *sparse*, touching
+active entries only, or *dense*, which is faster while a large share of the features is active. The encoder is stored
+as rows, one a feature, like the decoder, so that both gradients are built feature by feature by the same code.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,9 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbraid.config import SAEConfig
+from unbraid.errors import ActivationError
+from unbraid.kernels import workspace
+from unbraid.kernels.autograd import active_entries, decode
+from unbraid.kernels.dense import dense_autoencode
+from unbraid.kernels.pattern import Pattern
 from unbraid.sae.codes import Codes
+from unbraid.sae.dead import pull_to_threshold
 
 Path = Literal["dense", "sparse"]
+
+SPARSE_BELOW = {"cpu": 0.05, "cuda": 0.01}
+"""Share of active entries below which the sparse path is faster: measured on a CPU, an estimate for GPUs."""
 
 
 @dataclass
@@ -41,12 +51,28 @@ class Forward:
     path: Path
 
 
+class Encoded(NamedTuple):
+    """What an architecture makes of a batch's pre-activations.
+
+    Attributes:
+        codes: sparse or dense, with a graph.
+        parts_BGD: each feature group's share of the reconstruction, without b_dec.
+        sparsity: to be weighted by lambda1.
+        extra: a loss of the architecture's own, or zero.
+    """
+
+    codes: Codes | Tensor
+    parts_BGD: Tensor
+    sparsity: Tensor
+    extra: Tensor
+
+
 class SAE(nn.Module):
     """Base of every architecture: x -> f = encode(x) -> x_hat = f W_dec + b_dec.
 
     Attributes:
         encoder_ND: encoder, one row a feature; `W_enc` is its transpose.
-        b_enc: `[N]`.
+        b_enc: `[N]` (gated has b_gate and b_mag instead).
         W_dec: `[N, D]`, rows of unit L2 norm.
         b_dec: `[D]`, subtracted before the encoder, added after the decoder.
     """
@@ -62,9 +88,13 @@ class SAE(nn.Module):
         self.n_features = config.n_features
         W_dec = F.normalize(torch.randn(config.n_features, d_in, generator=generator), dim=1)
         self.encoder_ND = nn.Parameter(W_dec * config.decoder_init_norm)
-        self.b_enc = nn.Parameter(torch.zeros(config.n_features))
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_in) if mean_D is None else mean_D.detach().float().cpu().clone())
+        self.add_biases()
+
+    def add_biases(self) -> None:
+        """Register what stands between the product and the codes."""
+        self.b_enc = nn.Parameter(torch.zeros(self.n_features))
 
     @property
     def W_enc(self) -> Float[Tensor, "D N"]:
@@ -77,7 +107,7 @@ class SAE(nn.Module):
 
     def encode(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows N"]:
         """Codes of raw activations, in inference form: each row independent of the others."""
-        raise TypeError(f"{type(self).__name__} is not an architecture; build one with unbraid.sae.build")
+        return self.preactivations(x).relu()
 
     def decode(self, f: Float[Tensor, "*rows N"]) -> Float[Tensor, "*rows D"]:
         """Reconstruction from codes."""
@@ -98,11 +128,103 @@ class SAE(nn.Module):
 
         Args:
             x_BD: activations scaled so that E||x||^2 = 1.
-            dead_N: features that have not fired for long, revived by the auxiliary loss.
+            dead_N: features that have not fired for long, to be revived by the auxiliary loss.
             generator: chance for architectures that use it (denoising).
-            path: force one of the equivalent computations; auto takes the faster one for this batch's density.
+            path: force one of the two computations; auto takes the faster one at this batch's density.
+
+        Raises:
+            ActivationError: the batch is empty or not `[B, D]`.
         """
+        if x_BD.ndim != 2 or x_BD.shape[1] != self.d_in or len(x_BD) == 0:
+            raise ActivationError(
+                f"a training batch has shape {tuple(x_BD.shape)}; expected [B, {self.d_in}] with B >= 1; check the site"
+            )
+        seen_BD = self.corrupted(x_BD, generator)
+        centred_BD, pre_BN = self.product(seen_BD)
+        if path == "auto":
+            path = "sparse" if self.density(pre_BN) < SPARSE_BELOW.get(x_BD.device.type, 0.0) else "dense"
+        with torch.autocast(x_BD.device.type, enabled=False):
+            encode = self.encode_sparse if path == "sparse" else self.encode_dense
+            encoded = encode(x_BD, seen_BD, centred_BD, pre_BN)
+            del pre_BN
+            prefixes_BGD = encoded.parts_BGD.cumsum(1) if encoded.parts_BGD.shape[1] > 1 else encoded.parts_BGD
+            losses = [squared_error(x_BD, prefix_BD + self.b_dec) for prefix_BD in prefixes_BGD.unbind(1)]
+            x_hat_BD = prefixes_BGD[:, -1] + self.b_dec
+        auxiliary = encoded.extra + sum(losses[:-1])
+        if dead_N is not None and self.config.aux_weight > 0 and bool(dead_N.any()):
+            auxiliary = auxiliary + self.revival(seen_BD, (x_BD - x_hat_BD).detach(), dead_N)
+        return Forward(x_hat_BD, encoded.codes, losses[-1], encoded.sparsity, auxiliary, path)
+
+    def corrupted(self, x_BD: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What the encoder sees of a batch: the batch."""
+        return x_BD
+
+    @torch.no_grad()
+    def product(self, seen_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """x - b_dec and the pre-activations, without a graph; on a CPU in memory to be given back to `workspace`."""
+        centred_BD = seen_BD - self.b_dec
+        bias_N = self.product_bias()
+        if seen_BD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return centred_BD, F.linear(centred_BD, self.encoder_ND, bias_N)
+        pre_BN = workspace.take(len(seen_BD), self.n_features, self.encoder_ND.dtype)
+        if bias_N is None:
+            return centred_BD, torch.mm(centred_BD, self.encoder_ND.T, out=pre_BN)
+        return centred_BD, torch.addmm(bias_N, centred_BD, self.encoder_ND.T, out=pre_BN)
+
+    def product_bias(self) -> Tensor | None:
+        """What is added to the product before selecting."""
+        return self.b_enc
+
+    def density(self, pre_BN: Tensor) -> float:
+        """Share of entries the sparse path would touch."""
         raise TypeError(f"{type(self).__name__} is not an architecture; build one with unbraid.sae.build")
+
+    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+        """The active entries of a training batch and their values, all > 0, without a graph."""
+        raise TypeError(f"{type(self).__name__} is not an architecture; build one with unbraid.sae.build")
+
+    def prefix_widths(self) -> list[int]:
+        """Ends of the nested feature groups that must each reconstruct; one group of all but for Matryoshka."""
+        return [self.n_features]
+
+    def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+        """Codes and their parts of the reconstruction from active entries only."""
+        pattern, values = self.select(pre_BN)
+        workspace.give(pre_BN)
+        values = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, values, pattern)
+        widths = self.prefix_widths()
+        parts = decode(values, self.W_dec, pattern.split(widths) if len(widths) > 1 else pattern)
+        codes = Codes.at(pattern, values)
+        return Encoded(codes, parts.view(len(x_BD), len(widths), -1), self.sparsity(codes), x_BD.new_zeros(()))
+
+    def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+        """The same from whole matrices."""
+        f_BN, parts_BGD = dense_autoencode(
+            seen_BD,
+            self.b_dec,
+            self.encoder_ND,
+            self.b_enc,
+            self.W_dec,
+            centred_BD,
+            self.dense_codes(pre_BN),
+            self.prefix_widths(),
+        )
+        return Encoded(f_BN, parts_BGD, self.sparsity(f_BN), x_BD.new_zeros(()))
+
+    @torch.no_grad()
+    def dense_codes(self, pre_BN: Tensor) -> Tensor:
+        """The codes of a training batch as a matrix, in the memory of the pre-activations."""
+        pattern, values = self.select(pre_BN)
+        return pre_BN.to(values.dtype).zero_().index_put_((pattern.rows, pattern.indices), values)
+
+    def sparsity(self, codes: Codes | Tensor) -> Tensor:
+        """The loss that lambda1 weighs: none."""
+        values = codes.values if isinstance(codes, Codes) else codes
+        return values.new_zeros(())
+
+    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
+        """Loss that brings dead features back, weighted: their pre-activations are pulled up to firing."""
+        return self.config.aux_weight * pull_to_threshold(self, seen_BD, dead_N, self.b_enc)
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
@@ -115,6 +237,15 @@ class SAE(nn.Module):
             getattr(self, name).div_(scale)
 
     @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Give every decoder row unit L2 norm."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+    def constrain(self) -> None:
+        """Put weights other than the decoder back into their domain after an update."""
+
+
+def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
+    """Mean over tokens of ||x - x_hat||^2."""
+    return F.mse_loss(x_hat_BD, x_BD, reduction="sum") / len(x_BD)
+
+
+def mean_l1(codes: Codes | Tensor) -> Tensor:
+    """Mean over tokens of ||f||_1."""
+    return codes.values.sum() / codes.n_rows if isinstance(codes, Codes) else codes.sum() / len(codes)

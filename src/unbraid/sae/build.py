@@ -6,10 +6,28 @@ from torch import Tensor
 from unbraid.config import SAEConfig
 from unbraid.errors import ConfigError
 from unbraid.sae.base import SAE
+from unbraid.sae.batch_topk import BatchTopKSAE
+from unbraid.sae.denoising import DenoisingSAE
+from unbraid.sae.gated import GatedSAE
+from unbraid.sae.jumprelu import JumpReLUSAE
+from unbraid.sae.matryoshka import MatryoshkaSAE
 from unbraid.sae.relu import ReLUSAE
+from unbraid.sae.sparse_filtering import SparseFilteringSAE
 from unbraid.sae.topk import TopKSAE
 
-ARCHITECTURES: dict[str, type[SAE]] = {cls.architecture: cls for cls in (ReLUSAE, TopKSAE)}
+ARCHITECTURES: dict[str, type[SAE]] = {
+    cls.architecture: cls
+    for cls in (
+        ReLUSAE,
+        TopKSAE,
+        BatchTopKSAE,
+        JumpReLUSAE,
+        GatedSAE,
+        MatryoshkaSAE,
+        DenoisingSAE,
+        SparseFilteringSAE,
+    )
+}
 
 
 def build(config: SAEConfig, d_in: int, generator: torch.Generator, mean_D: Tensor | None = None) -> SAE:

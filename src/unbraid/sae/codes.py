@@ -9,11 +9,11 @@ require a gradient: decoder, sparsity loss and decorrelation penalty all send th
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from unbraid.errors import CodesError
+from unbraid.kernels.pattern import Pattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,13 @@ class Codes:
     n_features: int
 
     @classmethod
+    def at(cls, pattern: Pattern, values: Float[Tensor, " nnz"]) -> "Codes":
+        """Codes with these values at the entries of a pattern, sharing its sort."""
+        codes = cls(pattern.offsets, pattern.indices, values, pattern.n_features)
+        codes.__dict__["pattern"] = pattern
+        return codes
+
+    @classmethod
     def from_dense(cls, f_BN: Float[Tensor, "B N"]) -> "Codes":
         """The entries of a dense `[B, N]` code that are > 0; differentiable.
 
@@ -43,15 +50,16 @@ class Codes:
             raise CodesError(f"dense codes have shape {tuple(f_BN.shape)}; expected [B, N]; flatten leading dimensions")
         active_BN = f_BN > 0
         rows, indices = active_BN.nonzero(as_tuple=True)
-        return cls(offsets_of(active_BN.sum(1)), indices, f_BN[rows, indices], f_BN.shape[1])
+        return cls.at(Pattern.from_rows(rows, indices, *f_BN.shape), f_BN[rows, indices])
 
     @classmethod
     def from_topk(cls, indices_BK: Int[Tensor, "B K"], values_BK: Float[Tensor, "B K"], n_features: int) -> "Codes":
         """Codes from K (feature, value) pairs a row, any order; values <= 0 are dropped. Differentiable."""
         indices_BK, order_BK = indices_BK.sort(dim=1)
         values_BK = values_BK.gather(1, order_BK)
-        kept_BK = values_BK > 0
-        return cls(offsets_of(kept_BK.sum(1)), indices_BK[kept_BK], values_BK[kept_BK], n_features)
+        rows, kept = (values_BK > 0).nonzero(as_tuple=True)
+        pattern = Pattern.from_rows(rows, indices_BK[rows, kept], len(indices_BK), n_features)
+        return cls.at(pattern, values_BK[rows, kept])
 
     @property
     def n_rows(self) -> int:
@@ -64,28 +72,19 @@ class Codes:
         return self.offsets[-1].double() / max(1, self.n_rows)
 
     @cached_property
-    def _rows(self) -> Tensor:
-        counts = self.offsets.diff()
-        return torch.arange(self.n_rows, device=counts.device).repeat_interleave(
-            counts, output_size=self.indices.numel()
-        )
+    def pattern(self) -> Pattern:
+        """Where the entries are, in both orders."""
+        return Pattern(self.offsets, self.indices, self.n_features)
 
     def rows(self) -> Int[Tensor, " nnz"]:
         """The row each entry belongs to."""
-        return self._rows
+        return self.pattern.rows
 
     def detach(self) -> "Codes":
         """The same codes outside the autograd graph."""
-        return Codes(self.offsets, self.indices, self.values.detach(), self.n_features)
+        return Codes.at(self.pattern, self.values.detach())
 
     def to_dense(self) -> Float[Tensor, "B N"]:
         """The `[B, N]` matrix; differentiable."""
         dense_BN = self.values.new_zeros(self.n_rows, self.n_features)
         return dense_BN.index_put((self.rows(), self.indices), self.values)
-
-
-def offsets_of(counts: Int[Tensor, " rows"]) -> Int[Tensor, " rows_and_one"]:
-    """Row starts from entries per row: `[2, 0, 1]` -> `[0, 2, 2, 3]`."""
-    offsets = counts.new_zeros(counts.numel() + 1)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    return offsets

@@ -1,9 +1,11 @@
 """ReLU with an L1 penalty: the first sparse autoencoders (Bricken et al. 2023, Cunningham et al. 2023)."""
 
-import torch
 from torch import Tensor
 
-from unbraid.sae.base import SAE, Forward
+from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.selection import density_above, entries_above
+from unbraid.sae.base import SAE, mean_l1
+from unbraid.sae.codes import Codes
 
 
 class ReLUSAE(SAE):
@@ -11,13 +13,18 @@ class ReLUSAE(SAE):
 
     architecture = "relu"
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Codes, `[..., N]`."""
-        return self.preactivations(x).relu()
+    def density(self, pre_BN: Tensor) -> float:
+        """Share of positive pre-activations."""
+        return density_above(pre_BN, 0.0)
 
-    def training_forward(self, x_BD, dead_N=None, generator=None, path="auto") -> Forward:
-        """One training pass; see `SAE.training_forward`."""
-        f_BN = self.preactivations(x_BD).relu()
-        x_hat_BD = self.decode(f_BN)
-        reconstruction = (x_BD - x_hat_BD).square().sum(1).mean()
-        return Forward(x_hat_BD, f_BN, reconstruction, f_BN.sum(1).mean(), torch.zeros_like(reconstruction), "dense")
+    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+        """The positive pre-activations."""
+        return entries_above(pre_BN, 0.0)
+
+    def dense_codes(self, pre_BN: Tensor) -> Tensor:
+        """relu(pre), in place."""
+        return pre_BN.float().relu_() if pre_BN.is_floating_point() and pre_BN.itemsize < 4 else pre_BN.relu_()
+
+    def sparsity(self, codes: Codes | Tensor) -> Tensor:
+        """Mean over tokens of ||f||_1."""
+        return mean_l1(codes)

@@ -1,9 +1,12 @@
-"""TopK (Gao et al. 2024, arXiv 2406.04093): the k largest pre-activations of each token."""
+"""TopK (Gao et al. 2024, arXiv 2406.04093): the k largest pre-activations of each token, after a ReLU."""
 
 import torch
 from torch import Tensor
 
-from unbraid.sae.base import SAE, Forward
+from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.selection import top_k
+from unbraid.sae.base import SAE
+from unbraid.sae.dead import explain_residual
 
 
 class TopKSAE(SAE):
@@ -14,13 +17,26 @@ class TopKSAE(SAE):
     def encode(self, x: Tensor) -> Tensor:
         """Codes, `[..., N]`."""
         pre = self.preactivations(x)
-        values, indices = pre.topk(min(self.config.k, self.n_features), dim=-1, sorted=False)
+        values, indices = pre.topk(self.config.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, indices, values.relu())
 
-    def training_forward(self, x_BD, dead_N=None, generator=None, path="auto") -> Forward:
-        """One training pass; see `SAE.training_forward`."""
-        f_BN = self.encode(x_BD)
-        x_hat_BD = self.decode(f_BN)
-        reconstruction = (x_BD - x_hat_BD).square().sum(1).mean()
-        zero = torch.zeros_like(reconstruction)
-        return Forward(x_hat_BD, f_BN, reconstruction, zero, zero, "dense")
+    def density(self, pre_BN: Tensor) -> float:
+        """k / N."""
+        return self.config.k / self.n_features
+
+    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+        """The k largest of each row, less those that are not positive."""
+        values_BK, features_BK = top_k(pre_BN, self.config.k)
+        values, features = values_BK.flatten(), features_BK.flatten()
+        rows = torch.arange(len(pre_BN), device=pre_BN.device).repeat_interleave(self.config.k)
+        kept = values > 0
+        if not kept.all():
+            values, features, rows = values[kept], features[kept], rows[kept]
+        return Pattern.from_rows(rows, features, len(pre_BN), self.n_features), values.to(self.W_dec.dtype)
+
+    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
+        """Dead features explain the residual (aux-k), weighted."""
+        aux_k = self.d_in // 2 if self.config.aux_k is None else self.config.aux_k
+        if aux_k == 0:
+            return seen_BD.new_zeros(())
+        return self.config.aux_weight * explain_residual(self, seen_BD, residual_BD, dead_N, aux_k)

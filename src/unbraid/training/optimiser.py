@@ -13,6 +13,8 @@ from unbraid.config import OptimiserConfig
 from unbraid.errors import TrainingError
 from unbraid.sae.base import SAE
 
+SLAB = 256
+
 
 class SAEOptimiser:
     """Fused Adam over an SAE's parameters with unit decoder rows.
@@ -45,12 +47,9 @@ class SAEOptimiser:
         Raises:
             TrainingError: the gradient is not finite; no weight has been changed.
         """
-        W_dec = self.sae.W_dec
-        if W_dec.grad is not None:
-            along_N1 = (W_dec.grad * W_dec).sum(1, keepdim=True)
-            W_dec.grad.addcmul_(along_N1, W_dec, value=-1)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = float(get_total_norm(gradients))
+        tangent = self._make_decoder_gradient_tangent()
+        others = [p.grad for p in self.parameters.values() if p.grad is not None and p is not self.sae.W_dec]
+        norm = float(torch.stack([tangent, get_total_norm(others)]).norm())
         if not norm < float("inf"):
             raise TrainingError(
                 f"the gradient norm is {norm}; expected a finite number; no weight was changed: lower optimiser.lr or "
@@ -60,8 +59,21 @@ class SAEOptimiser:
             clip_grads_with_norm_(self.parameters.values(), self.config.clip_norm, torch.tensor(norm))
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
-        self.sae.normalise_decoder()
+        W_dec = self.sae.W_dec
+        W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+        self.sae.constrain()
         return norm
+
+    def _make_decoder_gradient_tangent(self) -> Tensor:
+        """Remove the part of each row's gradient along the row, in place, slab by slab while it is in cache."""
+        W_dec = self.sae.W_dec
+        if W_dec.grad is None:
+            return W_dec.new_zeros(())
+        norms = []
+        for g, w in zip(W_dec.grad.split(SLAB), W_dec.split(SLAB), strict=True):
+            g.addcmul_((g * w).sum(1, keepdim=True), w, value=-1)
+            norms.append(torch.linalg.vector_norm(g))
+        return torch.stack(norms).norm()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Adam's moments and step counts, named after the parameters, for a checkpoint."""

@@ -1,0 +1,107 @@
+"""The dense twin of the sparse path, made to fit in memory: four big products beside the encoder's, one [B, N] tensor.
+
+Autograd on `relu(x W) W'` would keep the codes, build their gradient as a second [B, N] tensor and, for some
+activations, more. Here the backward pass goes through the features in slabs: the gradient of a slab of codes is made,
+masked, used for both weight gradients, and forgotten. Where a feature's code is zero its gradient is too, for every
+architecture, so the codes themselves are the mask; a JumpReLU threshold gets its gradient from the same slabs.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+SLAB = 512
+
+
+def slabs(widths: list[int]) -> Iterator[tuple[int, slice]]:
+    """(group, features) covering all features; no slab crosses from one group into the next."""
+    start = 0
+    for group, end in enumerate(widths):
+        for first in range(start, end, SLAB):
+            yield group, slice(first, min(first + SLAB, end))
+        start = end
+
+
+class _DenseAutoencode(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x_BD: Tensor,
+        b_dec: Tensor,
+        encoder_ND: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        threshold_N: Tensor | None,
+        centred_BD: Tensor,
+        f_BN: Tensor,
+        widths: list[int],
+        window_BN: Tensor | None,
+        bandwidth: float,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.widths, ctx.bandwidth = widths, bandwidth
+        starts = [0, *widths[:-1]]
+        parts = [f_BN[:, a:b] @ W_dec[a:b] for a, b in zip(starts, widths, strict=True)]
+        ctx.save_for_backward(encoder_ND, W_dec, threshold_N, centred_BD, f_BN, window_BN)
+        ctx.mark_dirty(f_BN)
+        return f_BN, parts[0].unsqueeze(1) if len(parts) == 1 else torch.stack(parts, 1)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, g_f_BN: Tensor | None, g_parts_BGD: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        encoder_ND, W_dec, threshold_N, centred_BD, f_BN, window_BN = ctx.saved_tensors
+        g_encoder, g_W_dec = torch.zeros_like(encoder_ND), torch.zeros_like(W_dec)
+        sums_N = W_dec.new_zeros(len(W_dec))
+        g_threshold = torch.zeros_like(sums_N) if ctx.needs_input_grad[5] else None
+        g_x = torch.zeros_like(centred_BD) if ctx.needs_input_grad[0] else None
+        for group, part in slabs(ctx.widths):
+            g_out = None if g_parts_BGD is None else g_parts_BGD[:, group]
+            g = torch.zeros_like(f_BN[:, part]) if g_out is None else g_out @ W_dec[part].T
+            if g_f_BN is not None:
+                g += g_f_BN[:, part]
+            if g_out is not None:
+                torch.mm(f_BN[:, part].T, g_out, out=g_W_dec[part])
+            if g_threshold is not None:
+                g_threshold[part] = (g * window_BN[:, part]).sum(0) * -(threshold_N[part] / ctx.bandwidth)
+            g *= f_BN[:, part] > 0
+            torch.mm(g.T, centred_BD, out=g_encoder[part])
+            sums_N[part] = g.sum(0)
+            if g_x is not None:
+                g_x.addmm_(g, encoder_ND[part])
+        g_b_dec = -(sums_N @ encoder_ND)
+        return g_x, g_b_dec, g_encoder, sums_N, g_W_dec, g_threshold, None, None, None, None, None
+
+
+def dense_autoencode(
+    x_BD: Float[Tensor, "B D"],
+    b_dec: Float[Tensor, " D"],
+    encoder_ND: Float[Tensor, "N D"],
+    b_enc: Float[Tensor, " N"],
+    W_dec: Float[Tensor, "N D"],
+    centred_BD: Float[Tensor, "B D"],
+    f_BN: Float[Tensor, "B N"],
+    widths: list[int],
+    threshold_N: Float[Tensor, " N"] | None = None,
+    window_BN: Bool[Tensor, "B N"] | None = None,
+    bandwidth: float = 1.0,
+) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B groups D"]]:
+    """Codes and their partial reconstructions, differentiable in everything the codes were made of.
+
+    Args:
+        x_BD, b_dec, encoder_ND, b_enc, W_dec: what takes part; each may require a gradient.
+        centred_BD: x - b_dec.
+        f_BN: codes made from them without a graph, with df/dpre = 1 where f > 0 and 0 elsewhere; taken over.
+        widths: ends of the feature groups, the last N.
+        threshold_N: JumpReLU thresholds; `window_BN` marks |pre - threshold| < bandwidth / 2, where
+            df/dthreshold = -threshold / bandwidth (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11).
+
+    Returns:
+        f_BN with a graph, and for each group of features its share of the reconstruction (without b_dec).
+    """
+    return _DenseAutoencode.apply(  # pyright: ignore
+        x_BD, b_dec, encoder_ND, b_enc, W_dec, threshold_N, centred_BD, f_BN, widths, window_BN, bandwidth
+    )

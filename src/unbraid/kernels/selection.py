@@ -1,0 +1,111 @@
+"""Choosing the active entries of a large matrix of pre-activations, exactly, without sorting or copying it.
+
+Top-k per row goes by two levels of group maxima: the k largest entries lie in the k groups with the largest maxima, so
+only those are looked at. The groups are strided (entry j belongs to group j mod G): a maximum over such groups runs
+along contiguous memory. Entries above a threshold are found eight at a time, reading the comparison's bytes as 64-bit
+words. Top-k over a batch first drops what lies below a guessed threshold, and checks that the guess kept enough.
+"""
+
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unbraid.kernels.pattern import Pattern
+
+WORD = 8
+
+
+def top_k(pre_BN: Float[Tensor, "B N"], k: int) -> tuple[Float[Tensor, "B k"], Int[Tensor, "B k"]]:
+    """Values and features of the k largest entries of each row, features ascending."""
+    groups = _groups(pre_BN.shape[1], k) if pre_BN.device.type == "cpu" else None
+    values_BK, features_BK = _grouped_top_k(pre_BN, k, groups) if groups else pre_BN.topk(k, dim=1, sorted=False)
+    features_BK, order_BK = features_BK.sort(dim=1)
+    return values_BK.gather(1, order_BK), features_BK
+
+
+def _groups(n: int, k: int) -> list[int] | None:
+    """Numbers of groups (coarse, fine), or None where plain top-k is as fast."""
+    fine = n // 8
+    coarse = fine // 4
+    return [coarse, fine] if n % 32 == 0 and coarse >= 4 * k else None
+
+
+def _grouped_top_k(pre_BN: Tensor, k: int, groups: list[int]) -> tuple[Tensor, Tensor]:
+    maxima = [pre_BN]
+    for count in reversed(groups):
+        finer = maxima[0]
+        maxima.insert(0, finer.view(len(finer), -1, count).amax(1))
+    chosen = maxima[0].topk(k, dim=1, sorted=False)
+    values_BK, index_BK = chosen.values, chosen.indices
+    for coarse, finer in pairwise(maxima):
+        n_groups = coarse.shape[1]
+        strides = torch.arange(0, finer.shape[1], n_groups, device=pre_BN.device)
+        candidates = (index_BK.unsqueeze(1) + strides.view(1, -1, 1)).flatten(1)
+        values_BK, within = finer.gather(1, candidates).topk(k, dim=1, sorted=False)
+        index_BK = candidates.gather(1, within)
+    return values_BK, index_BK
+
+
+def positions_above(pre_BN: Float[Tensor, "B N"], threshold: float | Float[Tensor, " N"]) -> Int[Tensor, " nnz"]:
+    """Flat positions (row * N + feature), ascending, of the entries above the threshold (one, or one a feature)."""
+    flat = (pre_BN > threshold).view(-1)
+    if flat.numel() % WORD or flat.device.type != "cpu":
+        return flat.nonzero().squeeze(1)
+    words = flat.view(torch.int64)
+    hits = words.nonzero().squeeze(1)
+    if hits.numel() * WORD > flat.numel():
+        return flat.nonzero().squeeze(1)
+    word, byte = words[hits].view(torch.bool).view(-1, WORD).nonzero(as_tuple=True)
+    return hits[word] * WORD + byte
+
+
+def entries_above(
+    pre_BN: Float[Tensor, "B N"], threshold: float | Float[Tensor, " N"]
+) -> tuple[Pattern, Float[Tensor, " nnz"]]:
+    """The entries above the threshold, and their values."""
+    return _entries_at(pre_BN, positions_above(pre_BN, threshold))
+
+
+def batch_top_k(pre_BN: Float[Tensor, "B N"], count: int, guess: float) -> tuple[Pattern, Float[Tensor, " nnz"]]:
+    """The `count` largest positive entries of the whole batch (ties go to the earlier one), and their values.
+
+    Args:
+        pre_BN: pre-activations.
+        count: entries wanted; fewer come back when fewer are positive.
+        guess: a threshold expected to let a few more than `count` entries through; only speed depends on it.
+    """
+    positions = positions_above(pre_BN, guess) if guess > 0 else None
+    if positions is None or positions.numel() < count:
+        positions = positions_above(pre_BN, _sampled_threshold(pre_BN, count))
+    if positions.numel() < count:
+        positions = positions_above(pre_BN, 0.0)
+    flat = pre_BN.view(-1)
+    if positions.numel() > count:
+        values = flat[positions]
+        cut = values.topk(count, sorted=False).values.amin()
+        above, ties = values > cut, (values == cut).nonzero().squeeze(1)
+        above[ties[: count - int(above.sum())]] = True
+        positions = positions[above]
+    return _entries_at(pre_BN, positions)
+
+
+def _sampled_threshold(pre_BN: Tensor, count: int) -> float:
+    """A threshold that about 1.5 * count entries exceed, from every 32nd row; 0 where fewer are positive."""
+    sample = pre_BN[::32]
+    wanted = min(sample.numel(), max(1, round(1.5 * count * len(sample) / len(pre_BN))))
+    return max(0.0, float(sample.flatten().topk(wanted, sorted=False).values.amin()))
+
+
+def density_above(pre_BN: Float[Tensor, "B N"], threshold: float | Float[Tensor, " N"]) -> float:
+    """Share of entries above the threshold, from every 16th row."""
+    sample = pre_BN[::16]
+    return int((sample > threshold).count_nonzero()) / sample.numel()
+
+
+def _entries_at(pre_BN: Tensor, positions: Tensor) -> tuple[Pattern, Tensor]:
+    n_rows, n_features = pre_BN.shape
+    rows = positions // n_features
+    pattern = Pattern.from_rows(rows, positions - rows * n_features, n_rows, n_features)
+    return pattern, pre_BN.view(-1)[positions]

@@ -1,0 +1,43 @@
+"""BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): B * k active entries a batch, shared out among its tokens.
+
+Which entries are active depends on the whole batch, so inference needs a threshold of its own: a running mean of the
+smallest active value of each training batch. It starts at the first batch's, so even a short run has one.
+"""
+
+import torch
+from torch import Tensor
+
+from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.selection import batch_top_k
+from unbraid.sae.topk import TopKSAE
+
+GUESS = 0.9
+"""Candidates are the entries above this share of the running threshold; one batch's cut rarely falls below it."""
+
+
+class BatchTopKSAE(TopKSAE):
+    """f keeps the B * k largest entries of relu(pre) in training, the entries above `threshold` in inference."""
+
+    architecture = "batch_topk"
+    scaled_with_input = ("b_enc", "threshold")
+
+    def add_biases(self) -> None:
+        """b_enc and the inference threshold, zero until the first training batch."""
+        super().add_biases()
+        self.threshold: Tensor
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes, `[..., N]`."""
+        pre = self.preactivations(x)
+        return pre.relu() * (pre > self.threshold)
+
+    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+        """The B * k largest positive entries of the batch; the threshold follows the smallest of them."""
+        count = min(len(pre_BN) * self.config.k, pre_BN.numel())
+        pattern, values = batch_top_k(pre_BN, count, GUESS * float(self.threshold))
+        values = values.to(self.W_dec.dtype)
+        if values.numel():
+            weight = (1 - self.config.threshold_decay) * (self.threshold > 0) + 1.0 * (self.threshold == 0)
+            self.threshold += weight * (values.amin() - self.threshold)
+        return pattern, values

@@ -1,0 +1,49 @@
+"""Bringing features back that no longer fire, for both kinds of architecture.
+
+A top-k feature is dead because others are larger: it still has a positive pre-activation, and learns by explaining what
+the others left over (Gao et al. 2024, arXiv 2406.04093, appendix A.2). A thresholded feature is dead because it never
+reaches its threshold, where its gradient is zero: it is pulled up to it (Anthropic, Circuits Updates January 2025).
+Both look at the dead features only, so their cost is that of an SAE as wide as there are dead features, and send
+gradients to the encoder.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from unbraid.sae.base import SAE
+
+
+def explain_residual(sae: "SAE", seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor, aux_k: int) -> Tensor:
+    """Mean over tokens of ||e - e_hat||^2, e_hat decoded from the aux_k largest dead features; e is a constant.
+
+    Args:
+        sae: an SAE with b_enc.
+        seen_BD: what the encoder saw.
+        residual_BD: e = x - x_hat.
+        dead_N: the dead features, at least one.
+        aux_k: active dead features per token; all of them when fewer are dead.
+    """
+    dead = dead_N.nonzero().squeeze(1)
+    f_BA = F.linear(seen_BD - sae.b_dec, sae.encoder_ND[dead], sae.b_enc[dead]).relu()
+    if aux_k < len(dead):
+        top = f_BA.topk(aux_k, dim=1, sorted=False)
+        f_BA = torch.zeros_like(f_BA).scatter(1, top.indices, top.values)
+    return F.mse_loss(f_BA @ sae.W_dec[dead], residual_BD, reduction="sum") / len(seen_BD)
+
+
+def pull_to_threshold(sae: "SAE", seen_BD: Tensor, dead_N: Tensor, offset_N: Tensor) -> Tensor:
+    """Mean over tokens and sum over dead features of how far the pre-activation is below firing, over N.
+
+    Args:
+        sae: any SAE.
+        seen_BD: what the encoder saw.
+        dead_N: the dead features, at least one.
+        offset_N: a feature fires where its product with x - b_dec plus this is above zero.
+    """
+    dead = dead_N.nonzero().squeeze(1)
+    above_BA = F.linear(seen_BD - sae.b_dec, sae.encoder_ND[dead], offset_N[dead])
+    return (-above_BA).relu().sum() / (len(seen_BD) * sae.n_features)

@@ -1,0 +1,92 @@
+"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): one path decides which features fire, another how strongly.
+
+Both share the encoder product u = (x - b_dec) W_enc: a feature is open where u + b_gate > 0, and its magnitude is
+relu(exp(r_mag) u + b_mag). The L1 penalty acts on the gate, relu(u + b_gate), and the gate learns to detect through an
+auxiliary reconstruction by a frozen copy of the decoder (eq. 8 there), so magnitudes do not shrink.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.kernels import workspace
+from unbraid.kernels.autograd import active_entries, decode
+from unbraid.kernels.dense_gated import dense_gated
+from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.selection import density_above, entries_above
+from unbraid.sae.base import SAE, Encoded, squared_error
+from unbraid.sae.codes import Codes
+from unbraid.sae.dead import pull_to_threshold
+
+
+class GatedSAE(SAE):
+    """f = 1[u + b_gate > 0] * relu(exp(r_mag) u + b_mag); sparsity = mean over tokens of ||relu(u + b_gate)||_1."""
+
+    architecture = "gated"
+    scaled_with_input = ("b_gate", "b_mag")
+
+    def add_biases(self) -> None:
+        """Gate and magnitude biases, and the magnitude's log scale."""
+        self.b_gate = nn.Parameter(torch.zeros(self.n_features))
+        self.b_mag = nn.Parameter(torch.zeros(self.n_features))
+        self.r_mag = nn.Parameter(torch.zeros(self.n_features))
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """Those of the gate: (x - b_dec) W_enc + b_gate."""
+        return torch.nn.functional.linear(x - self.b_dec, self.encoder_ND, self.b_gate)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes, `[..., N]`."""
+        u = torch.nn.functional.linear(x - self.b_dec, self.encoder_ND)
+        return (u * self.r_mag.exp() + self.b_mag).relu() * (u > -self.b_gate)
+
+    def product_bias(self) -> None:
+        """None: gate and magnitude add different ones."""
+
+    def density(self, pre_BN: Tensor) -> float:
+        """Share of open gates."""
+        return density_above(pre_BN, -self.b_gate.detach())
+
+    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+        """The open gates, with the product there."""
+        return entries_above(pre_BN, -self.b_gate.detach())
+
+    def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+        """Codes and reconstruction from the open gates only."""
+        pattern, u = self.select(pre_BN)
+        workspace.give(pre_BN)
+        u = u.to(self.W_dec.dtype)
+        u = active_entries(seen_BD, self.b_dec, self.encoder_ND, None, centred_BD, u, pattern)
+        b_gate, b_mag, r_mag = (p.index_select(0, pattern.indices) for p in (self.b_gate, self.b_mag, self.r_mag))
+        gate = (u + b_gate).relu()
+        f = (u * r_mag.exp() + b_mag).relu()
+        parts_BD = decode(f, self.W_dec, pattern)
+        gate_hat_BD = decode(gate, self.W_dec.detach(), pattern)
+        active = f.detach() > 0
+        if active.all():
+            codes = Codes.at(pattern, f)
+        else:
+            codes = Codes.at(
+                Pattern.from_rows(pattern.rows[active], pattern.indices[active], len(x_BD), self.n_features), f[active]
+            )
+        detection = squared_error(x_BD, gate_hat_BD + self.b_dec.detach())
+        return Encoded(codes, parts_BD.unsqueeze(1), gate.sum() / len(x_BD), detection)
+
+    def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+        """The same from whole matrices."""
+        f_BN, parts_BD, gate_hat_BD, gate_l1 = dense_gated(
+            seen_BD,
+            self.b_dec,
+            self.encoder_ND,
+            self.b_gate,
+            self.b_mag,
+            self.r_mag,
+            self.W_dec,
+            centred_BD,
+            pre_BN.to(self.W_dec.dtype),
+        )
+        detection = squared_error(x_BD, gate_hat_BD + self.b_dec.detach())
+        return Encoded(f_BN, parts_BD.unsqueeze(1), gate_l1 / len(x_BD), detection)
+
+    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
+        """Dead features' gates are pulled open, weighted."""
+        return self.config.aux_weight * pull_to_threshold(self, seen_BD, dead_N, self.b_gate)

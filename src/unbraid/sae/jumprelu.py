@@ -1,0 +1,140 @@
+"""JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435): each feature has a threshold of its own, learned.
+
+The threshold gets its gradient through straight-through windows of width `bandwidth` (the paper's eq. 11 and 12, with a
+rectangle kernel): only entries with |pre - threshold| < bandwidth / 2 count, so the sparse path looks at the active
+entries and at the few just below the threshold, whose code is zero and whose gradient is not. It is trained directly
+rather than as a logarithm, which Adam would barely move, and kept >= 0. The tanh penalty is Anthropic's (Circuits
+Updates, January 2025): tanh(4 f) for inputs of mean square norm D, so tanh(4 sqrt(D) f) for ours of mean square norm 1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.kernels import workspace
+from unbraid.kernels.autograd import active_entries, decode
+from unbraid.kernels.dense import dense_autoencode
+from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.selection import density_above, entries_above
+from unbraid.sae.base import SAE, Encoded
+from unbraid.sae.codes import Codes
+from unbraid.sae.dead import pull_to_threshold
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+        pre, threshold = ctx.saved_tensors
+        window = (pre - threshold).abs() < ctx.bandwidth / 2
+        return g * (pre > threshold), g * window * -(threshold / ctx.bandwidth), None
+
+
+class _CountAbove(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, threshold_N: Tensor, active: Tensor, in_window_N: Tensor, bandwidth: float) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(in_window_N)
+        ctx.bandwidth = bandwidth
+        return active.to(threshold_N.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
+        (in_window_N,) = ctx.saved_tensors
+        return g * in_window_N * -(1 / ctx.bandwidth), None, None, None
+
+
+class JumpReLUSAE(SAE):
+    """f = pre where pre > threshold, else 0; sparsity = mean L0, or a tanh of the codes."""
+
+    architecture = "jumprelu"
+    scaled_with_input = ("b_enc", "threshold")
+
+    def add_biases(self) -> None:
+        """b_enc and one threshold a feature."""
+        super().add_biases()
+        self.threshold = nn.Parameter(torch.full((self.n_features,), self.config.initial_threshold))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes, `[..., N]`."""
+        pre = self.preactivations(x)
+        return pre.relu() * (pre > self.threshold)
+
+    def density(self, pre_BN: Tensor) -> float:
+        """Share of entries above the lower edge of their window."""
+        return density_above(pre_BN, self._lower_edge())
+
+    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+        """Entries above the lower edge of their feature's window: more than the active ones."""
+        return entries_above(pre_BN, self._lower_edge())
+
+    def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+        """Codes and reconstruction from active entries and those just below their threshold."""
+        pattern, pre = self.select(pre_BN)
+        workspace.give(pre_BN)
+        pre = pre.to(self.W_dec.dtype)
+        pre = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, pre, pattern)
+        threshold = self.threshold.index_select(0, pattern.indices)
+        f = _Jump.apply(pre, threshold, self.config.bandwidth)
+        parts_BD = decode(f, self.W_dec, pattern)
+        active = f.detach() > 0
+        codes = Codes.at(
+            Pattern.from_rows(pattern.rows[active], pattern.indices[active], len(x_BD), self.n_features), f[active]
+        )
+        if self.config.jumprelu_sparsity == "tanh":
+            sparsity = self._tanh(f).sum() / len(x_BD)
+        else:
+            window = (pre.detach() - threshold.detach()).abs() < self.config.bandwidth / 2
+            in_window_N = torch.zeros_like(self.threshold).index_add_(0, pattern.indices, window.to(f.dtype))
+            sparsity = _CountAbove.apply(self.threshold, active.sum(), in_window_N, self.config.bandwidth) / len(x_BD)
+        return Encoded(codes, parts_BD.unsqueeze(1), sparsity, x_BD.new_zeros(()))
+
+    def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+        """The same from whole matrices."""
+        with torch.no_grad():
+            pre_BN = pre_BN.to(self.W_dec.dtype)
+            lower_N, upper_N = self._lower_edge(), self.threshold + self.config.bandwidth / 2
+            window_BN = pre_BN > lower_N
+            window_BN &= pre_BN < upper_N
+            pre_BN *= pre_BN > self.threshold
+        f_BN, parts_BGD = dense_autoencode(
+            seen_BD,
+            self.b_dec,
+            self.encoder_ND,
+            self.b_enc,
+            self.W_dec,
+            centred_BD,
+            pre_BN,
+            self.prefix_widths(),
+            self.threshold,
+            window_BN,
+            self.config.bandwidth,
+        )
+        if self.config.jumprelu_sparsity == "tanh":
+            sparsity = self._tanh(f_BN).sum() / len(x_BD)
+        else:
+            active = f_BN.detach().count_nonzero()
+            in_window_N = window_BN.sum(0).to(f_BN.dtype)
+            sparsity = _CountAbove.apply(self.threshold, active, in_window_N, self.config.bandwidth) / len(x_BD)
+        return Encoded(f_BN, parts_BGD, sparsity, x_BD.new_zeros(()))
+
+    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
+        """Dead features' pre-activations are pulled up to their thresholds, weighted."""
+        offset_N = self.b_enc - self.threshold
+        return self.config.aux_weight * pull_to_threshold(self, seen_BD, dead_N, offset_N)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Thresholds stay >= 0."""
+        self.threshold.clamp_(min=0.0)
+
+    def _lower_edge(self) -> Tensor:
+        return self.threshold.detach() - self.config.bandwidth / 2
+
+    def _tanh(self, f: Tensor) -> Tensor:
+        return torch.tanh(4 * self.d_in**0.5 * f)
