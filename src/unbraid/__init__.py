@@ -1,1 +1,16 @@
-"""unbraid: train sparse autoencoders whose features come apart."""
+"""unbraid: train sparse autoencoders whose features come apart.
+
+    run = unbraid.train(unbraid.recipes.tiny())      # a whole run: text, model, SAEs, metrics, figure
+    sae = unbraid.load(path)                         # an SAE folder in any known layout
+    decorrelate = unbraid.SelectiveDecorrelation()   # the penalty, for a training loop of your own
+"""
+
+from unbraid import recipes
+from unbraid.config import RunConfig
+from unbraid.decorrelation.penalty import SelectiveDecorrelation
+from unbraid.errors import UnbraidError
+from unbraid.formats import load
+from unbraid.run import Run, resume, train
+
+__all__ = ["Run", "RunConfig", "SelectiveDecorrelation", "UnbraidError", "load", "recipes", "resume", "train"]
+__version__ = "0.1.0"

@@ -27,7 +27,7 @@ def tiny() -> RunConfig:
         text=TextConfig(source="generated", context_length=32),
         model=ModelConfig(name="random:llama", sites=["resid_post.0", "resid_post.1"], batch_contexts=16),
         buffer=BufferConfig(contexts=64),
-        sae=SAEConfig(n_features=128, lambda1=0.01, dead_after_tokens=10_000),
+        sae=SAEConfig(n_features=128, lambda1=0.04, dead_after_tokens=10_000),
         optimiser=OptimiserConfig(lr=3e-3, warmup_steps=10),
         training=TrainingConfig(
             tokens=25_600, batch_tokens=256, log_every=5, checkpoint_every=50, held_out_tokens=2_048, threads=1
@@ -46,8 +46,8 @@ def demo() -> RunConfig:
         name="demo",
         model=ModelConfig(sites=["resid_post.2", "resid_post.5", "resid_post.8"]),
         buffer=BufferConfig(contexts=384),
-        sae=SAEConfig(n_features=2304, lambda1=0.01, dead_after_tokens=100_000),
-        optimiser=OptimiserConfig(lr=1e-3, warmup_steps=50, sparsity_warmup_steps=100),
+        sae=SAEConfig(n_features=2304, lambda1=0.05, dead_after_tokens=100_000),
+        optimiser=OptimiserConfig(lr=1e-3, warmup_steps=50, sparsity_warmup_steps=50),
         training=TrainingConfig(
             tokens=256_000, batch_tokens=512, log_every=5, checkpoint_every=100, held_out_tokens=16_384
         ),
