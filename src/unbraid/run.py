@@ -240,7 +240,8 @@ def _finish(
             "training_tokens": summary["tokens"],
         }
         trainee.sae.fold_scale(trainee.scale)
-        formats.save(trainee.sae, folder.saes / trainee.name, metadata=metadata)
+        frequency_N = metrics[trainee.name].frequency_N
+        formats.save(trainee.sae, folder.saes / trainee.name, metadata=metadata, frequency_N=frequency_N)
     draw_training(folder.path)
     write_json(folder.summary, summary)
     return summary

@@ -5,7 +5,7 @@ were cut. Codes are taken in inference form, as a user of the exported SAE gets 
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class HeldOutMetrics:
         correlation_std: its spread over those pairs.
         correlation_top: mean over the most correlated pairs.
         live_fraction: share of features that fired on these tokens.
+        frequency_N: `[N]` share of tokens each feature fired on.
     """
 
     l0: float
@@ -41,10 +42,11 @@ class HeldOutMetrics:
     correlation_std: float
     correlation_top: float
     live_fraction: float
+    frequency_N: Tensor
 
     def as_dict(self) -> dict[str, float]:
-        """Metric name -> value."""
-        return asdict(self)
+        """Metric name -> value, the scalar ones."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "frequency_N"}
 
 
 @torch.no_grad()
@@ -62,6 +64,7 @@ def held_out_metrics(sae: Any, batches: Iterable[Tensor], fraction: float) -> He
     tokens, active, total, error, square = 0, 0.0, 0.0, 0.0, 0.0
     sum_D: Tensor | None = None
     codes: list[Codes] = []
+    fired_N = torch.zeros(sae.n_features, dtype=torch.double)
     for batch in batches:
         for x_BD in batch.split(ROWS_AT_ONCE):
             f_BN = sae.encode(x_BD)
@@ -71,6 +74,7 @@ def held_out_metrics(sae: Any, batches: Iterable[Tensor], fraction: float) -> He
             error += float((x_BD - sae.decode(f_BN)).double().square().sum())
             square += float(x_BD.double().square().sum())
             sum_D = x_BD.double().sum(0) + (0 if sum_D is None else sum_D)
+            fired_N += (f_BN != 0).double().sum(0).cpu()
             codes.append(Codes.from_dense(f_BN.cpu()))
     if sum_D is None or tokens == 0:
         raise EvaluationError("no held-out rows to measure on; expected at least one")
@@ -84,4 +88,5 @@ def held_out_metrics(sae: Any, batches: Iterable[Tensor], fraction: float) -> He
         correlation_std=correlation.std,
         correlation_top=correlation.top,
         live_fraction=correlation.n_live / sae.n_features,
+        frequency_N=(fired_N / tokens).float(),
     )
