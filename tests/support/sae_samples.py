@@ -8,13 +8,12 @@ from unbraid.sae import SAE, build
 D, N, K = 12, 40, 5
 
 
-def make_sae(architecture: str, seed: int = 0, unit_rows: bool = True, **settings) -> SAE:
+def make_sae(architecture: str, seed: int = 0, **settings) -> SAE:
     generator = torch.Generator().manual_seed(seed)
     sae = build(SAEConfig(architecture=architecture, n_features=N, k=K, **settings), D, generator)
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
             noise = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(noise.abs() * 0.3 if "threshold" in name else tensor + 0.3 * noise)
-        if unit_rows:
-            sae.normalise_decoder()
+        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
     return sae.eval().requires_grad_(False)

@@ -113,7 +113,7 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
         state["threshold"] = state["threshold"].reshape(())
         settings["k"] = sae.config.k
     if name == "MatryoshkaBatchTopKSAE":
-        widths = [0, *sae.widths]
+        widths = [0, *sae.prefix_widths()]
         sizes = [after - before for before, after in pairwise(widths)]
         state["group_sizes"] = torch.tensor(sizes)
         settings["group_sizes"] = sizes

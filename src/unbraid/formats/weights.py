@@ -176,7 +176,9 @@ def restored(weights: Weights, kept: Any, written_as: dict[str, str], label: str
     tensors = dict(weights.tensors)
     if config.architecture in ONE_THRESHOLD:
         tensors["threshold"] = _shared_threshold(tensors["threshold"], where)
-    settings = config.model_dump(exclude={"architecture", "n_features"}) | weights.settings
+    settings = config.model_dump(exclude={"architecture", "n_features"})
+    # The file's own k holds, since that is what others read; a setting left to its default stays so.
+    settings |= {name: value for name, value in weights.settings.items() if settings[name] is not None}
     return Weights(config.architecture, tensors, settings)
 
 
