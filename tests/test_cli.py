@@ -80,7 +80,7 @@ def test_an_empty_text_file_is_named(capsys, tmp_path):
 
 
 def test_too_little_text_says_how_many_steps_it_yields(capsys, tmp_path):
-    for number in range(40):
+    for number in range(8):
         (tmp_path / f"{number}.txt").write_text(f"the cat number {number} sat on the mat and looked at the dog. " * 20)
     said = fails(
         capsys, "train", "tiny", "--run", str(tmp_path / "run"), "--text.source", "files", "--text.paths", str(tmp_path)

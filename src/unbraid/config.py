@@ -116,6 +116,8 @@ class BufferConfig(Section):
     """Leave out rows whose norm exceeds this many times the site's median norm; none keeps every row."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of stored activations."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Compute the next model batches in a thread while SAEs train; auto does so on CUDA. Never changes a result."""
 
 
 Architecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "denoising", "sparse_filtering"]
@@ -188,6 +190,8 @@ class DecorrelationConfig(Section):
     """Select on the codes of the last M batches, every M steps; 1 is the paper's per-batch form."""
     min_support: int = Field(default=1, ge=1)
     """Features that fired fewer times in the window are left out of the selection."""
+    refresh: int | None = Field(default=None, ge=1)
+    """Re-select every so many steps; none does so every `window` steps."""
     interval: int = Field(default=1, ge=1)
     """Penalise every T-th step with weight T."""
     threshold: Literal["batch", "running", "fixed"] = "batch"
@@ -208,6 +212,13 @@ class DecorrelationConfig(Section):
     """Features per random block when codes are too dense for the exact path."""
     pair_budget: int = Field(default=64_000_000, ge=1)
     """Most co-activations W of a batch the exact path enumerates before blocks take over."""
+    path: Literal["auto", "coactive", "blocks", "tiled", "naive"] = "auto"
+    """auto: coactive (exact) within pair_budget, blocks above it; tiled: exact for dense codes, slow; naive: the N x N
+    oracle."""
+    scan_rows: int = Field(default=256, ge=1)
+    """space=decoder: rows compared with all others each step."""
+    neighbours: int = Field(default=16, ge=1)
+    """space=decoder: nearest rows remembered per feature."""
 
 
 class OptimiserConfig(Section):

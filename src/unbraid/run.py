@@ -18,6 +18,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from unbraid import formats
+from unbraid.activations.ahead import Ahead
 from unbraid.activations.cache import PARTS, CachedActivations, harvest, wanted_rows
 from unbraid.activations.live import LiveActivations
 from unbraid.activations.rows import RowFilter
@@ -160,7 +161,9 @@ def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
         if start:
             say(f"going on after step {start:,}")
         with RunProgress(config, console, start) as progress:
-            trained = train_saes(folder, config, source, device, progress, stop)
+            overlap = config.buffer.overlap == "on" or (config.buffer.overlap == "auto" and device.type == "cuda")
+            feed = Ahead(source) if overlap else source
+            trained = train_saes(folder, config, feed, device, progress, stop)
         say(f"measuring on {config.training.held_out_tokens:,} held-out tokens")
         summary = _finish(folder, config, source, trained, device)
         for warning in warnings_of(summary, config):
