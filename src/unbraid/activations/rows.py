@@ -71,6 +71,15 @@ class RowFilter:
         Raises:
             ActivationError: a value is NaN or infinite.
         """
+        keep_BT = self.mask(chunk)
+        return [x_BTD[keep_BT.to(x_BTD.device)] for x_BTD in chunk.activations]
+
+    def mask(self, chunk: Chunk) -> Tensor:
+        """Which rows of the chunk are kept, [contexts, T] bool on the CPU; counts them.
+
+        Raises:
+            ActivationError: a value is NaN or infinite.
+        """
         first_BT = torch.zeros_like(chunk.tokens_BT, dtype=torch.bool)
         first_BT[:, 0] = self.config.drop_first_position
         special_BT = torch.isin(chunk.tokens_BT, self.special_ids) & ~first_BT
@@ -91,7 +100,7 @@ class RowFilter:
         self.dropped["special"] += int(special_BT.sum())
         self.dropped["massive"] += int(massive_BT.sum())
         self.kept += int(keep_BT.sum())
-        return [x_BTD[keep_BT.to(x_BTD.device)] for x_BTD in chunk.activations]
+        return keep_BT
 
     def _norms(self, site: Site, x_BTD: Tensor) -> Tensor:
         norm_BT = torch.linalg.vector_norm(x_BTD, dim=-1, dtype=torch.float32).cpu()
