@@ -1,1 +1,1 @@
-"""Selective feature decorrelation: which pairs of features are entangled, and a penalty that pushes only those apart."""
+"""Selective feature decorrelation: the most entangled pairs of features, and a penalty that pushes only those apart."""

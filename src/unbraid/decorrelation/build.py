@@ -1,37 +1,43 @@
 """From settings to a penalty: every method behind one interface."""
 
-import torch
-from torch import nn
+import inspect
 
 from unbraid.config import DecorrelationConfig
-from unbraid.decorrelation.penalty import SelectiveDecorrelation, attached, entries_of
-from unbraid.decorrelation.stats import DecorrelationStats
+from unbraid.decorrelation.base import Penalty
+from unbraid.decorrelation.comparators import (
+    GlobalDecorrelation,
+    NoDecorrelation,
+    OrthogonalDecoder,
+    RandomPairs,
+    StaticGroups,
+)
+from unbraid.decorrelation.penalty import SelectiveDecorrelation
+from unbraid.decorrelation.threshold import Threshold
 from unbraid.errors import ConfigError
+from unbraid.randomness import derive_seed
+
+SELECTIVE_SETTINGS = [name for name in inspect.signature(SelectiveDecorrelation).parameters if name != "seed"]
 
 
-class NoDecorrelation(nn.Module):
-    """The control: a penalty of zero."""
+def build(config: DecorrelationConfig, n_features: int, d_in: int, seed: int) -> Penalty:
+    """The penalty `config` describes, for an SAE of `n_features` features on `d_in` dimensions.
 
-    def forward(self, f=None, *, indices=None, values=None, n_features=None, codes=None, decoder=None):
-        """Zero, attached to the codes' graph."""
-        entries = entries_of(f, indices, values, n_features, codes)
-        zero = attached(entries.values, 0.0, torch.zeros_like(entries.values))
-        return zero, DecorrelationStats(path="none", co_activations=entries.co_activations)
-
-
-def build(config: DecorrelationConfig, n_features: int, d_in: int, seed: int) -> nn.Module:
-    """The penalty `config` describes, for an SAE of `n_features` on `d_in` dimensions."""
+    Raises:
+        ConfigError: the settings contradict each other or the SAE's width.
+    """
+    if config.method == "static_groups" and config.groups > n_features:
+        raise ConfigError(
+            f"decorrelation.groups = {config.groups} exceeds the SAE's {n_features} features; expected at most one each"
+        )
+    seed = derive_seed(seed, "decorrelation", config.method)
     if config.method == "none":
         return NoDecorrelation()
-    if config.method == "selective":
-        return SelectiveDecorrelation(
-            fraction=config.fraction,
-            measure=config.measure,
-            min_support=config.min_support,
-            threshold=config.threshold,
-            tau=config.tau,
-            threshold_decay=config.threshold_decay,
-            floor=config.floor,
-            max_pairs_per_feature=config.max_pairs_per_feature,
-        )
-    raise ConfigError(f"decorrelation.method = {config.method!r} is unknown")
+    if config.method == "global":
+        return GlobalDecorrelation(config.measure, config.interval, seed)
+    if config.method == "orthogonal":
+        return OrthogonalDecoder(config.chunk, config.interval, seed)
+    if config.method == "static_groups":
+        threshold = Threshold(config.threshold, config.tau, config.threshold_decay, config.floor)
+        return StaticGroups(config.groups, config.measure, threshold, config.interval, seed)
+    kind = RandomPairs if config.method == "random_pairs" else SelectiveDecorrelation
+    return kind(**{name: getattr(config, name) for name in SELECTIVE_SETTINGS}, seed=seed)

@@ -1,8 +1,9 @@
 """Codes as the list of their active entries, whatever form they came in.
 
-Dense codes, (indices, values) from a top-k, or a `Codes` object all become one `Entries`: rows of ascending feature
-ids with positive values. Everything exact in this room is a function of these entries alone, so its cost follows what
-fires, not how wide the dictionary is. `values` stays in the caller's graph; the rest carries no gradient.
+Dense codes, (indices, values) from a top-k, or a `Codes` object all become one `Batch`. Everything exact in this room
+is a function of its `Entries` alone (rows of ascending feature ids with positive values), so its cost follows what
+fires, not how wide the dictionary is; only codes too dense for that keep their dense form, and blocks read it.
+`values` stays in the caller's graph; the rest carries no gradient.
 """
 
 from dataclasses import dataclass
@@ -14,136 +15,208 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unbraid.errors import CodesError
+from unbraid.kernels.pattern import Pattern
 
 
+@runtime_checkable
 @runtime_checkable
 class SparseCodes(Protocol):
     """What `codes=` must offer: rows in CSR form, feature ids ascending within a row, values above zero."""
 
     @property
-    def offsets(self) -> Tensor: ...
+    def offsets(self) -> Tensor:
+        """[B + 1] row starts."""
+        ...
 
     @property
-    def indices(self) -> Tensor: ...
+    def indices(self) -> Tensor:
+        """[nnz] feature ids."""
+        ...
 
     @property
-    def values(self) -> Tensor: ...
+    def values(self) -> Tensor:
+        """[nnz] codes."""
+        ...
 
     @property
-    def n_features(self) -> int: ...
+    def n_features(self) -> int:
+        """N."""
+        ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entries:
-    """Active entries of a batch: row `b` holds `indices[offsets[b]:offsets[b + 1]]`, ascending, with `values` > 0."""
+    """Active entries of a batch: where they are, and their `values` [nnz] > 0."""
 
-    offsets: Tensor
-    indices: Tensor
+    pattern: Pattern
     values: Tensor
-    n_features: int
 
     @property
     def n_rows(self) -> int:
         """Rows B, those without an active feature included."""
-        return self.offsets.numel() - 1
+        return self.pattern.n_rows
 
-    @cached_property
-    def row_lengths(self) -> Tensor:
-        """[B] active features per row."""
-        return self.offsets[1:] - self.offsets[:-1]
+    @property
+    def n_features(self) -> int:
+        """N."""
+        return self.pattern.n_features
 
-    @cached_property
+    @property
+    def indices(self) -> Tensor:
+        """[nnz] feature of every entry."""
+        return self.pattern.indices
+
+    @property
     def rows(self) -> Tensor:
-        """[nnz] row id of every entry."""
-        row_ids = torch.arange(self.n_rows, device=self.offsets.device)
-        return torch.repeat_interleave(row_ids, self.row_lengths, output_size=self.indices.numel())
+        """[nnz] row of every entry."""
+        return self.pattern.rows
 
     @cached_property
     def support(self) -> Tensor:
         """[N] rows on which each feature fires."""
-        return torch.bincount(self.indices, minlength=self.n_features)
-
-    @cached_property
-    def by_feature(self) -> tuple[Tensor, Tensor]:
-        """Entry ids sorted by feature, rows ascending within one, and where each feature starts ([nnz], [N + 1])."""
-        order = torch.sort(self.indices, stable=True)[1]
-        return order, offsets_of(self.support)
+        return self.pattern.by_feature.offsets.diff()
 
     @cached_property
     def co_activations(self) -> int:
         """W, the number of (row, pair of features active on it)."""
-        lengths = self.row_lengths
-        return int((lengths * (lengths - 1)).sum()) // 2
+        return _pairs_within(self.pattern.offsets.diff())
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[nnz] row * N + feature, ascending."""
+        return self.rows * self.n_features + self.indices
 
     def where(self, keep: Tensor) -> "Entries":
         """Only the entries where `keep` [nnz] is true; every row stays, maybe empty."""
-        lengths = torch.bincount(self.rows[keep], minlength=self.n_rows)
-        return Entries(offsets_of(lengths), self.indices[keep], self.values[keep], self.n_features)
+        pattern = Pattern.from_rows(self.rows[keep], self.indices[keep], self.n_rows, self.n_features)
+        return Entries(pattern, self.values[keep])
+
+    def supported(self, min_support: int) -> "Entries":
+        """Only the entries of features that fire on at least `min_support` rows."""
+        return self if min_support <= 1 else self.where((self.support >= min_support)[self.indices])
 
     def detach(self) -> "Entries":
         """The same entries outside the caller's graph."""
-        return Entries(self.offsets, self.indices, self.values.detach(), self.n_features)
+        return Entries(self.pattern, self.values.detach())
 
 
-def offsets_of(lengths: Tensor) -> Tensor:
-    """[n + 1] start of each of n consecutive runs of the given lengths, and the total."""
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+class Batch:
+    """The codes of one call, in the form they came, and their entries when somebody asks.
+
+    Raises:
+        CodesError: no or several forms of codes were passed, or they are not finite, not >= 0 or of the wrong shape.
+    """
+
+    def __init__(
+        self,
+        f: Tensor | None = None,
+        indices: Tensor | None = None,
+        values: Tensor | None = None,
+        n_features: int | None = None,
+        codes: SparseCodes | None = None,
+    ):
+        forms = sum((f is not None, indices is not None or values is not None, codes is not None))
+        if forms != 1:
+            raise CodesError(
+                f"{forms} forms of codes were passed; expected exactly one: dense codes, indices= with values= and "
+                "n_features=, or codes="
+            )
+        self.f_BN = f
+        self._in_graph = torch.is_grad_enabled()
+        if f is not None:
+            _require_matrix(f, "dense codes", "[B, N]")
+            _require_codes(f)
+            self.n_rows, self.n_features = f.shape
+            return
+        if codes is not None:
+            entries = from_codes(codes)
+        elif indices is None or values is None or n_features is None:
+            raise CodesError("indices, values and n_features belong together, and one is missing; pass all three")
+        else:
+            entries = from_indices(indices, values, n_features)
+        self.__dict__["entries"] = entries
+        self.n_rows, self.n_features = entries.n_rows, entries.n_features
+
+    @cached_property
+    def entries(self) -> Entries:
+        """The active entries; of dense codes, gathered so that their gradient flows back to their places."""
+        assert self.f_BN is not None
+        with torch.set_grad_enabled(self._in_graph):
+            return from_dense(self.f_BN)
+
+    @cached_property
+    def co_activations(self) -> int:
+        """W, known without listing the entries."""
+        if self.f_BN is None:
+            return self.entries.co_activations
+        return _pairs_within((self.f_BN > 0).sum(1))
+
+    @property
+    def source(self) -> Tensor:
+        """The tensor a penalty attaches to when its value does not depend on the entries."""
+        return self.entries.values if self.f_BN is None else self.f_BN
 
 
 def from_dense(f_BN: Float[Tensor, "B N"]) -> Entries:
     """Entries of dense codes; the gradient of an entry flows back to its place in `f_BN` and nowhere else."""
-    require_codes(f_BN)
     rows, indices = (f_BN > 0).nonzero(as_tuple=True)
     n_rows, n_features = f_BN.shape
-    offsets = offsets_of(torch.bincount(rows, minlength=n_rows))
     values = f_BN.reshape(-1).index_select(0, rows * n_features + indices)
-    return Entries(offsets, indices, values, n_features)
+    return Entries(Pattern.from_rows(rows, indices, n_rows, n_features), values)
 
 
 def from_indices(indices_BK: Int[Tensor, "B K"], values_BK: Float[Tensor, "B K"], n_features: int) -> Entries:
     """Entries of (indices, values) rows; value 0 is padding, and a feature named twice in a row counts with its sum."""
+    _require_matrix(values_BK, "values", "[B, K]")
     if indices_BK.shape != values_BK.shape:
         raise CodesError(
-            f"indices {tuple(indices_BK.shape)} and values {tuple(values_BK.shape)} differ; expected the same [B, K]; "
-            "pass both as your top-k returned them"
+            f"indices {tuple(indices_BK.shape)} and values {tuple(values_BK.shape)} differ in shape; expected the same "
+            "[B, K]; pass both as your top-k returned them"
         )
-    require_codes(values_BK)
-    n_rows, width = indices_BK.shape
-    active = values_BK.reshape(-1) > 0
-    row_ids = torch.arange(n_rows, device=indices_BK.device).unsqueeze(1).expand(n_rows, width)
-    rows = row_ids.reshape(-1)[active]
-    chosen = indices_BK.reshape(-1)[active].long()
-    require_feature_ids(chosen, n_features)
-    keys, order = torch.sort(rows * n_features + chosen, stable=True)
-    values = values_BK.reshape(-1)[active].index_select(0, order)
+    _require_codes(values_BK)
+    rows, columns = (values_BK > 0).nonzero(as_tuple=True)
+    indices = indices_BK[rows, columns].long()
+    _require_feature_ids(indices, n_features)
+    keys, order = torch.sort(rows * n_features + indices, stable=True)
+    values = values_BK[rows, columns].index_select(0, order)
     unique_keys, place = torch.unique_consecutive(keys, return_inverse=True)
     if unique_keys.numel() < keys.numel():
-        values = torch.zeros_like(values[: unique_keys.numel()]).index_add(0, place, values)
-    offsets = offsets_of(torch.bincount(unique_keys // max(n_features, 1), minlength=n_rows))
-    return Entries(offsets, unique_keys % max(n_features, 1), values, n_features)
+        values = values.new_zeros(unique_keys.numel()).index_add(0, place, values)
+    pattern = Pattern.from_rows(
+        unique_keys // max(n_features, 1), unique_keys % max(n_features, 1), values_BK.shape[0], n_features
+    )
+    return Entries(pattern, values)
 
 
 def from_codes(codes: SparseCodes) -> Entries:
-    """Entries of a `Codes` object, taken as they are."""
-    require_codes(codes.values)
-    indices = codes.indices.long()
-    require_feature_ids(indices, codes.n_features)
-    return Entries(codes.offsets.long(), indices, codes.values, codes.n_features)
+    """Entries of a `Codes` object, taken as they are; a `Pattern` it already holds is shared."""
+    _require_codes(codes.values)
+    _require_feature_ids(codes.indices, codes.n_features)
+    pattern = getattr(codes, "pattern", None)
+    if not isinstance(pattern, Pattern):
+        pattern = Pattern(codes.offsets.long(), codes.indices.long(), codes.n_features)
+    return Entries(pattern, codes.values)
 
 
 def to_dense(entries: Entries) -> Float[Tensor, "B N"]:
-    """Dense codes; for the oracle and for codes too dense for the exact path."""
+    """Dense codes, for the oracle."""
     flat = entries.values.new_zeros(entries.n_rows * entries.n_features)
-    places = entries.rows * entries.n_features + entries.indices
-    return flat.index_add(0, places, entries.values).reshape(entries.n_rows, entries.n_features)
+    return flat.index_add(0, entries.keys, entries.values).reshape(entries.n_rows, entries.n_features)
 
 
-def require_codes(values: Tensor) -> None:
-    """Codes are finite and non-negative; a sign error here would silently turn entangled pairs into opposed ones.
+def _pairs_within(lengths: Tensor) -> int:
+    return int((lengths * (lengths - 1)).sum()) // 2
 
-    Raises:
-        CodesError: a value is negative, infinite or NaN, or the values are not floating point.
-    """
+
+def _require_matrix(tensor: Tensor, name: str, shape: str) -> None:
+    if tensor.ndim != 2:
+        raise CodesError(
+            f"{name} have shape {tuple(tensor.shape)}; expected {shape}; flatten leading dimensions, a row a token"
+        )
+
+
+def _require_codes(values: Tensor) -> None:
+    """Codes are finite and non-negative; a sign error here would silently turn entangled pairs into opposed ones."""
     if not values.is_floating_point():
         raise CodesError(f"codes have dtype {values.dtype}; expected floating point; pass the encoder's output")
     if values.numel() == 0:
@@ -156,8 +229,7 @@ def require_codes(values: Tensor) -> None:
         )
 
 
-def require_feature_ids(indices: Tensor, n_features: int) -> None:
-    """Raises `CodesError` when a feature id lies outside 0..n_features - 1."""
+def _require_feature_ids(indices: Tensor, n_features: int) -> None:
     if indices.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(indices))

@@ -1,6 +1,6 @@
 """Cosine and Pearson correlation of features, in a form that needs active entries only.
 
-Both are a dot product of scaled features minus a product of two per-feature numbers: C_ij = z_i . z_j - shift_i shift_j,
+Both are a dot product of scaled features minus a product of two per-feature numbers, C_ij = z_i . z_j - shift_i shift_j
 with z_bi = f_bi / scale. Cosine divides by the norm and has no shift; Pearson divides by the centred norm, and the
 shift sqrt(B) mean_i / centred norm stands for the centring of the inactive entries, which are never written down.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from unbraid.decorrelation.entries import Entries
@@ -19,7 +20,7 @@ CONSTANT = 1e-12
 
 @dataclass(frozen=True)
 class Scaled:
-    """Entries scaled so that a correlation is a dot product minus a product of shifts; all float64, no gradient."""
+    """Entries scaled so that a correlation is a dot product minus a product of shifts; float64, no gradient."""
 
     values: Tensor
     """[nnz] z at active entries."""
@@ -42,3 +43,15 @@ def scaled(entries: Entries, measure: Measure) -> Scaled:
     inverse = torch.where(centred > CONSTANT * squares, centred, torch.inf).rsqrt()
     shift = totals * inverse / max(n_rows, 1) ** 0.5
     return Scaled(values * inverse[entries.indices], inverse, shift)
+
+
+def scaled_columns(f_BN: Float[Tensor, "B N"], measure: Measure) -> tuple[Float[Tensor, "B N"], Float[Tensor, " N"]]:
+    """Dense codes as columns whose dot products are correlations, and the 1 / norm (float64) of each."""
+    f_BN = f_BN.to(torch.promote_types(f_BN.dtype, torch.float32))
+    squares = torch.linalg.vector_norm(f_BN, dim=0, dtype=torch.float64) ** 2
+    norms = squares
+    if measure == "pearson":
+        f_BN = f_BN - f_BN.mean(0, dtype=torch.float64).to(f_BN.dtype)
+        norms = torch.linalg.vector_norm(f_BN, dim=0, dtype=torch.float64) ** 2
+    inverse = torch.where(norms > CONSTANT * squares, norms, torch.inf).rsqrt()
+    return f_BN * inverse.to(f_BN.dtype), inverse

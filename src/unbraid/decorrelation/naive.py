@@ -4,9 +4,11 @@ Nothing here is fast or small; it is what every other path is compared with.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from unbraid.decorrelation.coactive import Evaluation, low_support
+from unbraid.decorrelation.entries import Entries, to_dense
 from unbraid.decorrelation.measure import CONSTANT, Measure
 from unbraid.decorrelation.selection import Selection, grid, nominal_pairs, steps_per_unit
 
@@ -25,36 +27,45 @@ def correlation_matrix(f_BN: Float[Tensor, "B N"], measure: Measure) -> Float[Te
     return z_BN.T @ z_BN
 
 
-def naive_penalty(
-    f_BN: Float[Tensor, "B N"],
-    fraction: float,
-    measure: Measure = "cosine",
-    min_support: int = 1,
-    max_pairs_per_feature: int | None = None,
-    floor: float | None = None,
-) -> tuple[Tensor, float, Selection]:
-    """R, tau and S of one batch (Eq. 2-4); differentiable through `f_BN`.
+def penalty(
+    f_BN: Float[Tensor, "B N"], pair_ids: Int[Tensor, " P"], nominal: int, tau: float, measure: Measure
+) -> tuple[Tensor, Tensor]:
+    """R(tau) of Eq. 3 over given pairs, differentiable through `f_BN`, and their correlations.
 
     The gradient autograd gives at inactive entries is not the method's: multiply it by `f_BN > 0`.
     """
     n_features = f_BN.shape[1]
-    live = (f_BN > 0).sum(0) >= min_support
-    correlations_NN = correlation_matrix(f_BN * live, measure)
-    i, j = torch.triu_indices(n_features, n_features, offset=1)
-    both = live[i] & live[j]
-    i, j = i[both], j[both]
-    correlations = correlations_NN[i, j]
+    correlations = correlation_matrix(f_BN, measure)[pair_ids // n_features, pair_ids % n_features]
+    excess = correlations - tau
+    above = excess > 1 / steps_per_unit(f_BN.dtype)
+    return torch.where(above, excess, 0.0).sum() / max(nominal, 1), correlations
+
+
+def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_feature: int | None = None) -> Selection:
+    """S, mu and sigma from the whole matrix."""
+    f_BN = to_dense(entries.detach())
+    n_features = f_BN.shape[1]
+    live = (f_BN > 0).any(0)
+    first, second = torch.triu_indices(n_features, n_features, offset=1, device=f_BN.device)
+    both = live[first] & live[second]
+    first, second = first[both], second[both]
+    known = correlation_matrix(f_BN, measure)[first, second]
     n_live = int(live.sum())
-    known = correlations.detach().double()
-    mean, std = (float(known.mean()), float(known.std(correction=0))) if n_live > 1 else (0.0, 0.0)
+    mean, std = (float(known.double().mean()), float(known.double().std(correction=0))) if n_live > 1 else (0.0, 0.0)
     wanted, limit = nominal_pairs(n_live, fraction, max_pairs_per_feature)
-    ranks = grid(correlations.detach())
+    ranks = grid(known)
     order = torch.sort(ranks, descending=True, stable=True)[1][:wanted]
     chosen = torch.sort(order[ranks[order] > 0])[0]
-    if chosen.numel() < wanted:
-        limit = "co-activation"
-    tau = mean + std if floor is None else max(mean + std, floor)
-    excess = correlations[chosen] - tau
-    penalty = torch.where(excess > 1 / steps_per_unit(f_BN.dtype), excess, 0.0).sum() / max(wanted, 1)
-    ids = i[chosen] * n_features + j[chosen]
-    return penalty, tau, Selection(ids, known[chosen], wanted, mean, std, n_live, limit)
+    limit = "co-activation" if chosen.numel() < wanted else limit
+    ids = first[chosen] * n_features + second[chosen]
+    return Selection(ids, known[chosen].double(), wanted, mean, std, n_live, limit, low_support(entries, ids))
+
+
+def evaluate(entries: Entries, pair_ids: Tensor, nominal: int, tau: float, measure: Measure) -> Evaluation:
+    """R(tau) over given pairs and its gradient at active entries, by autograd."""
+    with torch.enable_grad():
+        f_BN = to_dense(entries.detach()).requires_grad_()
+        value, correlations = penalty(f_BN, pair_ids, nominal, tau, measure)
+        (gradient_BN,) = torch.autograd.grad(value, f_BN)
+    gradient = gradient_BN[entries.rows, entries.indices]
+    return Evaluation(float(value.detach()), gradient, correlations.detach().double())

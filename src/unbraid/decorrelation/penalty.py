@@ -1,111 +1,228 @@
-"""`SelectiveDecorrelation`, the penalty to add to any SAE's loss.
+"""`SelectiveDecorrelation`: find the most entangled pairs of features, push only those apart.
 
-Every path works out value and gradient together, by hand, and `attached` hands them to autograd as one node: nothing
-of the selection is recorded, and the gradient reaches active entries only.
+It chooses the cheapest path that is right for the codes it gets (exact from co-activations while W fits a budget,
+random blocks above it) and remembers what it needs between calls as tensors. It never sees a trainer.
 """
 
-from typing import Any
+import dataclasses
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from unbraid.decorrelation import coactive
-from unbraid.decorrelation.entries import Entries, SparseCodes, from_codes, from_dense, from_indices
+from unbraid.config import DecorrelationConfig, Floor, validated
+from unbraid.decorrelation import coactive, naive, tiled
+from unbraid.decorrelation.base import DEFAULTS, Penalty
+from unbraid.decorrelation.blocks import Blocks
+from unbraid.decorrelation.coactive import Evaluation
+from unbraid.decorrelation.decoder_rows import (
+    UnitRows,
+    evaluate_rows,
+    require_decoder,
+    row_moments,
+    select_exactly,
+    unit_rows,
+)
+from unbraid.decorrelation.entries import Batch, Entries
 from unbraid.decorrelation.measure import Measure
-from unbraid.decorrelation.stats import DecorrelationStats
+from unbraid.decorrelation.neighbours import NeighbourLists
+from unbraid.decorrelation.selection import Selection
+from unbraid.decorrelation.stats import DecorrelationStats, stats_of
 from unbraid.decorrelation.threshold import Threshold, ThresholdKind
-from unbraid.errors import CodesError
+from unbraid.decorrelation.window import CodesWindow, RememberedSelection
+from unbraid.randomness import derive_seed
+
+EXACT_PATHS = {"coactive": coactive, "tiled": tiled, "naive": naive}
 
 
-class _KnownGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, value: float, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        dtype = torch.promote_types(source.dtype, torch.float32)
-        return torch.tensor(value, dtype=dtype, device=source.device)
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """S and tau for one call, and where they come from."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+    selection: Selection
+    tau: float
+    refreshed: bool
+    overlap: float | None = None
 
 
-def attached(source: Tensor, value: float, gradient: Tensor) -> Tensor:
-    """A scalar that is `value` and whose gradient with respect to `source` is `gradient`; once differentiable."""
-    return _KnownGradient.apply(source, value, gradient.to(source.dtype))  # pyright: ignore[reportReturnType]
+class SelectiveDecorrelation(Penalty):
+    """R(tau) = 1/|S| sum over S of relu(C - tau), S the `fraction` most correlated live pairs (Eq. 2-4).
 
+    Settings, their defaults and their meaning are those of `DecorrelationConfig`. With window = refresh = 1 every call
+    stands for itself and there is no state; otherwise `state_dict` holds the window and the selection in force, and
+    the penalty is zero until the window is full for the first time.
 
-class SelectiveDecorrelation(nn.Module):
-    """R(tau) of Eq. 2-4."""
+    Example:
+        >>> decorrelate = SelectiveDecorrelation(fraction=0.5)
+        >>> penalty, stats = decorrelate(torch.tensor([[1.0, 2.0, 0.0], [3.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+        >>> stats.pairs.tolist(), stats.n_live
+        ([[0, 1]], 3)
+    """
 
     def __init__(
         self,
-        fraction: float = 1e-3,
-        measure: Measure = "cosine",
-        min_support: int = 1,
-        threshold: ThresholdKind = "batch",
-        tau: float = 0.2,
-        threshold_decay: float = 0.99,
-        floor: float | None = None,
-        max_pairs_per_feature: int | None = None,
-    ):
-        super().__init__()
-        self.fraction, self.measure, self.min_support = fraction, measure, min_support
-        self.max_pairs_per_feature = max_pairs_per_feature
-        self.threshold = Threshold(threshold, tau, threshold_decay, floor)
-
-    @torch.compiler.disable
-    def forward(
-        self,
-        f: Tensor | None = None,
+        fraction: float = DEFAULTS.fraction,
+        window: int = DEFAULTS.window,
+        min_support: int = DEFAULTS.min_support,
+        measure: Measure = DEFAULTS.measure,
+        space: Literal["codes", "decoder", "co-active"] = DEFAULTS.space,
         *,
-        indices: Tensor | None = None,
-        values: Tensor | None = None,
-        n_features: int | None = None,
-        codes: SparseCodes | None = None,
-        decoder: Tensor | None = None,
-    ) -> tuple[Tensor, DecorrelationStats]:
-        """The penalty of one batch, unweighted by lambda2, and what was found."""
-        entries = entries_of(f, indices, values, n_features, codes)
-        chosen = coactive.supported(entries, self.min_support)
-        selection = coactive.select(chosen, self.fraction, self.measure, self.max_pairs_per_feature)
-        tau = self.threshold(selection.mean, selection.std, entries.n_features, entries.n_rows)
-        found = coactive.evaluate(entries, selection.pair_ids, selection.nominal, tau, self.measure)
-        pairs = torch.stack([selection.pair_ids // entries.n_features, selection.pair_ids % entries.n_features], 1)
-        stats = DecorrelationStats(
-            path="coactive",
-            penalty=found.penalty,
-            tau=tau,
-            mean=selection.mean,
-            std=selection.std,
-            cut=selection.cut,
-            pairs=pairs,
-            correlations=found.correlations,
-            n_live=selection.n_live,
-            nominal=selection.nominal,
-            limit=selection.limit,
-            co_activations=entries.co_activations,
+        refresh: int | None = DEFAULTS.refresh,
+        interval: int = DEFAULTS.interval,
+        threshold: ThresholdKind = DEFAULTS.threshold,
+        tau: float = DEFAULTS.tau,
+        threshold_decay: float = DEFAULTS.threshold_decay,
+        floor: Floor = DEFAULTS.floor,
+        max_pairs_per_feature: int | None = DEFAULTS.max_pairs_per_feature,
+        path: Literal["auto", "coactive", "blocks", "tiled", "naive"] = DEFAULTS.path,
+        pair_budget: int = DEFAULTS.pair_budget,
+        block: int = DEFAULTS.block,
+        scan_rows: int = DEFAULTS.scan_rows,
+        neighbours: int = DEFAULTS.neighbours,
+        seed: int = 0,
+    ):
+        settings = {name: value for name, value in locals().items() if name not in ("self", "seed", "__class__")}
+        config = validated(DecorrelationConfig, settings, "SelectiveDecorrelation")
+        refresh = config.refresh or config.window
+        remembers = config.window > 1 or refresh > 1 or space == "decoder"
+        super().__init__(interval, seed, space, counts_calls=remembers)
+        self.config, self.refresh = config, refresh
+        self.threshold = Threshold(threshold, tau, threshold_decay, floor)
+        self.window = CodesWindow(window) if remembers and space != "decoder" else None
+        self.lists = NeighbourLists(neighbours, scan_rows) if space == "decoder" and path != "tiled" else None
+        self.selection = RememberedSelection() if remembers else None
+
+    def exact_selection(self, decoder: Tensor) -> Selection:
+        """The true top pairs of decoder rows, on demand: O(N^2 D)."""
+        unit_ND = unit_rows(require_decoder(decoder, None)).unit_ND
+        return select_exactly(unit_ND, self.config.fraction, self.config.max_pairs_per_feature)
+
+    def find(
+        self, batch: Batch | None, decoder: Tensor | None, acts: bool
+    ) -> tuple[Evaluation | None, DecorrelationStats]:
+        """See `Penalty.find`."""
+        rows = None if decoder is None or self.space == "codes" else unit_rows(decoder)
+        if batch is None:
+            assert rows is not None
+            return self._find_among_decoder_rows(rows, acts)
+        path = self.path_for(batch)
+        if path == "blocks":
+            return self._find_in_blocks(batch, rows, acts)
+        chosen = self._choose(batch.entries, rows, path, acts)
+        if chosen is None:
+            return None, DecorrelationStats("filling" if self.selection else path, penalised=False)
+        if not acts:
+            return None, self._stats(path, batch, chosen, None)
+        selection, entries = chosen.selection, batch.entries
+        if rows is not None:
+            found = evaluate_rows(rows, selection.pair_ids, selection.nominal, chosen.tau)
+        else:
+            found = EXACT_PATHS[path].evaluate(
+                entries, selection.pair_ids, selection.nominal, chosen.tau, self.config.measure
+            )
+        return found, self._stats(path, batch, chosen, found)
+
+    def path_for(self, batch: Batch) -> str:
+        """The path these codes take."""
+        if self.config.path != "auto":
+            return self.config.path
+        return "coactive" if batch.co_activations <= self.config.pair_budget else "blocks"
+
+    def select(self, entries: Entries, path: str) -> Selection:
+        """S of some codes, by an exact path."""
+        supported = entries.detach().supported(self.config.min_support)
+        return EXACT_PATHS[path].select(
+            supported, self.config.fraction, self.config.measure, self.config.max_pairs_per_feature
         )
-        return attached(entries.values, found.penalty, found.gradient), stats
 
+    def _choose(self, entries: Entries, rows: UnitRows | None, path: str, acts: bool) -> Chosen | None:
+        """S for this call: of this batch, or the one in force after looking whether a new one is due."""
+        if self.selection is None or self.window is None:
+            return self._with_tau(self.select(entries, path), rows, entries.n_rows) if acts else None
+        self.selection.require_width(entries.n_features)
+        refreshed = False
+        if self.training:
+            self.selection.age()
+            calls, known = self.selection.calls_since, self.selection.known
+            if not known or calls + self.window.size > self.refresh:
+                self.window.push(entries)
+            if acts and self.window.full and (not known or calls >= self.refresh):
+                codes = self.window.entries(entries.n_features)
+                self._remember(self._with_tau(self.select(codes, path), rows, codes.n_rows), path, entries.n_features)
+                self.window.clear()
+                refreshed = True
+        return self._in_force(refreshed)
 
-def entries_of(
-    f: Tensor | None, indices: Tensor | None, values: Tensor | None, n_features: int | None, codes: SparseCodes | None
-) -> Entries:
-    """The active entries of whichever form of codes was passed.
+    def _in_force(self, refreshed: bool) -> Chosen | None:
+        if self.selection is None or not self.selection.known:
+            return None
+        selection, tau, _, overlap = self.selection.recall()
+        return Chosen(selection, tau, refreshed, overlap)
 
-    Raises:
-        CodesError: none or several forms were passed, or n_features is missing.
-    """
-    forms = [f is not None, indices is not None or values is not None, codes is not None]
-    if sum(forms) != 1:
-        raise CodesError(f"{sum(forms)} forms of codes were passed; expected one of f, (indices, values), codes")
-    if codes is not None:
-        return from_codes(codes)
-    if f is not None:
-        return from_dense(f)
-    if indices is None or values is None or n_features is None:
-        raise CodesError("indices, values and n_features belong together; pass all three")
-    return from_indices(indices, values, n_features)
+    def _remember(self, chosen: Chosen, path: str, n_features: int) -> None:
+        assert self.selection is not None
+        self.selection.replace(chosen.selection, chosen.tau, path, n_features)
+
+    def _with_tau(self, selection: Selection, rows: UnitRows | None, n_dimensions: int) -> Chosen:
+        """tau in the units of what is penalised: of the codes' correlations, or of the decoder's cosines."""
+        n_features = selection.n_live
+        if rows is not None:
+            n_features, n_dimensions = rows.unit_ND.shape
+            if self.space == "co-active":
+                mean, std = row_moments(rows.unit_ND)
+                selection = dataclasses.replace(selection, mean=mean, std=std)
+        tau = self.threshold(selection.mean, selection.std, n_features, n_dimensions)
+        return Chosen(selection, tau, refreshed=True)
+
+    def _find_in_blocks(
+        self, batch: Batch, rows: UnitRows | None, acts: bool
+    ) -> tuple[Evaluation | None, DecorrelationStats]:
+        """Codes too dense to remember or to list: select and penalise this batch, block by block."""
+        if not acts:
+            return None, DecorrelationStats("blocks", co_activations=batch.co_activations, penalised=False)
+        # Drawn from the codes themselves: a resumed run draws the same partition, and nothing has to be remembered.
+        seed = derive_seed(self.seed, "blocks", float(batch.source.sum(dtype=torch.float64)).hex())
+        blocks = Blocks(batch, self.config.block, self.config.min_support, self.config.measure, seed)
+        selection = blocks.select(self.config.fraction, self.config.max_pairs_per_feature)
+        chosen = self._with_tau(selection, rows, batch.n_rows)
+        if rows is not None:
+            found = evaluate_rows(rows, chosen.selection.pair_ids, chosen.selection.nominal, chosen.tau)
+        else:
+            found = blocks.evaluate(chosen.selection, chosen.tau)
+        return found, self._stats("blocks", batch, chosen, found)
+
+    def _find_among_decoder_rows(self, rows: UnitRows, acts: bool) -> tuple[Evaluation | None, DecorrelationStats]:
+        assert self.selection is not None
+        n_features = rows.unit_ND.shape[0]
+        self.selection.require_width(n_features)
+        refreshed = False
+        path = "tiled" if self.lists is None else "neighbours"
+        if self.training:
+            self.selection.age()
+            if self.lists is not None:
+                self.lists.scan(rows.unit_ND)
+            refreshed = acts and (not self.selection.known or self.selection.calls_since >= self.refresh)
+        if refreshed:
+            wanted = self.config.fraction, self.config.max_pairs_per_feature
+            found = self.lists.select(rows, *wanted) if self.lists else select_exactly(rows.unit_ND, *wanted)
+            self._remember(self._with_tau(found, rows, 0), path, n_features)
+        chosen = self._in_force(refreshed)
+        if chosen is None:
+            return None, DecorrelationStats("filling", penalised=False)
+        if not acts:
+            return None, self._stats(path, None, chosen, None)
+        evaluation = evaluate_rows(rows, chosen.selection.pair_ids, chosen.selection.nominal, chosen.tau)
+        return evaluation, self._stats(path, None, chosen, evaluation)
+
+    def _stats(self, path: str, batch: Batch | None, chosen: Chosen, found: Evaluation | None) -> DecorrelationStats:
+        selection = chosen.selection
+        return stats_of(
+            path,
+            selection,
+            chosen.tau,
+            found,
+            selection.n_live if batch is None else batch.n_features,
+            co_activations=0 if batch is None else batch.co_activations,
+            overlap=chosen.overlap,
+            refreshed=chosen.refreshed,
+        )

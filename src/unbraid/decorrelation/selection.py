@@ -7,11 +7,13 @@ pairs above zero are chosen: the others are not entangled.
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from unbraid.kernels.co_activation import CoActivations
+BINS = 4098
+"""Of the coarse histogram: 4096 to C = 1, and room for rounding above it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Selection:
     n_live: int
     """Features that fired (at least min_support times)."""
     limit: str
-    """What bounds |S|: fraction, max_pairs_per_feature, or co-activation (fewer pairs have C > 0 than were asked for)."""
+    """What bounds |S|: fraction, max_pairs_per_feature, or co-activation (fewer pairs than asked for have C > 0)."""
+    low_support: float = 0.0
+    """Share of S in which a feature fired at most 4 times."""
 
     @property
     def cut(self) -> float:
@@ -45,7 +49,7 @@ def live_pairs(n_live: int) -> int:
 
 
 def nominal_pairs(n_live: int, fraction: float, max_pairs_per_feature: int | None) -> tuple[int, str]:
-    """|S| = max(1, round(fraction * live pairs)), capped at so many pairs per live feature, and which of both bound it."""
+    """|S| = max(1, round(fraction * live pairs)), capped at so many pairs per live feature, and which of them binds."""
     pairs = live_pairs(n_live)
     if pairs == 0:
         return 0, "fraction"
@@ -78,43 +82,56 @@ def grid(correlations: Tensor) -> Tensor:
     return torch.round(correlations * steps_per_unit(correlations.dtype)).to(kind)
 
 
-class TopPairs:
-    """The best `wanted` pairs seen so far, fed chunk by chunk; holds at most a few times that many."""
+@runtime_checkable
+class PairsInOrder(Protocol):
+    """A chunk of pairs that can say which features they are."""
 
-    def __init__(self, wanted: int):
-        self.wanted = wanted
-        self._ranks: list[Tensor] = []
-        self._ids: list[Tensor] = []
-        self._held = 0
+    def features(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Features i < j of the pairs at these positions."""
+        ...
+
+
+class TopPairs:
+    """The best `wanted` pairs of a stream of chunks. A coarse histogram of what came raises the bar for what comes."""
+
+    def __init__(self, wanted: int, n_features: int, dtype: torch.dtype, device: torch.device):
+        self.wanted, self.n_features = wanted, n_features
+        self.steps = steps_per_unit(dtype)
+        self.bin_bits = (self.steps // 4096).bit_length() - 1
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
         self._bar = 1
 
-    def add(self, correlations: Tensor, pairs: CoActivations) -> None:
-        """Offer a chunk; `correlations` [p] belongs to the pairs of `pairs`, position by position."""
-        ranks = grid(correlations)
-        positions = (ranks >= self._bar).nonzero().squeeze(1)
-        self._ranks.append(ranks[positions])
-        self._ids.append(pairs.pair_ids(positions))
-        self._held += positions.numel()
-        if self._held > 4 * self.wanted:
-            self._prune()
+    def add(self, correlations: Tensor, chunk: PairsInOrder) -> None:
+        """Offer a chunk; `correlations[p]` belongs to position p of the chunk."""
+        unfiltered = self._bar == 1
+        if unfiltered:
+            self._raise_bar(grid(correlations).clamp_(min=0))
+        positions = (correlations > (self._bar - 1) / self.steps).nonzero().squeeze(1)
+        ranks = grid(correlations[positions])
+        if not unfiltered:
+            self._raise_bar(ranks)
+        better = (ranks >= self._bar).nonzero().squeeze(1)
+        first, second = chunk.features(positions[better])
+        self._kept.append((ranks[better], first * self.n_features + second))
 
-    def _prune(self) -> tuple[Tensor, Tensor]:
-        ranks, ids = torch.cat(self._ranks), torch.cat(self._ids)
-        if ranks.numel() > self.wanted > 0:
-            self._bar = int(torch.topk(ranks, self.wanted, sorted=False)[0].min())
-            above = (ranks > self._bar).nonzero().squeeze(1)
-            level = (ranks == self._bar).nonzero().squeeze(1)
-            lowest = torch.sort(ids[level])[1][: self.wanted - above.numel()]
-            chosen = torch.cat([above, level[lowest]])
-            ranks, ids = ranks[chosen], ids[chosen]
-        self._ranks, self._ids, self._held = [ranks], [ids], ranks.numel()
-        return ranks, ids
+    def _raise_bar(self, ranks: Tensor) -> None:
+        """Count newcomers in bins of the grid; the bar is the highest bin edge that `wanted` pairs have reached."""
+        self._histogram += torch.bincount(ranks >> self.bin_bits, minlength=BINS)
+        reached = self._histogram.flip(0).cumsum(0).flip(0) >= self.wanted
+        self._bar = max(1, (int(reached.sum()) - 1) << self.bin_bits)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Pair ids, ascending, and their correlations (on the grid, float64)."""
-        if not self._ids or self.wanted == 0:
-            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
-        ranks, ids = self._prune()
-        ids, order = torch.sort(ids)
-        step_dtype = torch.float64 if ranks.dtype == torch.int64 else torch.float32
-        return ids, ranks[order].double() / steps_per_unit(step_dtype)
+        if not self._kept or self.wanted == 0:
+            empty = torch.empty(0, dtype=torch.int64, device=self._histogram.device)
+            return empty, empty.double()
+        ranks, ids = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        sure = ranks >= self._bar + (1 << self.bin_bits)
+        contested = (~sure & (ranks >= self._bar)).nonzero().squeeze(1)
+        order = torch.sort(ids[contested])[1]
+        order = order[torch.sort(ranks[contested[order]], descending=True, stable=True)[1]]
+        seats = self.wanted - int(sure.sum())
+        chosen = torch.cat([sure.nonzero().squeeze(1), contested[order[: max(seats, 0)]]])
+        ids, order = torch.sort(ids[chosen])
+        return ids, ranks[chosen[order]].double() / self.steps

@@ -1,10 +1,14 @@
 """What a penalty says about itself: enough to draw Figure 1 and to see whether S is signal or noise."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from unbraid.decorrelation.coactive import Evaluation
+from unbraid.decorrelation.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,26 @@ class DecorrelationStats:
             "penalised": int(self.penalised),
         }
         return numbers if self.overlap is None else numbers | {"overlap": self.overlap}
+
+
+def stats_of(
+    path: str, selection: Selection, tau: float, found: Evaluation | None, n_features: int, **more: Any
+) -> DecorrelationStats:
+    """Stats of a selection and, where it was penalised, of what was found."""
+    ids, width = selection.pair_ids, max(n_features, 1)
+    return DecorrelationStats(
+        path=path,
+        penalty=0.0 if found is None else found.penalty,
+        tau=tau,
+        mean=selection.mean,
+        std=selection.std,
+        cut=selection.cut,
+        pairs=torch.stack([ids // width, ids % width], dim=1),
+        correlations=selection.correlations if found is None else found.correlations,
+        n_live=selection.n_live,
+        nominal=selection.nominal,
+        limit=selection.limit,
+        low_support=selection.low_support,
+        penalised=found is not None,
+        **more,
+    )

@@ -1,0 +1,80 @@
+"""What every penalty on features shares: how it is called, and when it acts."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.config import DecorrelationConfig
+from unbraid.decorrelation.coactive import Evaluation
+from unbraid.decorrelation.decoder_rows import require_decoder
+from unbraid.decorrelation.entries import Batch, SparseCodes
+from unbraid.decorrelation.gradient import attached
+from unbraid.decorrelation.stats import DecorrelationStats
+
+DEFAULTS = DecorrelationConfig()
+
+
+class Penalty(nn.Module, ABC):
+    """A penalty to add to an SAE's loss: a scalar, unweighted by lambda2, and what was found.
+
+    It counts calls and may act on every T-th only; in evaluation mode nothing that is remembered changes.
+
+    Args:
+        interval: act on every T-th call, the first included, with weight T; the others return zero.
+        seed: of everything random.
+        space: what is penalised; "codes", "decoder" (which does not look at the codes), or "co-active" (both).
+        counts_calls: whether the number of calls matters even when interval is 1, so that it belongs to the state.
+    """
+
+    step: Tensor
+
+    def __init__(self, interval: int, seed: int, space: str, *, counts_calls: bool = False):
+        super().__init__()
+        self.interval, self.seed, self.space = interval, seed, space
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=counts_calls or interval > 1)
+
+    @torch.compiler.disable
+    def forward(
+        self,
+        f: Tensor | None = None,
+        *,
+        indices: Tensor | None = None,
+        values: Tensor | None = None,
+        n_features: int | None = None,
+        codes: SparseCodes | None = None,
+        decoder: Tensor | None = None,
+    ) -> tuple[Tensor, DecorrelationStats]:
+        """The penalty of one batch.
+
+        Args:
+            f: dense codes [B, N], or
+            indices: [B, K] feature ids with `values` [B, K] (0 is padding) and `n_features` N, or
+            codes: an object with CSR `offsets`, `indices`, `values` and `n_features`.
+            decoder: [N, D], a row a feature; penalties on decoder rows need it and may do without codes.
+
+        Raises:
+            CodesError: codes or decoder are missing, of the wrong shape, not finite, or negative.
+        """
+        batch = None if self.space == "decoder" else Batch(f, indices, values, n_features, codes)
+        if self.space == "codes":
+            assert batch is not None
+            target = batch.source
+        else:
+            target = decoder = require_decoder(decoder, batch.n_features if batch else None)
+        acts = int(self.step) % self.interval == 0
+        if self.training:
+            self.step += 1
+        with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
+            found, stats = self.find(batch, decoder, acts)
+        if found is None or not acts:
+            return attached(target, 0.0, None), stats
+        if batch is not None and self.space == "codes" and found.gradient.shape != target.shape:
+            target = batch.entries.values
+        return attached(target, self.interval * found.penalty, self.interval * found.gradient), stats
+
+    @abstractmethod
+    def find(
+        self, batch: Batch | None, decoder: Tensor | None, acts: bool
+    ) -> tuple[Evaluation | None, DecorrelationStats]:
+        """Value and gradient, if there is something to penalise on this call, and the stats."""

@@ -1,0 +1,33 @@
+"""Exact for codes of any density: tiles of the N x N matrix, each looked at once and thrown away.
+
+O(N^2 B) time, one tile of memory: for evaluating dense codes, and for checking blocks at sizes the oracle cannot hold.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from unbraid.decorrelation.coactive import Evaluation, low_support
+from unbraid.decorrelation.decoder_rows import UnitRows, evaluate_rows, select_exactly
+from unbraid.decorrelation.entries import Entries, to_dense
+from unbraid.decorrelation.measure import Measure, scaled_columns
+from unbraid.decorrelation.selection import Selection
+
+
+def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_feature: int | None = None) -> Selection:
+    """S, mu and sigma (Eq. 3, 4) from the live features' tiles."""
+    live = (entries.support > 0).nonzero().squeeze(1)
+    z_Bn, _ = scaled_columns(to_dense(entries.detach())[:, live], measure)
+    chosen = select_exactly(z_Bn.T.contiguous(), fraction, max_pairs_per_feature)
+    n_live = max(live.numel(), 1)
+    ids = live[chosen.pair_ids // n_live] * entries.n_features + live[chosen.pair_ids % n_live]
+    return dataclasses.replace(chosen, pair_ids=ids, low_support=low_support(entries, ids))
+
+
+def evaluate(entries: Entries, pair_ids: Tensor, nominal: int, tau: float, measure: Measure) -> Evaluation:
+    """R(tau) over given pairs and its gradient at active entries, from dense rows of codes."""
+    z_BN, inverse = scaled_columns(to_dense(entries.detach()), measure)
+    found = evaluate_rows(UnitRows(z_BN.T.contiguous(), inverse), pair_ids, nominal, tau)
+    gradient = found.gradient[entries.indices, entries.rows]
+    return dataclasses.replace(found, gradient=torch.where(entries.support > 1, 1.0, 0.0)[entries.indices] * gradient)
