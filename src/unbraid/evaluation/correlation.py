@@ -1,18 +1,23 @@
 """How entangled are the features: the paper's correlation statistics on held-out tokens.
 
-`correlation_summary` is the short form written at the end of a run. The numbers are exact over all pairs of live
-features (see `pairs.py`), in the terms of Eq. 2-4: mean mu, spread sigma, tau = mu + sigma, and the mean of the
-selected top pairs.
+`correlation_summary` is the short form written at the end of a run; `evaluate_correlation` the full one, with tails,
+intervals and the comparison with a twin. The numbers are exact over all pairs of live features (see `pairs.py`), in the
+terms of Eq. 2-4: mean mu, spread sigma, tau = mu + sigma, and the mean of the selected top pairs. Intervals draw groups
+of contexts again, because neighbouring tokens are not independent, and are centred on the estimate: a bootstrap sample
+repeats tokens, which by itself raises the correlation of rare features.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from unbraid.evaluation.intervals import mean_interval
 from unbraid.evaluation.pairs import Measure, PairStatistics, pair_statistics, stack_codes
+from unbraid.evaluation.resampling import View, resampled
 
 
 @dataclass(frozen=True)
@@ -64,3 +69,117 @@ def summarise(statistics: PairStatistics, fraction: float) -> CorrelationSummary
         pairs=torch.from_numpy(statistics.pairs[:selected].copy()),
         correlations=torch.from_numpy(statistics.values[:selected].copy()),
     )
+
+
+FRACTION = 1e-3
+QUANTILES = {"q99": 0.99, "q999": 0.999, "q9999": 0.9999}
+WELL_SUPPORTED = 10
+WINDOW_TOKENS = 2048
+KEPT_TAIL = 0.01
+GROUPS = 32
+FLOOR = 0.5  # of the tail that is asked for, so that no sample's tail lies below it
+INTERVALS = ("mean", "std", "top")
+VIEWS = {"cosine": View("cosine", 1), "pearson": View("pearson", 1), "cosine_supported": View("cosine", WELL_SUPPORTED)}
+"""The last leaves out features that fire so rarely that their correlations are small-sample noise."""
+
+
+def evaluate_correlation(
+    codes: Iterable[Any],
+    n_features: int,
+    *,
+    twin: Iterable[Any] | None = None,
+    fraction: float = FRACTION,
+    block_tokens: int = 128,
+    window_tokens: int = WINDOW_TOKENS,
+    replicates: int = 30,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """All correlation statistics of one SAE on held-out tokens, and against a twin.
+
+    Args:
+        codes: chunks of codes, dense or sparse, in the order of the text.
+        n_features: N.
+        twin: codes of the SAE it is compared with (trained without the penalty), on the same tokens.
+        fraction: share of live pairs that counts as the top.
+        block_tokens: tokens the bootstrap never separates: a context.
+        window_tokens: the statistics are also taken per window of this many tokens, as training sees them.
+        replicates: bootstrap samples behind each interval.
+        seed: of the bootstrap.
+
+    Returns:
+        For each view (cosine, pearson, cosine_supported): mean, std, tau, top, q99, q999, q9999, entangled (pairs above
+        0.5), n_live, n_pairs, and NAME_interval of mean, std, top and the quantiles; `windows`: mean, std and top
+        averaged over windows, with intervals over windows; with a twin `reduction`: 1 - own / twin of mean, std and
+        top, with intervals from paired samples.
+    """
+    own = stack_codes(codes, n_features)
+    other = None if twin is None else stack_codes(twin, n_features)
+    blocks = -(-own.shape[0] // block_tokens)
+    n_groups = min(GROUPS, blocks)
+    group_of_row = (np.arange(own.shape[0]) // block_tokens) * n_groups // blocks
+    draws = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=replicates)
+    report = {name: _statistics(own, view, fraction) for name, view in VIEWS.items()}
+    samples = _samples(own, report, group_of_row, draws, fraction)
+    for name, sample in samples.items():
+        for key, values in sample.items():
+            report[name][f"{key}_interval"] = _around(report[name][key], values)
+    report["windows"] = _over_windows(own, window_tokens, fraction, seed)
+    if other is not None:
+        against = {name: _statistics(other, view, fraction) for name, view in VIEWS.items()}
+        paired = _samples(other, against, group_of_row, draws, fraction)
+        report["reduction"] = {
+            name: _reduction(report[name], against[name], samples[name], paired[name]) for name in VIEWS
+        }
+    return report
+
+
+def _samples(
+    codes: Any, estimates: dict[str, dict[str, Any]], group_of_row: np.ndarray, draws: np.ndarray, fraction: float
+) -> dict[str, dict[str, np.ndarray]]:
+    if draws.shape[1] < 2:
+        return {name: {} for name in VIEWS}
+    floors = [FLOOR * min(estimates[name]["q99"], estimates[name]["top"]) for name in VIEWS]
+    samples = resampled(codes, group_of_row, draws, list(VIEWS.values()), floors, fraction, QUANTILES)
+    return dict(zip(VIEWS, samples, strict=True))
+
+
+def _statistics(codes: Any, view: View, fraction: float) -> dict[str, Any]:
+    pairs = pair_statistics(codes, view.measure, max(fraction, KEPT_TAIL), view.min_support)
+    summary = summarise(pairs, fraction)
+    return {
+        "mean": summary.mean,
+        "std": summary.std,
+        "tau": summary.tau,
+        "top": summary.top,
+        **{name: pairs.quantile(q) for name, q in QUANTILES.items()},
+        "entangled": pairs.above,
+        "n_live": summary.n_live,
+        "n_pairs": summary.n_pairs,
+    }
+
+
+def _around(estimate: float, samples: np.ndarray) -> tuple[float, float]:
+    """Normal interval with the bootstrap's standard error."""
+    error = 1.96 * float(samples.std(ddof=1))
+    return estimate - error, estimate + error
+
+
+def _reduction(own: dict[str, Any], twin: dict[str, Any], own_samples: Any, twin_samples: Any) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name in INTERVALS:
+        if twin[name] != 0:
+            result[name] = 1 - own[name] / twin[name]
+            if own_samples:
+                result[f"{name}_interval"] = _around(result[name], 1 - own_samples[name] / twin_samples[name])
+    return result
+
+
+def _over_windows(codes: Any, window_tokens: int, fraction: float, seed: int) -> dict[str, Any]:
+    starts = range(0, codes.shape[0] - window_tokens + 1, window_tokens)
+    tables = [_statistics(codes[start : start + window_tokens], VIEWS["cosine"], fraction) for start in starts]
+    result: dict[str, Any] = {"window_tokens": window_tokens, "n_windows": len(tables)}
+    for name in INTERVALS if tables else ():
+        values = np.array([table[name] for table in tables])
+        result[name] = float(values.mean())
+        result[f"{name}_interval"] = mean_interval(values, seed)
+    return result

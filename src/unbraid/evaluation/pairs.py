@@ -20,6 +20,7 @@ from unbraid.errors import CodesError, EvaluationError
 Csr = Any  # scipy.sparse.csr_array, whose annotations say less than nothing to a type checker
 Measure = Literal["cosine", "pearson"]
 TILE_ENTRIES = 1 << 24
+ENTANGLED = 0.5
 DENSE_TILE_SPEEDUP = (
     40  # a dense multiply-add costs about this many times less than a co-activation of a sparse product
 )
@@ -29,15 +30,15 @@ DENSE_TILE_SPEEDUP = (
 class PairStatistics:
     """What all live pairs of a set of codes look like.
 
-    Pairs that are not co-active count in `mean` and `std`. `values` holds the largest correlations, descending and
-    above zero, and `pairs` [., 2] their feature ids, i < j.
+    Pairs that are not co-active count in `mean` and `std`. `above` counts the pairs correlated by more than 0.5.
+    `values` holds the largest correlations, descending and above zero, and `pairs` [., 2] their feature ids, i < j.
     """
 
     mean: float
     std: float
     n_live: int
     n_pairs: int
-    co_active_pairs: int
+    above: int
     values: np.ndarray
     pairs: np.ndarray
 
@@ -96,7 +97,6 @@ def pair_statistics(
     measure: Measure = "cosine",
     keep: float = 0.01,
     min_support: int = 1,
-    row_weights: np.ndarray | None = None,
 ) -> PairStatistics:
     """Exact mean, spread and upper tail of the correlation over all live pairs.
 
@@ -105,10 +105,7 @@ def pair_statistics(
         measure: cosine (Eq. 2), or pearson, which centres each feature first.
         keep: share of the live pairs whose correlations are kept, largest first (at least one pair).
         min_support: features that fire on fewer tokens are not live.
-        row_weights: how often each token counts, whole numbers (a bootstrap sample); none counts each once.
     """
-    if row_weights is not None:
-        codes = codes[np.repeat(np.arange(codes.shape[0]), row_weights)]
     live = np.flatnonzero(np.bincount(codes.indices, minlength=codes.shape[1]) >= min_support)
     n_pairs = len(live) * (len(live) - 1) // 2
     if n_pairs == 0:
@@ -116,19 +113,20 @@ def pair_statistics(
     scaled, shift = _scaled(codes[:, live], measure)
     tail = _Tail(max(1, round(keep * n_pairs)))
     total = np.zeros(2)
-    co_active = 0
+    above = 0
     for rows, columns, products in _tiles(scaled):
-        co_active += len(products)
         common = shift[rows] * shift[columns]
+        correlations = products - common
+        above += int((correlations > ENTANGLED).sum())
         total += products.sum(), (products**2 - 2 * products * common).sum()
-        tail.add(products - common, rows * len(live) + columns)
+        tail.add(correlations, rows * len(live) + columns)
     # Pairs that are never co-active have the product 0 and the correlation -shift_i shift_j.
     total += -(shift.sum() ** 2 - (shift**2).sum()) / 2, ((shift**2).sum() ** 2 - (shift**4).sum()) / 2
     mean = total[0] / n_pairs
     values, ids = tail.sorted()
     pairs = live[np.stack(np.divmod(ids, len(live)), axis=1)]
     std = float(np.sqrt(max(0.0, total[1] / n_pairs - mean**2)))
-    return PairStatistics(float(mean), std, len(live), n_pairs, co_active, values, pairs)
+    return PairStatistics(float(mean), std, len(live), n_pairs, above, values, pairs)
 
 
 def _scaled(codes: Csr, measure: Measure) -> tuple[Csr, np.ndarray]:
@@ -199,5 +197,9 @@ class _Tail:
     def sorted(self) -> tuple[np.ndarray, np.ndarray]:
         values, ids = np.concatenate(self.values), np.concatenate(self.ids)
         # Rounded for the order only: a pair that fires once together has cosine 1 up to rounding, and must tie.
-        order = np.lexsort((ids, -values.astype(np.float32)))[: self.count]
+        rounded = values.astype(np.float32)
+        if len(values) > self.count:
+            near = np.flatnonzero(rounded >= np.partition(rounded, -self.count)[-self.count])
+            values, ids, rounded = values[near], ids[near], rounded[near]
+        order = np.lexsort((ids, -rounded))[: self.count]
         return values[order], ids[order]
