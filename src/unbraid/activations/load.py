@@ -24,7 +24,8 @@ def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Mod
         ModelError: the model is not installed, not found or not readable.
     """
     kind, _, rest = config.name.partition(":")
-    with quiet_transformers():
+    anywhere_but_the_hub = kind in ("random", "packaged") or Path(config.name).expanduser().exists()
+    with quiet_transformers(bars=not anywhere_but_the_hub):
         if kind == "random":
             if rest not in FAMILIES:
                 raise ModelError(
@@ -35,7 +36,8 @@ def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Mod
             return _pretrained(config, str(packaged_model_folder(rest)))
         if config.name.endswith(".gguf"):
             return _gguf(config, Path(config.name).expanduser())
-        return _pretrained(config, config.name)
+        local = Path(config.name).expanduser()
+        return _pretrained(config, str(local) if local.is_dir() else config.name)
 
 
 def _pretrained(config: ModelConfig, name: str) -> tuple[nn.Module, Any]:
@@ -82,16 +84,17 @@ def _first_line(problem: Exception) -> str:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no chatter below errors from transformers while the block runs."""
+def quiet_transformers(bars: bool) -> Iterator[None]:
+    """No chatter below errors from transformers while the block runs, and progress bars only if `bars` (downloads)."""
     from transformers.utils import logging as chatter
 
-    level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    level, hidden = chatter.get_verbosity(), not bars and chatter.is_progress_bar_enabled()
     chatter.set_verbosity(logging.ERROR)
-    chatter.disable_progress_bar()
+    if hidden:
+        chatter.disable_progress_bar()
     try:
         yield
     finally:
         chatter.set_verbosity(level)
-        if bars:
+        if hidden:
             chatter.enable_progress_bar()
