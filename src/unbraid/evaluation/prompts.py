@@ -1,0 +1,54 @@
+"""What a language model holds at the end of a prompt, for evaluations that read one position of many short texts.
+
+Activations cost a model pass and are the same for every SAE of a site, so they are kept in unbraid's cache.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unbraid.errors import EvaluationError
+from unbraid.text.cache_folder import cache_root, publish
+
+BATCH_PROMPTS = 16
+
+
+def cached_activations(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """`last_token_activations`, from unbraid's cache once they have been computed for this model, sites and prompts."""
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(json.dumps([model.identity, [str(site) for site in model.sites], list(map(list, prompts))]).encode())
+
+    def write(path: Path) -> None:
+        found = last_token_activations(model, prompts)
+        save_file({str(site): x.contiguous() for site, x in enumerate(found)}, path)
+
+    path = publish(cache_root() / "prompts" / f"{digest.hexdigest()}.safetensors", write, EvaluationError)
+    stored = load_file(path)
+    return [stored[str(site)] for site in range(len(model.sites))]
+
+
+def last_token_activations(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Activations `[prompts, D]` at the last token of each prompt (token ids), one tensor a site, in float32.
+
+    Prompts of similar length share a pass; what pads the shorter ones comes after their last token, where a causal
+    model does not look.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: list[Tensor] = []
+    for first in range(0, len(order), BATCH_PROMPTS):
+        batch = order[first : first + BATCH_PROMPTS]
+        lengths = torch.tensor([len(prompts[i]) for i in batch])
+        tokens = torch.zeros(len(batch), int(lengths.max()), dtype=torch.int64)
+        for row, i in enumerate(batch):
+            tokens[row, : len(prompts[i])] = torch.tensor(prompts[i])
+        captured = model.activations(tokens)
+        found = found or [torch.zeros(len(prompts), x_CTD.shape[2]) for x_CTD in captured]
+        for kept, x_CTD in zip(found, captured, strict=True):
+            kept[batch] = x_CTD[torch.arange(len(batch)), lengths - 1].float().cpu()
+    return found
