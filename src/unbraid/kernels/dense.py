@@ -6,7 +6,7 @@ masked, used for both weight gradients, and forgotten. Where a feature's code is
 architecture, so the codes themselves are the mask; a JumpReLU threshold gets its gradient from the same slabs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 SLAB = 512
+
+SlabGradient = Callable[[Tensor, slice], Tensor]
+"""(a slab of codes [B, n], which features) -> the gradient of a loss in them, a new tensor."""
 
 
 def slabs(widths: list[int]) -> Iterator[tuple[int, slice]]:
@@ -40,18 +43,21 @@ class _DenseAutoencode(torch.autograd.Function):
         widths: list[int],
         window_BN: Tensor | None,
         bandwidth: float,
-    ) -> tuple[Tensor, Tensor]:
+        penalty: Tensor | None,
+        penalty_gradient: SlabGradient | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.widths, ctx.bandwidth = widths, bandwidth
+        ctx.widths, ctx.bandwidth, ctx.penalty_gradient = widths, bandwidth, penalty_gradient
         starts = [0, *widths[:-1]]
         parts = [f_BN[:, a:b] @ W_dec[a:b] for a, b in zip(starts, widths, strict=True)]
         ctx.save_for_backward(encoder_ND, W_dec, threshold_N, centred_BD, f_BN, window_BN)
         ctx.mark_dirty(f_BN)
-        return f_BN, parts[0].unsqueeze(1) if len(parts) == 1 else torch.stack(parts, 1)
+        parts_BGD = parts[0].unsqueeze(1) if len(parts) == 1 else torch.stack(parts, 1)
+        return f_BN, parts_BGD, f_BN.new_zeros(()) if penalty is None else penalty.clone()
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, g_f_BN: Tensor | None, g_parts_BGD: Tensor | None
+        ctx: Any, g_f_BN: Tensor | None, g_parts_BGD: Tensor | None, g_penalty: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         encoder_ND, W_dec, threshold_N, centred_BD, f_BN, window_BN = ctx.saved_tensors
         g_encoder, g_W_dec = torch.zeros_like(encoder_ND), torch.zeros_like(W_dec)
@@ -63,6 +69,8 @@ class _DenseAutoencode(torch.autograd.Function):
             g = torch.zeros_like(f_BN[:, part]) if g_out is None else g_out @ W_dec[part].T
             if g_f_BN is not None:
                 g += g_f_BN[:, part]
+            if g_penalty is not None and ctx.penalty_gradient is not None:
+                g += ctx.penalty_gradient(f_BN[:, part], part).mul_(g_penalty)
             if g_out is not None:
                 torch.mm(f_BN[:, part].T, g_out, out=g_W_dec[part])
             if g_threshold is not None:
@@ -73,7 +81,7 @@ class _DenseAutoencode(torch.autograd.Function):
             if g_x is not None:
                 g_x.addmm_(g, encoder_ND[part])
         g_b_dec = -(sums_N @ encoder_ND)
-        return g_x, g_b_dec, g_encoder, sums_N, g_W_dec, g_threshold, None, None, None, None, None
+        return g_x, g_b_dec, g_encoder, sums_N, g_W_dec, g_threshold, *[None] * 7
 
 
 def dense_autoencode(
@@ -88,7 +96,9 @@ def dense_autoencode(
     threshold_N: Float[Tensor, " N"] | None = None,
     window_BN: Bool[Tensor, "B N"] | None = None,
     bandwidth: float = 1.0,
-) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B groups D"]]:
+    penalty: Float[Tensor, ""] | None = None,
+    penalty_gradient: SlabGradient | None = None,
+) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B groups D"], Float[Tensor, ""]]:
     """Codes and their partial reconstructions, differentiable in everything the codes were made of.
 
     Args:
@@ -98,10 +108,23 @@ def dense_autoencode(
         widths: ends of the feature groups, the last N.
         threshold_N: JumpReLU thresholds; `window_BN` marks |pre - threshold| < bandwidth / 2, where
             df/dthreshold = -threshold / bandwidth (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11).
+        penalty: a loss on the codes, made without a graph; `penalty_gradient` gives its gradient slab by slab.
 
     Returns:
-        f_BN with a graph, and for each group of features its share of the reconstruction (without b_dec).
+        f_BN with a graph; for each group of features its share of the reconstruction (without b_dec); the penalty.
     """
     return _DenseAutoencode.apply(  # pyright: ignore
-        x_BD, b_dec, encoder_ND, b_enc, W_dec, threshold_N, centred_BD, f_BN, widths, window_BN, bandwidth
+        x_BD,
+        b_dec,
+        encoder_ND,
+        b_enc,
+        W_dec,
+        threshold_N,
+        centred_BD,
+        f_BN,
+        widths,
+        window_BN,
+        bandwidth,
+        penalty,
+        penalty_gradient,
     )

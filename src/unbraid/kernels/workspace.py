@@ -26,3 +26,8 @@ def give(buffer: Tensor) -> None:
     """Hand a buffer from `take` to the next taker; the caller must not use it any more."""
     if buffer.device.type == "cpu":
         _spare[:] = [buffer]
+
+
+def drop() -> None:
+    """Let the spare buffer go."""
+    _spare.clear()

@@ -19,7 +19,7 @@ from unbraid.config import SAEConfig
 from unbraid.errors import ActivationError
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
-from unbraid.kernels.dense import dense_autoencode
+from unbraid.kernels.dense import SlabGradient, dense_autoencode
 from unbraid.kernels.pattern import Pattern
 from unbraid.sae.codes import Codes
 from unbraid.sae.dead import pull_to_threshold
@@ -119,7 +119,7 @@ class SAE(nn.Module):
 
     def training_forward(
         self,
-        x_BD: Float[Tensor, "B D"],
+        x_BD: Tensor,
         dead_N: Bool[Tensor, " N"] | None = None,
         generator: torch.Generator | None = None,
         path: Literal["auto", "dense", "sparse"] = "auto",
@@ -127,7 +127,7 @@ class SAE(nn.Module):
         """One training pass over a batch.
 
         Args:
-            x_BD: activations scaled so that E||x||^2 = 1.
+            x_BD: `[B, D]`, activations scaled so that E||x||^2 = 1.
             dead_N: features that have not fired for long, to be revived by the auxiliary loss.
             generator: chance for architectures that use it (denoising).
             path: force one of the two computations; auto takes the faster one at this batch's density.
@@ -148,8 +148,9 @@ class SAE(nn.Module):
             encoded = encode(x_BD, seen_BD, centred_BD, pre_BN)
             del pre_BN
             prefixes_BGD = encoded.parts_BGD.cumsum(1) if encoded.parts_BGD.shape[1] > 1 else encoded.parts_BGD
-            losses = [squared_error(x_BD, prefix_BD + self.b_dec) for prefix_BD in prefixes_BGD.unbind(1)]
-            x_hat_BD = prefixes_BGD[:, -1] + self.b_dec
+            reconstructions = (prefixes_BGD + self.b_dec).unbind(1)
+            losses = [squared_error(x_BD, x_hat_BD) for x_hat_BD in reconstructions]
+            x_hat_BD = reconstructions[-1]
         auxiliary = encoded.extra + sum(losses[:-1])
         if dead_N is not None and self.config.aux_weight > 0 and bool(dead_N.any()):
             auxiliary = auxiliary + self.revival(seen_BD, (x_BD - x_hat_BD).detach(), dead_N)
@@ -191,6 +192,7 @@ class SAE(nn.Module):
         """Codes and their parts of the reconstruction from active entries only."""
         pattern, values = self.select(pre_BN)
         workspace.give(pre_BN)
+        values = values.to(self.W_dec.dtype)
         values = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, values, pattern)
         widths = self.prefix_widths()
         parts = decode(values, self.W_dec, pattern.split(widths) if len(widths) > 1 else pattern)
@@ -199,28 +201,36 @@ class SAE(nn.Module):
 
     def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """The same from whole matrices."""
-        f_BN, parts_BGD = dense_autoencode(
+        f_BN = self.dense_codes(pre_BN)
+        penalty, penalty_gradient = self.dense_sparsity(f_BN)
+        f_BN, parts_BGD, sparsity = dense_autoencode(
             seen_BD,
             self.b_dec,
             self.encoder_ND,
             self.b_enc,
             self.W_dec,
             centred_BD,
-            self.dense_codes(pre_BN),
+            f_BN,
             self.prefix_widths(),
+            penalty=penalty,
+            penalty_gradient=penalty_gradient,
         )
-        return Encoded(f_BN, parts_BGD, self.sparsity(f_BN), x_BD.new_zeros(()))
+        return Encoded(f_BN, parts_BGD, sparsity, x_BD.new_zeros(()))
 
     @torch.no_grad()
     def dense_codes(self, pre_BN: Tensor) -> Tensor:
         """The codes of a training batch as a matrix, in the memory of the pre-activations."""
         pattern, values = self.select(pre_BN)
-        return pre_BN.to(values.dtype).zero_().index_put_((pattern.rows, pattern.indices), values)
+        f_BN = pre_BN.to(self.W_dec.dtype).zero_()
+        return f_BN.index_put_((pattern.rows, pattern.indices), values.to(f_BN.dtype))
 
-    def sparsity(self, codes: Codes | Tensor) -> Tensor:
+    def sparsity(self, codes: Codes) -> Tensor:
         """The loss that lambda1 weighs: none."""
-        values = codes.values if isinstance(codes, Codes) else codes
-        return values.new_zeros(())
+        return codes.values.new_zeros(())
+
+    def dense_sparsity(self, f_BN: Tensor) -> tuple[Tensor | None, SlabGradient | None]:
+        """The same loss on dense codes, without a graph, and its gradient slab by slab."""
+        return None, None
 
     def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
         """Loss that brings dead features back, weighted: their pre-activations are pulled up to firing."""
@@ -244,8 +254,3 @@ class SAE(nn.Module):
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
     """Mean over tokens of ||x - x_hat||^2."""
     return F.mse_loss(x_hat_BD, x_BD, reduction="sum") / len(x_BD)
-
-
-def mean_l1(codes: Codes | Tensor) -> Tensor:
-    """Mean over tokens of ||f||_1."""
-    return codes.values.sum() / codes.n_rows if isinstance(codes, Codes) else codes.sum() / len(codes)

@@ -36,7 +36,6 @@ class BatchTopKSAE(TopKSAE):
         """The B * k largest positive entries of the batch; the threshold follows the smallest of them."""
         count = min(len(pre_BN) * self.config.k, pre_BN.numel())
         pattern, values = batch_top_k(pre_BN, count, GUESS * float(self.threshold))
-        values = values.to(self.W_dec.dtype)
         if values.numel():
             weight = (1 - self.config.threshold_decay) * (self.threshold > 0) + 1.0 * (self.threshold == 0)
             self.threshold += weight * (values.amin() - self.threshold)

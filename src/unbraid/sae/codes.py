@@ -40,7 +40,7 @@ class Codes:
         return codes
 
     @classmethod
-    def from_dense(cls, f_BN: Float[Tensor, "B N"]) -> "Codes":
+    def from_dense(cls, f_BN: Tensor) -> "Codes":
         """The entries of a dense `[B, N]` code that are > 0; differentiable.
 
         Raises:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
-from unbraid.kernels.dense import dense_autoencode
+from unbraid.kernels.dense import SlabGradient, dense_autoencode, slabs
 from unbraid.kernels.pattern import Pattern
 from unbraid.kernels.selection import density_above, entries_above
 from unbraid.sae.base import SAE, Encoded
@@ -101,8 +101,9 @@ class JumpReLUSAE(SAE):
             lower_N, upper_N = self._lower_edge(), self.threshold + self.config.bandwidth / 2
             window_BN = pre_BN > lower_N
             window_BN &= pre_BN < upper_N
-            pre_BN *= pre_BN > self.threshold
-        f_BN, parts_BGD = dense_autoencode(
+            pre_BN.masked_fill_(pre_BN <= self.threshold, 0.0)
+            penalty, penalty_gradient = self.dense_sparsity(pre_BN)
+        f_BN, parts_BGD, sparsity = dense_autoencode(
             seen_BD,
             self.b_dec,
             self.encoder_ND,
@@ -114,14 +115,23 @@ class JumpReLUSAE(SAE):
             self.threshold,
             window_BN,
             self.config.bandwidth,
+            penalty,
+            penalty_gradient,
         )
-        if self.config.jumprelu_sparsity == "tanh":
-            sparsity = self._tanh(f_BN).sum() / len(x_BD)
-        else:
+        if self.config.jumprelu_sparsity == "l0":
             active = f_BN.detach().count_nonzero()
-            in_window_N = window_BN.sum(0).to(f_BN.dtype)
+            in_window_N = torch.cat([window_BN[:, part].sum(0) for _, part in slabs([self.n_features])]).to(f_BN.dtype)
             sparsity = _CountAbove.apply(self.threshold, active, in_window_N, self.config.bandwidth) / len(x_BD)
         return Encoded(f_BN, parts_BGD, sparsity, x_BD.new_zeros(()))
+
+    @torch.no_grad()
+    def dense_sparsity(self, f_BN: Tensor) -> tuple[Tensor | None, SlabGradient | None]:
+        """The tanh penalty on dense codes; L0 has no gradient in the codes."""
+        if self.config.jumprelu_sparsity == "l0":
+            return None, None
+        total = torch.stack([self._tanh(f_BN[:, part]).sum() for _, part in slabs([self.n_features])]).sum()
+        slope = 4 * self.d_in**0.5 / len(f_BN)
+        return total / len(f_BN), lambda f, _: self._tanh(f).square_().neg_().add_(1).mul_(slope)
 
     def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
         """Dead features' pre-activations are pulled up to their thresholds, weighted."""

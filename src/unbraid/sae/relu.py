@@ -1,10 +1,12 @@
 """ReLU with an L1 penalty: the first sparse autoencoders (Bricken et al. 2023, Cunningham et al. 2023)."""
 
+import torch
 from torch import Tensor
 
+from unbraid.kernels.dense import SlabGradient
 from unbraid.kernels.pattern import Pattern
 from unbraid.kernels.selection import density_above, entries_above
-from unbraid.sae.base import SAE, mean_l1
+from unbraid.sae.base import SAE
 from unbraid.sae.codes import Codes
 
 
@@ -23,8 +25,13 @@ class ReLUSAE(SAE):
 
     def dense_codes(self, pre_BN: Tensor) -> Tensor:
         """relu(pre), in place."""
-        return pre_BN.float().relu_() if pre_BN.is_floating_point() and pre_BN.itemsize < 4 else pre_BN.relu_()
+        return pre_BN.to(self.W_dec.dtype).relu_()
 
-    def sparsity(self, codes: Codes | Tensor) -> Tensor:
+    def sparsity(self, codes: Codes) -> Tensor:
         """Mean over tokens of ||f||_1."""
-        return mean_l1(codes)
+        return codes.values.sum() / codes.n_rows
+
+    @torch.no_grad()
+    def dense_sparsity(self, f_BN: Tensor) -> tuple[Tensor, SlabGradient]:
+        """The same for dense codes."""
+        return f_BN.sum() / len(f_BN), lambda f, _: torch.full_like(f, 1 / len(f))

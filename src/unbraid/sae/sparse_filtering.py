@@ -9,6 +9,7 @@ reconstruction is learned beside it, as in every SAE.
 import torch
 from torch import Tensor
 
+from unbraid.kernels.dense import SlabGradient, slabs
 from unbraid.sae.codes import Codes
 from unbraid.sae.relu import ReLUSAE
 
@@ -18,19 +19,35 @@ class SparseFilteringSAE(ReLUSAE):
 
     architecture = "sparse_filtering"
 
-    def sparsity(self, codes: Codes | Tensor) -> Tensor:
+    def sparsity(self, codes: Codes) -> Tensor:
         """Mean over tokens of || f~_b / ||f~_b||_2 ||_1, with f~_n = f_n / ||f_n||_2 over the batch."""
-        if isinstance(codes, Codes):
-            values, rows, features = codes.values, codes.rows(), codes.indices
-            norms_N = values.new_zeros(codes.n_features).index_add(0, features, values.square()).sqrt()
-            scaled = values / norms_N.index_select(0, features)
-            norms_B = values.new_zeros(codes.n_rows).index_add(0, rows, scaled.square()).sqrt()
-            return (scaled / norms_B.index_select(0, rows)).sum() / codes.n_rows
-        scaled_BN = codes / _norm(codes, 0)
-        return (scaled_BN.sum(1, keepdim=True) / _norm(scaled_BN, 1)).sum() / len(codes)
+        values, rows, features = codes.values, codes.rows(), codes.indices
+        norms_N = values.new_zeros(codes.n_features).index_add(0, features, values.square()).sqrt()
+        scaled = values / norms_N.index_select(0, features)
+        norms_B = values.new_zeros(codes.n_rows).index_add(0, rows, scaled.square()).sqrt()
+        return (scaled / norms_B.index_select(0, rows)).sum() / codes.n_rows
+
+    @torch.no_grad()
+    def dense_sparsity(self, f_BN: Tensor) -> tuple[Tensor, SlabGradient]:
+        """The same for dense codes: with G the gradient in f~, that in f is (G - f~ (f~ . G)) / ||f_n||_2."""
+        norms_N = f_BN.new_empty(self.n_features)
+        sums_B, squares_B = f_BN.new_zeros(len(f_BN)), f_BN.new_zeros(len(f_BN))
+        for _, part in slabs([self.n_features]):
+            norms_N[part] = _positive(torch.linalg.vector_norm(f_BN[:, part], dim=0))
+            scaled = f_BN[:, part] / norms_N[part]
+            sums_B += scaled.sum(1)
+            squares_B += scaled.square_().sum(1)
+        norms_B1 = _positive(squares_B.sqrt()).unsqueeze(1)
+        slopes_B1 = sums_B.unsqueeze(1) / norms_B1**3
+
+        def gradient(f: Tensor, part: slice) -> Tensor:
+            scaled = f / norms_N[part]
+            g = (1 / norms_B1 - slopes_B1 * scaled) / len(f)
+            return g.sub_(scaled * (g * scaled).sum(0)).div_(norms_N[part])
+
+        return (sums_B.unsqueeze(1) / norms_B1).sum() / len(f_BN), gradient
 
 
-def _norm(matrix: Tensor, dim: int) -> Tensor:
-    """L2 norm along `dim`, 1 where all entries are zero, so that both value and gradient are zero there."""
-    squares = matrix.square().sum(dim, keepdim=True)
-    return torch.where(squares > 0, squares, torch.ones_like(squares)).sqrt()
+def _positive(norms: Tensor) -> Tensor:
+    """Norms with 1 in place of 0, so that what is divided by them stays 0."""
+    return norms.where(norms > 0, torch.ones_like(norms))

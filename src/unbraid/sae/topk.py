@@ -32,7 +32,7 @@ class TopKSAE(SAE):
         kept = values > 0
         if not kept.all():
             values, features, rows = values[kept], features[kept], rows[kept]
-        return Pattern.from_rows(rows, features, len(pre_BN), self.n_features), values.to(self.W_dec.dtype)
+        return Pattern.from_rows(rows, features, len(pre_BN), self.n_features), values
 
     def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
         """Dead features explain the residual (aux-k), weighted."""
