@@ -20,7 +20,7 @@ RUN ?= demo
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-slow test-gpu test-peers bench peers format clean
+.PHONY: help setup browser demo test test-slow test-gpu test-peers bench peers format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -74,14 +74,21 @@ demo: setup
 		$(BIN)/unbraid train demo --run runs/$(RUN); \
 	fi
 
-test: setup
+# The dashboard is tested in a real browser. Where none is installed and one can be, it is; else those tests are skipped.
+browser:
+	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing chromium for the browser tests ..."; \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+		|| echo "chromium could not be installed; its tests are skipped"; fi
+
+test: setup browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(PYTEST) -n $(JOBS)
+	$(PYTEST) -n $(JOBS) --dist loadgroup
 
 test-slow: setup
-	$(PYTEST) -n $(JOBS) -m slow
+	$(PYTEST) -n $(JOBS) --dist loadgroup -m slow
 
 test-gpu: setup
 	$(PYTEST) -m gpu

@@ -8,9 +8,9 @@ from unbraid.sae import SAE, build
 D, N, K = 12, 40, 5
 
 
-def make_sae(architecture: str, seed: int = 0, **settings) -> SAE:
+def make_sae(architecture: str, seed: int = 0, n_features: int = N, **settings) -> SAE:
     generator = torch.Generator().manual_seed(seed)
-    sae = build(SAEConfig(architecture=architecture, n_features=N, k=K, **settings), D, generator)
+    sae = build(SAEConfig(architecture=architecture, n_features=n_features, k=K, **settings), D, generator)
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
             noise = torch.randn(tensor.shape, generator=generator)

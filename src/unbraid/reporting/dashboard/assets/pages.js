@@ -1,0 +1,150 @@
+"use strict";
+/* Overview, feature table and feature page. */
+(() => {
+  const {h, number, load, page, context, visible, charts} = unbraid;
+  const METRICS = [["r2", "R²"], ["l0", "L0"], ["correlation_mean", "mean corr."], ["correlation_top", "top corr."],
+    ["correlation_reduction", "reduction"], ["dead_fraction", "dead"], ["updates_per_second", "updates/s"]];
+
+  page(/^\/$/, "Overview", () => {
+    const run = unbraid.run(), looks = charts.looks(run.saes), hidden = new Set();
+    const panels = h("div", {class: "charts"});
+    function draw() {
+      const {step, curves} = run.figure;
+      const lines = (key) => run.saes.map((sae, i) => ({name: sae.name, values: curves[key][sae.name], ...looks[i]})).filter((line) => !hidden.has(line.name));
+      const spread = lines("correlation_mean").map((line) => {
+        const sd = curves.correlation_std[line.name], edge = (sign) => line.values.map((v, i) => (v === null ? null : v + sign * sd[i]));
+        return {...line, low: edge(-1), high: edge(1)};
+      });
+      panels.replaceChildren(charts.chart("Adaptive threshold τ", step, lines("tau")), charts.chart("Correlation of pairs: mean ± 1 sd", step, spread),
+        charts.chart("Successful updates, cumulative", step, lines("updates")), charts.chart("Loss", step, lines("loss")));
+    }
+    const legend = h("div", {class: "legend", role: "group", "aria-label": "SAEs drawn"}, run.saes.map((sae, i) => {
+      const swatch = h("svg", {viewBox: "0 0 34 10", "aria-hidden": "true"},
+        h("line", {x1: 0, x2: 34, y1: 5, y2: 5, stroke: looks[i].colour, "stroke-width": 2.4, "stroke-dasharray": looks[i].dash}));
+      const button = h("button", {type: "button", "aria-pressed": "true", onclick: () => {
+        hidden.has(sae.name) ? hidden.delete(sae.name) : hidden.add(sae.name);
+        button.setAttribute("aria-pressed", String(!hidden.has(sae.name)));
+        draw();
+      }}, swatch, sae.name);
+      return button;
+    }));
+    draw();
+    const shown = METRICS.filter(([key]) => run.saes.some((sae) => sae.metrics[key] !== undefined && sae.metrics[key] !== null));
+    const table = h("table", {}, h("thead", {}, h("tr", {}, ["SAE", "features", ...shown.map(([, name]) => name), "look at"].map((name) => h("th", {scope: "col"}, name)))),
+      h("tbody", {}, run.saes.map((sae, i) => h("tr", {}, h("td", {}, sae.name), h("td", {}, number(sae.features)),
+        shown.map(([key]) => h("td", {}, number(sae.metrics[key]))),
+        h("td", {}, h("a", {href: `#/${i}/features`}, "features"), " · ", h("a", {href: `#/${i}/pairs`}, `${sae.pairs} pairs`))))));
+    return h("div", {}, h("h1", {}, `Run ${run.name}`),
+      h("p", {class: "quiet"}, `${run.model}, text ${run.text}; ${number(run.steps.executed)} of ${number(run.steps.planned)} steps. `
+        + `Features and pairs below are read on ${number(run.rows)} held-out tokens in ${number(run.contexts)} contexts. `
+        + `Top correlation: the ${number(run.fraction * 100)} % most correlated pairs.`),
+      h("div", {class: "scroll"}, table), h("h2", {}, "Training"), legend, panels);
+  });
+
+  /* The feature table draws only the rows in view, so its length costs nothing. */
+  const ROW = 30;
+  const COLUMNS = [["id", "feature", "88px"], ["fires", "density", "100px"], ["largest", "largest", "92px"], ["mean", "mean", "92px"],
+    ["partner", "top corr.", "116px"], ["neighbour", "decoder cos", "128px"], ["peaks", "fires on", "1fr"], ["raises", "raises", "1fr"]];
+  page(/^\/(\d+)\/features$/, "Features", async (match, query) => {
+    const index = Number(match[1]), run = unbraid.run(), table = await load(`${index}/features`);
+    const words = table.peaks.map((text, i) => `${i} ${text} ${table.raises[i]}`.toLowerCase());
+    const state = {sort: query.get("sort") || "partner", down: query.get("down") !== "0", q: query.get("q") || "", alive: query.get("alive") !== "0"};
+    let order = [], selected = 0;
+    const rows = h("div", {class: "rows", tabindex: "0", role: "grid", "aria-label": "features; arrow keys move, Enter opens"}), space = h("div", {}), count = h("span", {class: "quiet", role: "status"});
+    const search = h("input", {type: "search", placeholder: "number, token, word …", "aria-label": "search features", value: state.q});
+    const alive = h("input", {type: "checkbox", id: "alive"});
+    alive.checked = state.alive;
+    const head = h("div", {class: "head", role: "row"});
+    for (const element of [head, rows]) element.style.setProperty("--columns", COLUMNS.map(([, , wide]) => wide).join(" "));
+    rows.append(space);
+
+    function arrange() {
+      const wanted = state.q.trim().toLowerCase(), values = state.sort === "id" ? null : table[state.sort];
+      order = [];
+      for (let i = 0; i < words.length; i++) if ((!state.alive || table.fires[i] > 0) && (!wanted || words[i].includes(wanted))) order.push(i);
+      const sign = state.down ? -1 : 1;
+      if (!values) { if (state.down) order.reverse(); }
+      else if (typeof values[0] === "string") order.sort((a, b) => sign * values[a].localeCompare(values[b]) || a - b);
+      else order.sort((a, b) => sign * (values[a] - values[b]) || a - b);
+      count.textContent = `${number(order.length)} of ${number(words.length)} features`;
+      space.style.height = `${order.length * ROW}px`;
+      selected = 0;
+      rows.scrollTop = 0;
+      headings();
+      draw();
+      const address = new URLSearchParams({sort: state.sort, down: state.down ? 1 : 0, q: state.q, alive: state.alive ? 1 : 0});
+      history.replaceState(null, "", `#/${index}/features?${address}`);
+      unbraid.order = {index, list: order};
+    }
+    function headings() {
+      head.replaceChildren(...COLUMNS.map(([key, name]) => h("button", {type: "button", role: "columnheader", class: key === "peaks" || key === "raises" ? "text" : null,
+        "aria-sort": state.sort === key ? (state.down ? "descending" : "ascending") : null,
+        onclick: () => { state.down = state.sort === key ? !state.down : true; state.sort = key; arrange(); }},
+      name + (state.sort === key ? (state.down ? " ↓" : " ↑") : ""))));
+    }
+    function draw() {
+      const from = Math.max(0, Math.floor(rows.scrollTop / ROW) - 6), to = Math.min(order.length, from + Math.ceil((rows.clientHeight || 700) / ROW) + 12);
+      const drawn = [];
+      for (let at = from; at < to; at++) {
+        const i = order[at];
+        const row = h("a", {class: at === selected ? "row selected" : "row", role: "row", tabindex: "-1", href: `#/${index}/feature/${i}`, "data-at": at},
+          h("span", {}, String(i)), h("span", {}, number(table.fires[i] / run.rows)), h("span", {}, number(table.largest[i])), h("span", {}, number(table.mean[i])),
+          h("span", {}, number(table.partner[i])), h("span", {}, number(table.neighbour[i])), h("span", {class: "text", dir: "auto"}, visible(table.peaks[i])), h("span", {class: "text", dir: "auto"}, visible(table.raises[i])));
+        row.style.top = `${at * ROW}px`;
+        drawn.push(row);
+      }
+      rows.replaceChildren(space, ...drawn);
+    }
+    rows.addEventListener("scroll", draw, {passive: true});
+    rows.addEventListener("keydown", (event) => {
+      const far = Math.max(1, Math.floor(rows.clientHeight / ROW) - 1);
+      const moves = {ArrowDown: 1, ArrowUp: -1, PageDown: far, PageUp: -far, Home: -order.length, End: order.length};
+      if (event.key === "Enter" && order.length) location.hash = `#/${index}/feature/${order[selected]}`;
+      else if (event.key in moves) {
+        selected = Math.max(0, Math.min(order.length - 1, selected + moves[event.key]));
+        if (selected * ROW < rows.scrollTop) rows.scrollTop = selected * ROW;
+        else if ((selected + 1) * ROW > rows.scrollTop + rows.clientHeight) rows.scrollTop = (selected + 1) * ROW - rows.clientHeight;
+        draw();
+      } else return;
+      event.preventDefault();
+    });
+    search.addEventListener("input", () => { state.q = search.value; arrange(); });
+    search.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === "ArrowDown") { rows.focus(); event.preventDefault(); } });
+    alive.addEventListener("change", () => { state.alive = alive.checked; arrange(); });
+    document.getElementById("main").addEventListener("shown", draw, {once: true});
+    arrange();
+    return h("div", {}, h("h1", {}, `Features of ${run.saes[index].name}`),
+      h("div", {class: "bar"}, search, h("label", {for: "alive"}, alive, " only those that fire"), count), head, rows);
+  });
+
+  function tokens(title, list, name) {
+    return h("section", {class: "card"}, h("h2", {}, title), list.length
+      ? h("table", {}, h("tbody", {}, list.map(([token, value]) => h("tr", {}, h("td", {class: "text", dir: "auto"}, visible(token)), h("td", {}, number(value))))))
+      : h("p", {class: "quiet"}, name));
+  }
+  function others(title, index, list, link) {
+    return h("section", {class: "card"}, h("h2", {}, title), list.length
+      ? h("table", {}, h("tbody", {}, list.map(([feature, value]) => h("tr", {}, h("td", {}, h("a", {href: link(feature)}, `feature ${feature}`)), h("td", {}, number(value))))))
+      : h("p", {class: "quiet"}, "none on these tokens"));
+  }
+
+  page(/^\/(\d+)\/feature\/(\d+)$/, "Features", async (match) => {
+    const index = Number(match[1]), feature = Number(match[2]), run = unbraid.run(), sae = run.saes[index];
+    if (feature >= sae.features) throw new Error(`feature ${feature} of ${sae.features}`);
+    const size = run.chunk.features, [table, chunk] = await Promise.all([load(`${index}/features`), load(`${index}/feature-${Math.floor(feature / size)}`)]);
+    const data = chunk[feature % size], largest = table.largest[feature];
+    const list = unbraid.order && unbraid.order.index === index && unbraid.order.list.includes(feature) ? unbraid.order.list : null;
+    const at = list ? list.indexOf(feature) : feature, of = (place) => (list ? list[place] : place >= 0 && place < sae.features ? place : undefined);
+    const step = (place, rel, name) => (of(place) === undefined ? null : h("a", {rel, href: `#/${index}/feature/${of(place)}`}, name));
+    return h("div", {},
+      h("p", {class: "steps"}, h("a", {href: `#/${index}/features`}, "all features"), step(at - 1, "prev", "← previous"), step(at + 1, "next", "next →")),
+      h("h1", {}, `Feature ${feature} of ${sae.name}`),
+      h("p", {class: "quiet"}, `fires on ${number(table.fires[feature])} of ${number(run.rows)} tokens (${number(100 * table.fires[feature] / run.rows)} %), largest code ${number(largest)}, mean where it fires ${number(table.mean[feature])}`),
+      h("div", {class: "columns"},
+        h("section", {class: "card"}, h("h2", {}, "How strongly it fires"), data.histogram.length ? charts.bars(data.histogram, largest) : h("p", {class: "quiet"}, "silent on these tokens")),
+        tokens("Tokens it raises", data.raised, "no unembedding"), tokens("Tokens it lowers", data.lowered, "no unembedding"),
+        others("Most correlated codes", index, data.partners, (other) => `#/${index}/feature/${other}`),
+        others("Nearest decoder rows", index, data.neighbours, (other) => `#/${index}/feature/${other}`)),
+      h("h2", {}, "Where it fires most"), h("section", {class: "card"}, data.contexts.length ? data.contexts.map((item) => context(item, [largest])) : h("p", {class: "quiet"}, "nowhere on these tokens")));
+  });
+})();

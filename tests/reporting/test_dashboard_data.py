@@ -1,0 +1,193 @@
+"""What the dashboard says about features and pairs is what the codes say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sparse
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from unbraid.config import RunConfig
+from unbraid.reporting.dashboard.build import twin_of
+from unbraid.reporting.dashboard.entangled import MIN_SUPPORT, entangled_pairs, pair_contexts
+from unbraid.reporting.dashboard.features import (
+    excerpt,
+    firing,
+    histogram,
+    logit_lens,
+    neighbours,
+    partners,
+    strongest_contexts,
+)
+from unbraid.reporting.dashboard.passes import HeldOutPass, token_texts
+from unbraid.reporting.dashboard.site import LONGEST_TOKEN, clip, short
+
+C, T, N, D = 30, 16, 24, 8
+
+
+def held_out(density: float = 0.2, seed: int = 0) -> tuple[HeldOutPass, np.ndarray]:
+    """A pass over C contexts whose first position is left out, and its codes as a dense [R, N] matrix."""
+    chance = np.random.default_rng(seed)
+    f_RN = chance.random((C * (T - 1), N)) * (chance.random((C * (T - 1), N)) < density)
+    f_RN[:, 3] = f_RN[:, 2] * 0.5 + (chance.random(C * (T - 1)) < 0.02) * 0.1
+    f_RN[:, 5] = 0.0
+    context_R, position_R = (part.ravel() for part in np.meshgrid(np.arange(C), np.arange(1, T), indexing="ij"))
+    codes = {"sae": sparse.csc_array(f_RN.astype(np.float32))}
+    return HeldOutPass(np.arange(C * T).reshape(C, T), context_R, position_R, codes), f_RN.astype(np.float32)
+
+
+def cosine(f_RN: np.ndarray) -> np.ndarray:
+    norm_N = np.linalg.norm(f_RN, axis=0)
+    return f_RN.T @ f_RN / np.maximum(norm_N[:, None] * norm_N, 1e-12)
+
+
+def test_an_excerpt_shows_every_code_of_its_features_where_it_lies_in_the_text():
+    passed, f_RN = held_out()
+    fires = [firing(passed.codes["sae"], feature) for feature in (2, 7)]
+    for row in (0, 17, 200, len(f_RN) - 1):
+        item = excerpt(passed, row, fires)
+        assert item.context == passed.context_R[row] and item.start <= passed.position_R[row] < item.stop
+        for feature, values in zip((2, 7), item.activations, strict=True):
+            expected = np.zeros(T)
+            expected[1:] = f_RN.reshape(C, T - 1, N)[item.context, :, feature]
+            np.testing.assert_array_equal(values, expected[item.start : item.stop].astype(np.float64))
+
+
+def test_the_strongest_contexts_come_first_and_each_only_once():
+    passed, f_RN = held_out()
+    fires = firing(passed.codes["sae"], 4)
+    rows = strongest_contexts(passed, fires.rows, fires.values)
+    contexts = passed.context_R[rows].tolist()
+    assert len(set(contexts)) == len(contexts) > 8
+    best = f_RN[:, 4].reshape(C, T - 1).max(1)
+    assert f_RN[rows[0], 4] == best.max()
+    assert [f_RN[row, 4] for row in rows] == [best[context] for context in contexts]
+    assert sorted((best[c] for c in contexts), reverse=True) == [best[c] for c in contexts]
+
+
+@pytest.mark.parametrize("density", [0.02, 0.2])
+def test_partners_are_the_most_correlated_codes_by_the_sparse_and_the_dense_way(density: float):
+    passed, f_RN = held_out(density)
+    ids, values = partners(passed.codes["sae"])
+    correlation = cosine(f_RN)
+    np.fill_diagonal(correlation, -1)
+    np.testing.assert_allclose(
+        values, np.maximum(np.sort(correlation, axis=1)[:, ::-1][:, : values.shape[1]], 0), atol=1e-5
+    )
+    assert ids[2, 0] == 3 and ids[3, 0] == 2
+    assert (values[5] == 0).all(), "a silent feature has no partner"
+
+
+def test_neighbours_are_the_nearest_decoder_rows():
+    W_dec = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    ids, values = neighbours(W_dec)
+    unit = nn.functional.normalize(W_dec, dim=1)
+    expected = (unit @ unit.T - 3 * torch.eye(N)).topk(ids.shape[1], dim=1)
+    np.testing.assert_array_equal(ids, expected.indices.numpy())
+    np.testing.assert_allclose(values, expected.values.numpy(), atol=1e-6)
+
+
+def test_a_histogram_counts_every_firing_once():
+    values = np.array([0.1, 0.2, 1.0, 1.0, 0.5])
+    assert sum(histogram(values)) == 5 and histogram(values)[-1] == 2
+    assert histogram(np.zeros(0)) == []
+
+
+def test_entangled_pairs_are_the_most_correlated_of_those_that_fire_often_enough():
+    _, f_RN = held_out()
+    f_RN[:, 9] = 0
+    f_RN[:3, 9] = f_RN[:3, 4] = 1.0
+    codes = sparse.csc_array(f_RN)
+    pairs = entangled_pairs(codes, torch.eye(N), None, None)
+    assert pairs[0].features == (2, 3) and pairs[0].twin_correlation is None
+    assert pairs[0].correlation == pytest.approx(cosine(f_RN)[2, 3], abs=1e-5)
+    assert pairs[0].together == int(((f_RN[:, 2] > 0) & (f_RN[:, 3] > 0)).sum())
+    assert all(min(pair.fires) >= MIN_SUPPORT for pair in pairs), "features that barely fire correlate by chance"
+    assert [pair.correlation for pair in pairs] == sorted((pair.correlation for pair in pairs), reverse=True)
+
+
+def test_a_pair_is_followed_into_the_twin_by_its_decoder_rows():
+    passed, f_RN = held_out()
+    W_dec = torch.eye(N)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    twin_f = np.zeros_like(f_RN)
+    twin_f[:, order.numpy()] = f_RN
+    twin_W = torch.zeros(N, N)
+    twin_W[order] = W_dec
+    pair = entangled_pairs(passed.codes["sae"], W_dec, sparse.csc_array(twin_f), twin_W)[0]
+    assert pair.counterparts == (int(order[2]), int(order[3])) and pair.match == (1.0, 1.0)
+    assert pair.twin_correlation == pytest.approx(pair.correlation, abs=1e-5)
+    merged = entangled_pairs(passed.codes["sae"], W_dec, sparse.csc_array(twin_f), twin_W[[0]].expand(N, N))[0]
+    assert merged.twin_correlation == 1.0, "both have the same counterpart"
+
+
+def test_shared_and_separate_contexts_are_what_they_are_called():
+    passed, f_RN = held_out(density=0.03)
+    pairs = entangled_pairs(passed.codes["sae"], torch.eye(N), None, None)
+    for pair in pairs[:20]:
+        found = pair_contexts(passed, passed.codes["sae"], pair)
+        for item in found["both"]:
+            assert ((item.activations[0] > 0) & (item.activations[1] > 0)).any()
+        per_context = f_RN.reshape(C, T - 1, N).max(1)
+        for item in found["first"]:
+            assert per_context[item.context, pair.features[0]] > 0 == per_context[item.context, pair.features[1]]
+        for item in found["second"]:
+            assert per_context[item.context, pair.features[1]] > 0 == per_context[item.context, pair.features[0]]
+
+
+def test_the_logit_lens_reads_a_decoder_row_through_the_final_norm_and_the_unembedding():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=D, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=4
+    )
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(-0.5, 0.5)  # a gain of 1 + weight
+    W_dec = torch.randn(N, D, generator=torch.Generator().manual_seed(2))
+    lens = logit_lens(W_dec, model, count=3)
+    logits = (W_dec * (1 + model.model.norm.weight)) @ model.lm_head.weight.T
+    assert torch.equal(lens[0], logits.topk(3, dim=1).indices)
+    assert torch.equal(lens[2], logits.topk(3, dim=1, largest=False).indices)
+    assert logit_lens(torch.randn(N, D + 2), model) is None
+
+
+class ByteTokenizer:
+    """One token a byte, as the worst case of byte-level vocabularies."""
+
+    def decode(self, ids: list[int], clean_up_tokenization_spaces: bool = False) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="�"), max_size=40))
+def test_token_texts_put_characters_together_again(text: str):
+    texts = token_texts(ByteTokenizer(), list(text.encode()))
+    assert len(texts) == len(text.encode())
+    assert "".join(texts) == text
+
+
+def test_numbers_are_short_and_long_tokens_are_cut():
+    assert [short(value) for value in (0.123456, 2.0, 0, 1e-9, 123456.0)] == [0.1235, 2, 0, 1e-9, 123500]
+    assert clip("x" * LONGEST_TOKEN) == "x" * LONGEST_TOKEN
+    assert clip("x" * 100_000).endswith("(100,000 characters)") and len(clip("x" * 100_000)) < 200
+
+
+def test_a_twin_differs_in_nothing_but_lambda2():
+    config = RunConfig(
+        variants={"on": {}, "other": {"sae.k": 3, "decorrelation.lambda2": 0}, "off": {"decorrelation.lambda2": 0}}
+    )
+    assert twin_of(config, "resid_post.6_on") == "resid_post.6_off"
+    assert twin_of(config, "resid_post.6_off") is None
+    assert twin_of(RunConfig(), "resid_post.6") is None
+
+
+def test_the_assets_hold_no_address_outside_and_never_parse_text_as_markup():
+    folder = Path(__file__).parents[2] / "src" / "unbraid" / "reporting" / "dashboard" / "assets"
+    text = "\n".join(path.read_text(encoding="utf-8") for path in folder.iterdir())
+    assert "https://" not in text and text.replace("http://www.w3.org/2000/svg", "").count("http://") == 0
+    for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "fetch("):
+        assert forbidden not in text
