@@ -414,6 +414,81 @@ class WorldConfig(Section):
         return self
 
 
+Suite = Literal["core", "correlation", "geometry", "probing", "absorption", "ground-truth"]
+
+
+class ProbingConfig(Section):
+    """k-sparse probing: which labelled texts, and how many."""
+
+    train: int = Field(default=128, ge=4)
+    """Texts per task a probe is fitted on, half of them positive."""
+    test: int = Field(default=64, ge=4)
+    """Texts per task it is scored on."""
+    max_tokens: int = Field(default=64, ge=2)
+    """A text is cut to its beginning of this many tokens, BOS included."""
+    tasks: list[str] = [
+        "158_code_C",
+        "159_code_Python",
+        "160_code_HTML",
+        "161_agnews_0",
+        "162_agnews_1",
+        "140_news_class_Technology",
+        "145_disease_class_digestive system diseases",
+        "149_twt_emotion_happiness",
+        "152_it_tick_Hardware",
+        "92_glue_sst2",
+        "96_spam_is",
+        "94_ai_gen",
+    ]
+    """Binary tasks: files of the sae-probes package, without their ending."""
+
+
+class SpellingConfig(Section):
+    """First-letter absorption: how many words the model is asked about."""
+
+    train: int = Field(default=24, ge=4)
+    """Words a letter that probes are fitted on (fewer where the vocabulary has fewer)."""
+    test: int = Field(default=12, ge=2)
+    """Held-out words a letter."""
+    examples: int = Field(default=5, ge=1)
+    """Solved examples before each word."""
+
+
+class EvaluationConfig(Section):
+    """What `unbraid eval` measures, and on how much."""
+
+    suites: list[Suite] = ["core", "correlation", "geometry", "probing", "absorption", "ground-truth"]
+    """Those that do not apply are skipped with the reason."""
+    tokens: int = Field(default=16_384, ge=1)
+    """Held-out tokens for core and correlation, in whole contexts."""
+    splice_contexts: int = Field(default=8, ge=1)
+    """Held-out contexts on which reconstructions are spliced into the model: several full passes each."""
+    fraction: float = Field(default=1e-3, gt=0.0, le=1.0)
+    """Share of live pairs that counts as the top of the correlations."""
+    replicates: int = Field(default=20, ge=2)
+    """Bootstrap samples behind each interval of the correlation suite."""
+    meta_steps: int = Field(default=300, ge=1)
+    """Training steps of the meta-SAE behind the composition rate; SAEBench takes 1500. Compare only at equal steps."""
+    probing: ProbingConfig = ProbingConfig()
+    spelling: SpellingConfig = SpellingConfig()
+    controls: bool = True
+    """Measure what has learned nothing beside the SAEs: a random SAE, a permuted decoder, PCA."""
+    world: str | None = None
+    """Synthetic world the SAEs were trained on, for the ground-truth suite."""
+    world_samples: int = Field(default=100_000, ge=1)
+    """Samples of that world."""
+    model: str | None = None
+    """Language model, where the SAE's folder does not say (or under another name here)."""
+    site: str | None = None
+    """Site, where the SAE's folder does not say."""
+    text: TextConfig = TextConfig()
+    """Held-out text for an SAE folder; a run brings its own."""
+    seed: int = Field(default=0, ge=0)
+    """Of controls, bootstraps, meta-SAEs and the choice of words."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
 def validated(model: type[ModelT], data: Any, where: str) -> ModelT:
     """`model` built from `data`; every complaint of pydantic's becomes one readable `ConfigError`."""
     try:
