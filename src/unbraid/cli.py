@@ -7,6 +7,7 @@ are parsed from the very models of `config.py`, so every setting has a flag and 
 import dataclasses
 import difflib
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ from rich.console import Console
 from unbraid.config import RunConfig, load_config
 from unbraid.errors import ConfigError, UnbraidError
 from unbraid.recipes import RECIPES
+from unbraid.reporting.commands import compare, dashboard, export
 
 console = Console(soft_wrap=True)
 
@@ -106,7 +108,7 @@ def doctor(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    command.__name__: command for command in (train, resume, harvest, figure, doctor)
+    command.__name__: command for command in (train, resume, harvest, figure, compare, export, dashboard, doctor)
 }
 
 
@@ -124,6 +126,10 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"unbraid: warning: {message}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `unbraid` and `python -m unbraid`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -132,6 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return
+    warnings.showwarning = _show_warning
     name, *rest = arguments
     try:
         if name not in COMMANDS:

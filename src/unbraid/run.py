@@ -24,8 +24,8 @@ from unbraid.activations.live import LiveActivations
 from unbraid.activations.rows import RowFilter
 from unbraid.config import RunConfig
 from unbraid.errors import ConfigError, TextError
-from unbraid.files import write_json
 from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
+from unbraid.files import write_json
 from unbraid.training.checkpoint import list_checkpoints
 from unbraid.training.loop import Trained, Trainee, TrainingInterrupted, train_saes
 from unbraid.training.progress import RunProgress

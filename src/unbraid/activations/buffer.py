@@ -112,22 +112,32 @@ class ActivationBuffer:
         return [pool[self._unread].float() for pool in self._pools]
 
     def _refill(self) -> None:
+        filter_state = self.filter.state()
+        try:
+            slots, position, exhausted = self._read_into_free_slots()
+        except BaseException:
+            self.filter.load_state(filter_state)
+            self._chunks = None
+            raise
+        present = torch.cat([self._unread, slots])
+        self._unread = present[torch.randperm(len(present), generator=self._generator)]
+        self.position, self.exhausted = position, exhausted
+
+    def _read_into_free_slots(self) -> tuple[Tensor, dict[str, Any] | None, bool]:
+        """Fill used slots with new rows; (slots filled, text position after them, whether the text ended)."""
         free = torch.ones(self.capacity, dtype=torch.bool)
         free[self._unread] = False
         slots = free.nonzero().squeeze(1)
         largest_chunk = self.source.batch_contexts * self.source.context_length
-        filter_state, position, exhausted, used = self.filter.state(), self.position, False, 0
+        position, used = self.position, 0
         while used + largest_chunk <= len(slots) and not self._enough(used):
             if self._should_stop():
-                self.filter.load_state(filter_state)
-                self._chunks = None
                 raise RefillInterrupted
             if self._chunks is None:
                 self._chunks = self.source.chunks(self.position)
             chunk = next(self._chunks, None)
             if chunk is None:
-                exhausted = True
-                break
+                return slots[:used], position, True
             rows = self.filter(chunk)
             here = slots[used : used + len(rows[0])]
             for pool, rows_RD in zip(self._pools, rows, strict=True):
@@ -135,9 +145,7 @@ class ActivationBuffer:
             used, position = used + len(here), chunk.position
             if self._on_fill is not None:
                 self._on_fill(len(self._unread) + used, self.capacity)
-        present = torch.cat([self._unread, slots[:used]])
-        self._unread = present[torch.randperm(len(present), generator=self._generator)]
-        self.position, self.exhausted = position, exhausted
+        return slots[:used], position, False
 
     def _enough(self, used: int) -> bool:
         rows = self.handed_out + len(self._unread) + used
