@@ -1,12 +1,10 @@
 """Every path against the N x N oracle: value, tau, S and gradients, on codes chosen to be awkward."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_codes import awkward_codes, sparse_codes
+from made_codes import SparseRows, awkward_codes, sparse_codes
 from torch import Tensor
 
 from unbraid.decorrelation import naive
@@ -16,16 +14,6 @@ from unbraid.decorrelation.penalty import SelectiveDecorrelation
 MEASURES = st.sampled_from(["cosine", "pearson"])
 FRACTIONS = st.sampled_from([0.02, 0.2, 0.7, 1.0])
 SUPPORTS = st.sampled_from([1, 2, 4])
-
-
-@dataclass
-class SparseRows:
-    """Another library's sparse codes: nothing but the four attributes of the contract."""
-
-    offsets: Tensor
-    indices: Tensor
-    values: Tensor
-    n_features: int
 
 
 def oracle(f_BN: Tensor, fraction: float, measure: str, min_support: int):

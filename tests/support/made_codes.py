@@ -1,5 +1,8 @@
 """Codes for the decorrelation tests: awkward small ones, and large sparse ones with known entangled pairs."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -34,30 +37,40 @@ def sparse_codes(n_rows: int, n_features: int, k: int, seed: int) -> tuple[Tenso
     return indices_BK, torch.empty(n_rows, k).exponential_(generator=draws) + 0.05
 
 
-def planted_codes(n_rows: int, n_features: int, n_pairs: int, rate: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of rare independent features of which 2 * n_pairs fire in pairs: indices, values [B, K], pairs [P, 2].
+@dataclass
+class SparseRows:
+    """Somebody's sparse codes: nothing but the four attributes `codes=` asks for."""
 
-    Every feature fires on a share `rate` of the rows. The features 2p and 2p + 1 of a relabelling fire together, with
-    values that agree up to noise.
+    offsets: Tensor
+    indices: Tensor
+    values: Tensor
+    n_features: int
+
+
+def planted_codes(n_rows: int, n_features: int, n_pairs: int, seed: int) -> tuple[SparseRows, Tensor]:
+    """A batch of rare features of which the pairs [P, 2] returned belong together; the rest is independent.
+
+    Features fire 1 to 20 times in 2048 rows (log-uniform, the same in every batch). The members of a true pair share a
+    rate and fire together 85 % of the time, with values that agree up to noise.
     """
+    world = torch.Generator().manual_seed(12345)
+    labels = torch.randperm(n_features, generator=world)
+    n_events = n_features - n_pairs
+    rates = torch.exp(torch.rand(n_events, generator=world) * math.log(20)) * n_rows / 2048
     draws = torch.Generator().manual_seed(seed)
-    labels = torch.randperm(n_features, generator=torch.Generator().manual_seed(1))
-    n_groups = n_features - n_pairs
-    fires = torch.rand(n_rows, n_groups, generator=draws) < rate
-    rows, groups = fires.nonzero(as_tuple=True)
-    magnitudes = torch.rand(rows.numel(), generator=draws) + 0.5
-    paired = groups < n_pairs
-    rows = torch.cat([rows, rows[paired]])
-    members = torch.cat([torch.where(paired, 2 * groups, groups + n_pairs), 2 * groups[paired] + 1])
-    noise = torch.rand(int(paired.sum()), generator=draws) * 0.4 + 0.8
-    values = torch.cat([magnitudes, magnitudes[paired] * noise])
+    events = torch.repeat_interleave(torch.arange(n_events), torch.poisson(rates, generator=draws).long())
+    rows = torch.randint(n_rows, events.shape, generator=draws)
+    keys = torch.unique(rows * n_events + events)
+    rows, events = keys // n_events, keys % n_events
+    magnitudes = torch.rand(rows.shape, generator=draws) + 0.5
+    paired, luck = events < n_pairs, torch.rand(rows.shape, generator=draws)
+    first, second = ~paired | (luck < 0.925), paired & ((luck < 0.85) | (luck >= 0.925))
+    noise = torch.rand(rows.shape, generator=draws) * 0.4 + 0.8
+    members = torch.cat([torch.where(paired, 2 * events, events + n_pairs)[first], (2 * events + 1)[second]])
+    rows = torch.cat([rows[first], rows[second]])
+    values = torch.cat([magnitudes[first], (magnitudes * noise)[second]])
+    keys, order = torch.sort(rows * n_features + labels[members])
     counts = torch.bincount(rows, minlength=n_rows)
-    order = torch.sort(rows, stable=True)[1]
-    starts = counts.cumsum(0) - counts
-    places = torch.arange(rows.numel()) - starts[rows[order]]
-    indices_BK = torch.zeros(n_rows, int(counts.max()), dtype=torch.int64)
-    values_BK = torch.zeros(n_rows, int(counts.max()))
-    indices_BK[rows[order], places] = labels[members[order]]
-    values_BK[rows[order], places] = values[order]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     pairs = labels[: 2 * n_pairs].reshape(n_pairs, 2).sort(1)[0]
-    return indices_BK, values_BK, pairs
+    return SparseRows(offsets, keys % n_features, values[order], n_features), pairs

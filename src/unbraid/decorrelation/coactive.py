@@ -110,9 +110,20 @@ def sums_without_meeting(z: Scaled, groups: Tensor | None = None, n_groups: int 
     if z.shift is None:
         return 0.0, 0.0
     if groups is None:
-        groups = torch.zeros_like(z.shift, dtype=torch.int64)
-    powers = [add_at(z.shift.new_zeros(n_groups), groups, z.shift**power) for power in (1, 2, 4)]
-    return -float((powers[0] ** 2 - powers[1]).sum()) / 2, float((powers[1] ** 2 - powers[2]).sum()) / 2
+        by_group = z.shift.unsqueeze(0)
+    else:
+        sizes = torch.bincount(groups, minlength=n_groups)
+        order = torch.sort(groups, stable=True)[1]
+        places = torch.arange(order.numel(), device=order.device) - (sizes.cumsum(0) - sizes)[groups[order]]
+        by_group = z.shift.new_zeros(n_groups, int(sizes.max()))
+        by_group[groups[order], places] = z.shift[order]
+    return -sum_of_products(by_group), sum_of_products(by_group**2)
+
+
+def sum_of_products(x_GN: Tensor) -> float:
+    """Sum of x_i x_j over i < j of each row, all rows together; terms >= 0 are only ever added, so none cancel."""
+    before_GN = torch.nn.functional.pad(x_GN.cumsum(1)[:, :-1], (1, 0))
+    return float((x_GN * before_GN).sum())
 
 
 def evaluate(entries: Entries, pair_ids: Tensor, nominal: int, tau: float, measure: Measure) -> Evaluation:

@@ -133,6 +133,13 @@ class Batch:
         elif indices is None or values is None or n_features is None:
             raise CodesError("indices, values and n_features belong together, and one is missing; pass all three")
         else:
+            _require_matrix(values, "values", "[B, K]")
+            if indices.shape != values.shape:
+                raise CodesError(
+                    f"indices {tuple(indices.shape)} and values {tuple(values.shape)} differ in shape; expected the "
+                    "same [B, K]; pass both as your top-k returned them"
+                )
+            _require_codes(values)
             entries = from_indices(indices, values, n_features)
         self.__dict__["entries"] = entries
         self.n_rows, self.n_features = entries.n_rows, entries.n_features
@@ -167,13 +174,6 @@ def from_dense(f_BN: Float[Tensor, "B N"]) -> Entries:
 
 def from_indices(indices_BK: Int[Tensor, "B K"], values_BK: Float[Tensor, "B K"], n_features: int) -> Entries:
     """Entries of (indices, values) rows; value 0 is padding, and a feature named twice in a row counts with its sum."""
-    _require_matrix(values_BK, "values", "[B, K]")
-    if indices_BK.shape != values_BK.shape:
-        raise CodesError(
-            f"indices {tuple(indices_BK.shape)} and values {tuple(values_BK.shape)} differ in shape; expected the same "
-            "[B, K]; pass both as your top-k returned them"
-        )
-    _require_codes(values_BK)
     rows, columns = (values_BK > 0).nonzero(as_tuple=True)
     indices = indices_BK[rows, columns].long()
     _require_feature_ids(indices, n_features)

@@ -39,15 +39,15 @@ class Threshold(nn.Module):
         if isinstance(floor, str) and floor != "chance":
             raise ConfigError(f"floor = {floor!r} is unknown; expected a number, chance or none")
         self.kind, self.tau, self.decay, self.floor = kind, tau, decay, floor
-        nan = torch.tensor(float("nan"), dtype=torch.float64)
-        self.register_buffer("running", nan, persistent=kind == "running")
+        unset = torch.tensor(math.inf, dtype=torch.float64)
+        self.register_buffer("running", unset, persistent=kind == "running")
 
     def forward(self, mean: float, std: float, n_features: int, n_dimensions: int) -> float:
         """tau after a selection with this mu and sigma among `n_features` vectors of `n_dimensions`."""
         tau = self.tau if self.kind == "fixed" else mean + std
         if self.kind == "running":
             before = float(self.running)
-            if not math.isnan(before):
+            if math.isfinite(before):
                 tau = self.decay * before + (1 - self.decay) * tau
             if self.training:
                 self.running.fill_(tau)

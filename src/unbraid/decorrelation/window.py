@@ -98,7 +98,7 @@ class RememberedSelection(ElasticState):
         super().__init__()
         self.register_buffer("pair_ids", torch.empty(0, dtype=torch.int64))
         self.register_buffer("correlations", torch.empty(0, dtype=torch.float64))
-        # mean, std, tau, low_support, overlap
+        # mean, std, tau, low_support, overlap (-1: there was no selection before)
         self.register_buffer("numbers", torch.zeros(5, dtype=torch.float64))
         # 1 once there is a selection, calls since, nominal, n_live, limit, path, n_features
         self.register_buffer("counts", torch.zeros(7, dtype=torch.int64))
@@ -127,7 +127,7 @@ class RememberedSelection(ElasticState):
 
     def replace(self, selection: Selection, tau: float, path: str, n_features: int) -> None:
         """Take a new selection; its overlap with the one before is worked out here."""
-        overlap = float("nan")
+        overlap = -1.0
         if self.known and selection.pair_ids.numel():
             overlap = float(torch.isin(selection.pair_ids, self.pair_ids, assume_unique=True).double().mean())
         numbers = [selection.mean, selection.std, tau, selection.low_support, overlap]
@@ -146,4 +146,4 @@ class RememberedSelection(ElasticState):
         mean, std, tau, low_support, overlap = self.numbers.tolist()
         _, _, nominal, n_live, limit, path, _ = self.counts.tolist()
         selection = Selection(self.pair_ids, self.correlations, nominal, mean, std, n_live, LIMITS[limit], low_support)
-        return selection, tau, PATHS[path], None if overlap != overlap else overlap
+        return selection, tau, PATHS[path], None if overlap < 0 else overlap

@@ -1,0 +1,172 @@
+"""The identities and bounds the engine is built on, each checked by itself."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from made_codes import awkward_codes, planted_codes, sparse_codes
+
+from unbraid.decorrelation import coactive, naive, token_gram
+from unbraid.decorrelation.decoder_rows import row_moments, unit_rows
+from unbraid.decorrelation.entries import from_dense, from_indices
+from unbraid.decorrelation.measure import scaled
+from unbraid.decorrelation.penalty import SelectiveDecorrelation
+from unbraid.decorrelation.selection import live_pairs, nominal_pairs
+from unbraid.kernels.co_activation import co_activations
+
+
+@given(awkward_codes())
+def test_mean_and_deviation_of_all_pairs_follow_from_the_token_gram(f_BN):
+    correlations_NN = naive.correlation_matrix(f_BN, "cosine")
+    z = scaled(from_dense(f_BN), "cosine")
+    z_BN = torch.zeros_like(f_BN)
+    z_BN[f_BN > 0] = z.values
+    n_live = int((f_BN > 0).any(0).sum())
+    off_diagonal = ~torch.eye(f_BN.shape[1], dtype=torch.bool)
+    total = float((z_BN.sum(1) ** 2).sum()) - n_live
+    squares = float(((z_BN @ z_BN.T) ** 2).sum()) - n_live
+    assert abs(float(correlations_NN[off_diagonal].sum()) - total) <= 1e-10 * max(1, n_live**2)
+    assert abs(float((correlations_NN[off_diagonal] ** 2).sum()) - squares) <= 1e-10 * max(1, n_live**2)
+
+
+@given(awkward_codes(), st.sampled_from(["cosine", "pearson"]))
+def test_all_three_ways_to_mu_and_sigma_agree(f_BN, measure):
+    entries = from_dense(f_BN)
+    chosen = coactive.select(entries, 0.5, measure)
+    _, mean, std, n_live = token_gram.mean_square(entries, measure)
+    correlations_NN = naive.correlation_matrix(f_BN, measure)
+    live = (f_BN > 0).any(0)
+    known = correlations_NN[live][:, live][torch.triu_indices(int(live.sum()), int(live.sum()), 1).unbind()]
+    expected = (float(known.mean()), float(known.std(correction=0))) if known.numel() else (0.0, 0.0)
+    assert n_live == chosen.n_live
+    assert (chosen.mean, chosen.std) == pytest.approx(expected, abs=1e-10)
+    assert (mean, std) == pytest.approx(expected, abs=1e-9)
+
+
+def test_mu_and_sigma_of_decoder_rows_follow_from_their_gram():
+    decoder_ND = torch.randn(90, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cosines = torch.nn.functional.cosine_similarity(decoder_ND[:, None], decoder_ND[None], dim=2)
+    known = cosines[torch.triu_indices(90, 90, 1).unbind()]
+    expected = float(known.mean()), float(known.std(correction=0))
+    for rows in (decoder_ND, decoder_ND * torch.linspace(0.1, 9, 90).unsqueeze(1).double()):
+        assert row_moments(unit_rows(rows).unit_ND) == pytest.approx(expected, abs=1e-12)
+
+
+@given(awkward_codes())
+def test_only_co_active_pairs_correlate_and_w_counts_them(f_BN):
+    entries = from_dense(f_BN)
+    fires = (f_BN > 0).long()
+    together_NN = fires.T @ fires
+    correlations_NN = naive.correlation_matrix(f_BN, "cosine")
+    assert torch.equal(correlations_NN > 0, together_NN > 0)
+    assert entries.co_activations == int(together_NN.triu(1).sum())
+
+
+@given(awkward_codes(), st.sampled_from([1, 7, 1_000_000]), st.booleans())
+def test_co_activations_list_every_pair_once_with_its_dot(f_BN, per_chunk, by_listing):
+    entries = from_dense(f_BN)
+    found_NN = torch.zeros(f_BN.shape[1], f_BN.shape[1], dtype=torch.float64)
+    seen_NN = torch.zeros_like(found_NN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unbraid.kernels.co_activation.PAIRS_PER_CHUNK", per_chunk)
+        for chunk in co_activations(entries.pattern, entries.values, by_listing=by_listing):
+            first, second = chunk.features(torch.arange(chunk.dots.numel()))
+            assert bool((first < second).all())
+            found_NN[first, second] += chunk.dots
+            seen_NN[first, second] += 1
+    fires = (f_BN > 0).double()
+    torch.testing.assert_close(found_NN, (f_BN.T @ f_BN).triu(1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(seen_NN, ((fires.T @ fires).triu(1) > 0).double())
+
+
+def test_selection_is_the_same_by_products_and_by_listing_and_by_any_chunking():
+    entries = from_indices(*sparse_codes(300, 700, 20, seed=5), n_features=700)
+    ways = []
+    with pytest.MonkeyPatch.context() as patch:
+        for per_chunk in (1_000_000, 5_000, 300):
+            patch.setattr("unbraid.kernels.co_activation.PAIRS_PER_CHUNK", per_chunk)
+            ways.append(coactive.select(entries, 0.01, "cosine").pair_ids)
+        patch.setattr("torch.backends.mkl.is_available", lambda: False)
+        ways.append(coactive.select(entries, 0.01, "cosine").pair_ids)
+    assert all(torch.equal(ways[0], way) for way in ways[1:])
+
+
+@pytest.mark.parametrize("form", ["cosine", "pearson"])
+def test_repeats_are_the_same_to_the_bit(form):
+    indices_BK, values_BK = sparse_codes(1024, 4096, 32, seed=2)
+    runs = []
+    for _ in range(3):
+        leaf = values_BK.clone().requires_grad_()
+        penalty, stats = SelectiveDecorrelation(measure=form)(indices=indices_BK, values=leaf, n_features=4096)
+        penalty.backward()
+        runs.append((penalty.item(), stats.tau, stats.mean, stats.std, leaf.grad, stats.pairs, stats.correlations))
+    for run in runs[1:]:
+        assert run[:4] == runs[0][:4]
+        assert all(torch.equal(new, old) for new, old in zip(run[4:], runs[0][4:], strict=True))
+
+
+def test_beyond_a_width_every_co_active_pair_is_selected_and_the_log_says_so():
+    indices_BK, values_BK = torch.randint(10**6, (2048, 4)), torch.rand(2048, 4) + 0.1
+    codes = {"indices": indices_BK, "values": values_BK, "n_features": 10**6}
+    _, stats = SelectiveDecorrelation()(**codes)
+    assert (stats.limit, stats.pairs.shape[0]) == ("co-activation", stats.co_activations)
+    assert stats.nominal == round(1e-3 * live_pairs(stats.n_live)) > stats.co_activations
+    _, stats = SelectiveDecorrelation(max_pairs_per_feature=1)(**codes)
+    assert (stats.limit, stats.pairs.shape[0]) == ("max_pairs_per_feature", stats.n_live)
+
+
+@pytest.mark.parametrize(
+    ("n_live", "fraction", "cap", "expected"),
+    [
+        (0, 0.5, None, (0, "fraction")),
+        (1, 0.5, 3, (0, "fraction")),
+        (2, 1e-6, None, (1, "fraction")),
+        (1000, 0.001, None, (500, "fraction")),
+        (1000, 0.5, 2, (2000, "max_pairs_per_feature")),
+        (10, 0.1, 2, (4, "fraction")),
+    ],
+)
+def test_the_nominal_count(n_live, fraction, cap, expected):
+    assert nominal_pairs(n_live, fraction, cap) == expected
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """16 batches of 16k features with 750 true pairs, and the ids of these."""
+    batches = [planted_codes(2048, 16_384, 750, seed=seed) for seed in range(16)]
+    pairs = batches[0][1]
+    return [codes for codes, _ in batches], pairs[:, 0] * 16_384 + pairs[:, 1]
+
+
+def precision(planted, **settings) -> float:
+    """Share of the top 750 pairs that are true ones."""
+    batches, truth = planted
+    decorrelate = SelectiveDecorrelation(750 / live_pairs(16_384), **settings)
+    for codes in batches[: settings.get("window", 1)]:
+        _, stats = decorrelate(codes=codes)
+    ids = stats.pairs[:, 0] * 16_384 + stats.pairs[:, 1]
+    return float(torch.isin(ids, truth).double().sum()) / 750
+
+
+def test_one_batch_selects_noise_and_a_window_selects_the_planted_pairs(planted):
+    assert precision(planted, window=1) <= 0.1
+    assert precision(planted, window=1, min_support=4) >= 0.25
+    assert precision(planted, window=4) >= 0.95
+
+
+@pytest.mark.slow
+def test_a_window_of_16_batches_selects_the_planted_pairs_alone(planted):
+    assert precision(planted, window=16) >= 0.99
+
+
+def test_two_batches_of_one_source_hardly_share_their_selections(planted):
+    one, other = (SelectiveDecorrelation()(codes=codes)[1] for codes in planted[0][:2])
+    assert other.overlap_with(one) < 0.05
+    assert one.low_support > 0.8
+
+
+def test_wide_dictionaries_cost_no_more_than_their_active_entries():
+    """The bitmap of `meetings` has a word per 64 rows of each *live* feature, whatever N is."""
+    entries = from_indices(torch.tensor([[5, 999_999], [5, 3]]), torch.ones(2, 2), n_features=1_000_000)
+    words, _ = coactive.firing_bitmap(entries)
+    assert words.numel() == 4
