@@ -39,15 +39,15 @@ def tiny() -> RunConfig:
 def demo() -> RunConfig:
     """SmolLM2-135M at three depths within its first ten blocks, each SAE with a twin, in minutes on two CPU cores.
 
-    The paper's method at a size a laptop finishes: its per-batch selection, lambda1 a little above its 0.04 so that codes
-    are sparse early, and a higher learning rate, smaller batches and shorter warm-up than the paper's, so that two
+    The paper's method at a size a laptop finishes: its per-batch selection, lambda1 a little above its 0.04 so that
+    codes are sparse early, and a higher learning rate, smaller batches and shorter warm-up than the paper's, so that two
     hundred thousand tokens give enough updates to be worth looking at.
     """
     return RunConfig(
         name="demo",
         model=ModelConfig(sites=["resid_post.2", "resid_post.5", "resid_post.8"]),
         buffer=BufferConfig(contexts=384),
-        sae=SAEConfig(n_features=1536, lambda1=0.06, dead_after_tokens=100_000),
+        sae=SAEConfig(n_features=2304, lambda1=0.05, dead_after_tokens=100_000),
         optimiser=OptimiserConfig(lr=1e-3, warmup_steps=50, sparsity_warmup_steps=20),
         training=TrainingConfig(
             tokens=204_800, batch_tokens=512, log_every=5, checkpoint_every=100, held_out_tokens=16_384
