@@ -151,13 +151,15 @@ def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
         device = pick_device(config.training.device)
         saved = list_checkpoints(folder.checkpoints)
         start = int(saved[-1].name.removeprefix("step_")) if saved else 0
-        source = open_activations(config, device)
+        with console.status("loading the language model (the first time, converting it and the text)"):
+            source = open_activations(config, device)
         say(
             f"model: {config.model.name} on {device}, {source.d_model} wide, read at "
             f"{', '.join(map(str, config.sites))}"
         )
         if start < config.steps:
-            check_text(config, source)
+            with console.status("counting the text"):
+                check_text(config, source)
         if start:
             say(f"going on after step {start:,}")
         with RunProgress(config, console, start) as progress:

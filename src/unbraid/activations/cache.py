@@ -97,8 +97,10 @@ def harvest(
             shards.append(_write_shard(folder, f"{part}_{len(shards):05d}", config, group, counter.state()))
         if part == "training" and counter.kept < wanted:
             raise TextError(
-                f"the text is used up: it gave {counter.kept:,} usable token rows and the run needs {wanted:,}; give more text, "
-                f"or lower training.tokens to at most {counter.kept // config.training.batch_tokens * config.training.batch_tokens:,}"
+                f"the text is used up: it gave {counter.kept:,} usable token rows and the run needs {wanted:,}; give "
+                "more text, "
+                "or lower training.tokens to at most "
+                f"{counter.kept // config.training.batch_tokens * config.training.batch_tokens:,}"
             )
         limits = counter.limits
     manifest["complete"] = True
@@ -117,7 +119,8 @@ def _open_manifest(config: RunConfig, folder: Path) -> dict[str, Any]:
     if not path.exists():
         if folder.exists() and any(folder.iterdir()):
             raise ActivationError(
-                f"{str(folder)!r} is not empty and holds no harvest; expected a new or empty folder; choose another --cache"
+                f"{str(folder)!r} is not empty and holds no harvest; expected a new or empty folder; choose another "
+                "--cache"
             )
         folder.mkdir(parents=True, exist_ok=True)
         return {
@@ -142,7 +145,8 @@ def _write_shard(
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), free_bytes(folder)
     if free < needed + (64 << 20):
         raise ActivationError(
-            f"shard {name} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has {free / 2**20:,.0f} MiB free; free some room "
+            f"shard {name} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has {free / 2**20:,.0f} MiB free; free "
+            "some room "
             "and run the same command to go on"
         )
     path = folder / f"{name}.safetensors"
@@ -177,13 +181,15 @@ def _check_recipe(manifest: dict[str, Any], config: RunConfig, folder: Path) -> 
     for group in expected:
         if found[group] != expected[group]:
             raise ActivationError(
-                f"cache {str(folder)!r} was harvested with {group} = {found[group]}; the run has {expected[group]}; expected the "
+                f"cache {str(folder)!r} was harvested with {group} = {found[group]}; the run has {expected[group]}; "
+                "expected the "
                 "same settings; change the run's, or harvest into another folder"
             )
     missing = [str(site) for site in config.sites if str(site) not in manifest["sites"]]
     if missing:
         raise ActivationError(
-            f"cache {str(folder)!r} holds {', '.join(manifest['sites'])} but not {', '.join(missing)}; change model.sites, or "
+            f"cache {str(folder)!r} holds {', '.join(manifest['sites'])} but not {', '.join(missing)}; change "
+            "model.sites, or "
             "harvest again"
         )
 
