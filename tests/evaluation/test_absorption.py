@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from unbraid.config import SpellingConfig
 from unbraid.errors import EvaluationError
-from unbraid.evaluation.absorption import Letters, Spelling, SpellingSettings, absorption_scores, read_spelling
+from unbraid.evaluation.absorption import Letters, Spelling, absorption_scores, read_spelling
 from unbraid.evaluation.controls import LinearSAE
 from unbraid.randomness import generator
 
@@ -98,7 +99,7 @@ def test_prompts_end_at_the_word_and_hold_solved_examples(tmp_path, monkeypatch)
     seen = []
     model = Model()
     monkeypatch.setattr(Model, "activations", lambda self, t: seen.append(t) or [torch.zeros(*t.shape, 2)])
-    spelling = read_spelling(model, SpellingSettings(train=4, test=2, examples=3))
+    spelling = read_spelling(model, SpellingConfig(train=4, test=2, examples=3))
     assert spelling.is_test.sum() == 52 and len(spelling.letters) == 156
     row = seen[0][0].tolist()
     text = "".join(model.tokenizer.decode([token]) for token in row)

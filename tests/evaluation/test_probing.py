@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from unbraid.config import ProbingConfig
 from unbraid.errors import EvaluationError
 from unbraid.evaluation import probing
 from unbraid.evaluation.probes import area_under_curve, fit_probe, score_probe, top_columns
-from unbraid.evaluation.probing import ProbingSettings, load_task, probe_task, summarise_probing, task_activations
+from unbraid.evaluation.probing import load_task, probe_task, summarise_probing, task_activations
 
 
 def labelled(n: int = 300, width: int = 20, knows: int = 7, seed: int = 0):
@@ -68,9 +69,9 @@ def test_an_sae_whose_feature_is_the_label_beats_the_channels():
 
 
 def test_there_are_twelve_tasks_and_each_has_enough_balanced_distinct_texts():
-    settings = ProbingSettings()
+    settings = ProbingConfig()
     assert len(settings.tasks) >= 12
-    for _, file in settings.tasks[:2] + settings.tasks[6:9]:
+    for file in settings.tasks[:2] + settings.tasks[6:9]:
         texts, labels = load_task(file, settings.train + settings.test)
         assert len(set(texts)) == len(texts) == 192 and labels.mean() == 0.5
 
@@ -108,7 +109,7 @@ def test_activations_are_those_of_the_last_token_of_the_beginning_and_cached(tmp
     monkeypatch.setenv("UNBRAID_CACHE", str(tmp_path))
     texts, labels = ["abc", "a longer text than that", "x"] * 8, np.zeros(24)
     monkeypatch.setattr(probing, "load_task", lambda file, n: (texts, labels))
-    model, settings = CharacterModel(), ProbingSettings(max_tokens=10)
+    model, settings = CharacterModel(), ProbingConfig(max_tokens=10)
     (a, b), _ = task_activations(model, "any", settings)
     for row, text in enumerate(texts):
         expected = torch.bincount(torch.tensor([1, *(2 + ord(c) % 30 for c in text)][:10]), minlength=32)

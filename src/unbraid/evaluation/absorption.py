@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unbraid.config import SpellingConfig
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.faces import Autoencoder, decoder_rows
 from unbraid.evaluation.intervals import mean_interval
@@ -32,22 +33,6 @@ LEAST_PROBE_F1, LEAST_LETTERS = 0.6, 20
 LARGEST_K, F1_JUMP = 10, 0.03
 L1_DECAY, L1_STEPS, L1_LR, L1_END_LR = 0.01, 300, 0.01, 1e-5
 FULL_COSINE, FRACTION_COSINE, PROPORTION, MOST_ABSORBERS = 0.025, 0.1, 0.4, 3
-
-
-@dataclass(frozen=True)
-class SpellingSettings:
-    """How many words are asked about.
-
-    Attributes:
-        train, test: words a letter (fewer where the vocabulary has fewer); the test words are held out.
-        examples: solved examples before each word.
-        seed: of the choice of words and examples.
-    """
-
-    train: int = 24
-    test: int = 12
-    examples: int = 5
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,10 +50,10 @@ class Spelling:
     is_test: np.ndarray
 
 
-def read_spelling(model: Any, settings: SpellingSettings) -> Spelling:
+def read_spelling(model: Any, settings: SpellingConfig, seed: int = 0) -> Spelling:
     """Ask `model` for the first letter of words that are one token of its vocabulary, and read it at the word."""
     words = _words_by_letter(model.tokenizer)
-    chance = generator(settings.seed, "spelling")
+    chance = generator(seed, "spelling")
     chosen: list[tuple[int, int, bool]] = []
     for letter, ids in enumerate(words):
         order = torch.randperm(len(ids), generator=chance)[: settings.train + settings.test].tolist()

@@ -11,12 +11,12 @@ kept under a `saebench_` name and the right one stands beside it:
 * `mse`: mean ||r||^2 per token. `saebench_mse` is divided once more by the tokens of the group.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,7 +55,6 @@ class CoreMetrics:
         return len(self.features["feature_density"])
 
 
-@torch.no_grad()
 def core_metrics(
     sae: Autoencoder,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -75,32 +74,60 @@ def core_metrics(
     Raises:
         EvaluationError: no token counts.
     """
-    sums = _Sums()
-    for x_CTD, keep_CT in regrouped(batches, group_contexts):
-        sums.add_group(sae, x_CTD, keep_CT, tokens_at_once)
-    if sums.kept == 0:
-        raise EvaluationError("no token is left to measure on; expected at least one that is not BOS, EOS or padding")
-    categories, features = sums.result()
-    if getattr(sae, "W_enc", None) is not None and getattr(sae, "W_dec", None) is not None:
-        features |= weight_metrics(sae)
-        for name in ("encoder", "decoder"):
-            categories["misc_metrics"][f"average_max_{name}_cosine_sim"] = (
-                features[f"max_{name}_cosine_sim"].double().mean().item()
-            )
-    return CoreMetrics(categories, features)
-
-
-def regrouped(batches: Iterable[tuple[Tensor, Tensor]], group_contexts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same contexts `[C, T, D]`, `[C, T]` in groups of exactly `group_contexts`, the last one perhaps smaller."""
-    held: list[tuple[Tensor, Tensor]] = []
+    meter = CoreMeter(sae, group_contexts, tokens_at_once)
     for x_CTD, keep_CT in batches:
-        for pair in zip(x_CTD.split(1), keep_CT.split(1), strict=True):
-            held.append(pair)
-            if len(held) == group_contexts:
-                yield torch.cat([x for x, _ in held]), torch.cat([keep for _, keep in held])
-                held = []
-    if held:
-        yield torch.cat([x for x, _ in held]), torch.cat([keep for _, keep in held])
+        meter.add(x_CTD, keep_CT)
+    return meter.result()
+
+
+class CoreMeter:
+    """`core_metrics` batch by batch, for several SAEs that share one stream of activations."""
+
+    def __init__(
+        self, sae: Autoencoder, group_contexts: int = GROUP_CONTEXTS, tokens_at_once: int = TOKENS_AT_ONCE
+    ) -> None:
+        self.sae, self.group_contexts, self.tokens_at_once = sae, group_contexts, tokens_at_once
+        self._sums = _Sums()
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._n_held = 0
+
+    @torch.no_grad()
+    def add(self, x_CTD: Float[Tensor, "C T D"], keep_CT: Bool[Tensor, "C T"]) -> None:
+        """Take in contexts; they are measured once a group of them is complete."""
+        while len(x_CTD):
+            taken = self.group_contexts - self._n_held
+            self._held.append((x_CTD[:taken], keep_CT[:taken]))
+            self._n_held += len(x_CTD[:taken])
+            x_CTD, keep_CT = x_CTD[taken:], keep_CT[taken:]
+            if self._n_held == self.group_contexts:
+                self._measure()
+
+    @torch.no_grad()
+    def result(self) -> CoreMetrics:
+        """The metrics of everything added.
+
+        Raises:
+            EvaluationError: no token counts.
+        """
+        if self._held:
+            self._measure()
+        if self._sums.kept == 0:
+            raise EvaluationError(
+                "no token is left to measure on; expected at least one that is not BOS, EOS or padding"
+            )
+        categories, features = self._sums.result()
+        if getattr(self.sae, "W_enc", None) is not None and getattr(self.sae, "W_dec", None) is not None:
+            features |= weight_metrics(self.sae)
+            for name in ("encoder", "decoder"):
+                categories["misc_metrics"][f"average_max_{name}_cosine_sim"] = (
+                    features[f"max_{name}_cosine_sim"].double().mean().item()
+                )
+        return CoreMetrics(categories, features)
+
+    def _measure(self) -> None:
+        group = torch.cat([x for x, _ in self._held]), torch.cat([keep for _, keep in self._held])
+        self._held, self._n_held = [], 0
+        self._sums.add_group(self.sae, *group, self.tokens_at_once)
 
 
 class _Sums:

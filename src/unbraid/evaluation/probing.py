@@ -1,6 +1,6 @@
 """k-sparse probing: can one, two or five features tell what a text is about?
 
-Twelve binary tasks on real labelled text (from the `sae-probes` package, where pip put it) are read at the last token
+Binary tasks on real labelled text (from the `sae-probes` package, where pip put it) are read at the last token
 of each text. A probe on k features of the SAE stands beside one on k raw channels, one on the whole activation and one
 on all features (arXiv 2502.16681 found that SAE probes rarely beat the plain one: hence the baselines). Activations are
 cached, because they cost a model pass and every SAE of a site shares them.
@@ -9,7 +9,6 @@ cached, because they cost a model pass and every SAE of a site shares them.
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unbraid.config import ProbingConfig
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.faces import Autoencoder
 from unbraid.evaluation.intervals import mean_interval
@@ -24,38 +24,7 @@ from unbraid.evaluation.probes import Score, fit_probe, score_probe, top_columns
 from unbraid.evaluation.prompts import cached_activations
 from unbraid.text.packaged import INSTALL, LONGEST_FIELD, find_packaged_corpus
 
-TASKS = {
-    "code_c": "158_code_C",
-    "code_python": "159_code_Python",
-    "code_html": "160_code_HTML",
-    "news_world": "161_agnews_0",
-    "news_sports": "162_agnews_1",
-    "news_technology": "140_news_class_Technology",
-    "disease_digestive": "145_disease_class_digestive system diseases",
-    "emotion_happiness": "149_twt_emotion_happiness",
-    "ticket_hardware": "152_it_tick_Hardware",
-    "sentiment": "92_glue_sst2",
-    "spam": "96_spam_is",
-    "ai_generated": "94_ai_gen",
-}
-"""Default tasks: name -> file of sae-probes."""
 KS = (1, 2, 5)
-
-
-@dataclass(frozen=True)
-class ProbingSettings:
-    """How much text a task takes.
-
-    Attributes:
-        train, test: texts per task, half of each positive.
-        max_tokens: a text is cut to its beginning of this many tokens, BOS included.
-        tasks: name -> file of sae-probes, without its ending.
-    """
-
-    train: int = 128
-    test: int = 64
-    max_tokens: int = 64
-    tasks: tuple[tuple[str, str], ...] = tuple(TASKS.items())
 
 
 def load_task(file: str, n_texts: int) -> tuple[list[str], np.ndarray]:
@@ -97,7 +66,7 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
         csv.field_size_limit(limit)
 
 
-def task_activations(model: Any, file: str, settings: ProbingSettings) -> tuple[list[Tensor], np.ndarray]:
+def task_activations(model: Any, file: str, settings: ProbingConfig) -> tuple[list[Tensor], np.ndarray]:
     """Last-token activations of a task at every site of `model`, from the cache once they have been computed."""
     texts, labels = load_task(file, settings.train + settings.test)
     start = [] if model.tokenizer.bos_token_id is None else [model.tokenizer.bos_token_id]

@@ -1,0 +1,102 @@
+"""What is judged: the SAEs of a run or one SAE folder, with the language model and held-out text they belong to.
+
+A run says everything itself. An SAE folder in any layout says at most which model and site it was trained on; the rest
+comes from the settings of the evaluation.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from unbraid import formats
+from unbraid.config import EvaluationConfig, ModelConfig, RunConfig, Site, load_config
+from unbraid.errors import EvaluationError
+from unbraid.sae import SAE
+
+HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_post|mlp_out|attn_out)$")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One SAE to judge.
+
+    Attributes:
+        name: folder name.
+        site: index of its site among the sites of the run.
+        sae: acting on raw activations.
+        twin: name of the SAE trained alike at lambda2 = 0, if there is one.
+    """
+
+    name: str
+    site: int
+    sae: SAE
+    twin: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Subjects:
+    """SAEs and the settings under which their activations can be had again; `run` is None where those are unknown."""
+
+    saes: list[Subject]
+    run: RunConfig | None
+
+
+def open_subjects(path: Path, config: EvaluationConfig, device: torch.device) -> Subjects:
+    """The SAEs at `path`, a run folder or an SAE folder.
+
+    Raises:
+        EvaluationError: the run has no finished SAE yet.
+        FormatError: there is neither a run nor an SAE.
+    """
+    if (path / "config.json").is_file() and ((path / "saes").is_dir() or (path / "checkpoints").is_dir()):
+        return _of_run(path, device)
+    return _of_folder(path, config, device)
+
+
+def _of_run(path: Path, device: torch.device) -> Subjects:
+    run = load_config(path / "config.json")
+    saes = []
+    for index, site in enumerate(run.sites):
+        for variant in run.variants:
+            name = run.sae_name(site, variant)
+            if not (path / "saes" / name).is_dir():
+                raise EvaluationError(
+                    f"{path} holds no finished SAE {name!r}; expected saes/{name}; end the run with "
+                    f"`unbraid resume {path}`"
+                )
+            twin = _twin(run, variant)
+            sae = formats.load(path / "saes" / name).to(device)
+            saes.append(Subject(name, index, sae, None if twin is None else run.sae_name(site, twin)))
+    return Subjects(saes, run)
+
+
+def _twin(run: RunConfig, variant: str) -> str | None:
+    own = run.variant(variant)
+    if own.decorrelation.lambda2 == 0:
+        return None
+    for other in run.variants:
+        settings = run.variant(other)
+        if settings.decorrelation.lambda2 == 0:
+            same = settings.model_copy(update={"decorrelation": own.decorrelation}) == own
+            if same:
+                return other
+    return None
+
+
+def _of_folder(path: Path, config: EvaluationConfig, device: torch.device) -> Subjects:
+    found = formats.open_folder(path)
+    subject = Subject(path.resolve().name, 0, found.sae.to(device))
+    model = config.model or found.metadata.get("model_name")
+    site = config.site or _site_of(str(found.metadata.get("hook_name", "")))
+    if model is None or site is None:
+        return Subjects([subject], None)
+    context = found.metadata.get("context_size")
+    text = config.text if not isinstance(context, int) else config.text.model_copy(update={"context_length": context})
+    return Subjects([subject], RunConfig(model=ModelConfig(name=str(model), sites=[site]), text=text))
+
+
+def _site_of(hook_name: str) -> str | None:
+    match = HOOK_NAME.search(hook_name)
+    return None if match is None else str(Site(match[2], int(match[1])))  # pyright: ignore[reportArgumentType]
