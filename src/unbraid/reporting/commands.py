@@ -1,0 +1,96 @@
+"""Command-line faces of what reads finished runs: export, compare and dashboard.
+
+Kept beside what they show rather than in `cli.py`, and importing it only when they run, so that `unbraid --help` stays
+as quick as it is.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+console = Console(soft_wrap=True)
+
+
+@dataclasses.dataclass
+class _Export:
+    source: tyro.conf.Positional[Path]
+    """A run folder, or an SAE folder in any known layout."""
+    to: str
+    """sae_lens, dictionary_learning or sparsify."""
+    out: Path
+    """Folder for the SAE folders."""
+
+
+def export(arguments: list[str]) -> None:
+    """export DIR --to FORMAT --out DIR: write a run's SAEs in another library's layout, all of them or none."""
+    options = tyro.cli(_Export, args=arguments, prog="unbraid export")
+    from unbraid.formats.export import export as export_saes
+
+    for path in export_saes(options.source, options.to, options.out):
+        console.print(str(path), highlight=False, markup=False)
+
+
+@dataclasses.dataclass
+class _Compare:
+    runs: tyro.conf.Positional[list[Path]]
+    """Finished run folders; SAEs alike in all but their seed become one point with an interval."""
+    out: Path = Path("comparison")
+    """Folder for frontier.png and frontier.svg."""
+
+
+def compare(arguments: list[str]) -> None:
+    """compare DIR...: what different settings give at which L0, seeds as intervals, as a table and a figure."""
+    options = tyro.cli(_Compare, args=arguments, prog="unbraid compare")
+    from unbraid.reporting.compare import METRICS, draw_frontier, frontier
+
+    points = frontier(list(options.runs))
+    shown = [metric for metric in METRICS if any(metric in point.metrics for point in points)]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("site", "settings", "seeds"):
+        table.add_column(heading)
+    for metric in shown:
+        table.add_column(metric, justify="right", overflow="fold")
+    for point in points:
+        values = [str(point.metrics[metric]) if metric in point.metrics else "-" for metric in shown]
+        table.add_row(point.site, escape(point.label), str(point.seeds), *values)
+    console.print(table)
+    console.print("± is half of the 95 % interval of the mean over seeds (Student's t)")
+    for path in draw_frontier(points, options.out / "frontier"):
+        console.print(str(path), highlight=False, markup=False)
+
+
+@dataclasses.dataclass
+class _Dashboard:
+    run: tyro.conf.Positional[Path]
+    """A finished run folder."""
+    out: Path | None = None
+    """Where to write the site; report/ in the run folder by default."""
+    tokens: int = 32_768
+    """Held-out token rows to look at; more give better contexts and steadier correlations."""
+    serve: bool = False
+    """Serve an existing or new dashboard on this machine until interrupted; nothing else can reach it."""
+    port: Annotated[int, tyro.conf.arg(help="Port for --serve; 0 takes a free one.")] = 0
+
+
+def dashboard(arguments: list[str]) -> None:
+    """dashboard DIR [--out DIR] [--serve]: a static site of a run's features and most entangled pairs."""
+    options = tyro.cli(_Dashboard, args=arguments, prog="unbraid dashboard")
+    from unbraid.reporting.dashboard import serve, write_dashboard
+
+    index = (options.out if options.out is not None else options.run / "report") / "index.html"
+    if not (options.serve and index.is_file()):
+        with console.status("reading the run") as status:
+            index = write_dashboard(options.run, options.out, options.tokens, lambda text: status.update(escape(text)))
+    console.print(str(index), highlight=False, markup=False)
+    if options.serve:
+        with serve(index, options.port) as server:
+            console.print(f"http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)", highlight=False)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                console.print("stopped")

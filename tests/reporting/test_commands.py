@@ -1,0 +1,73 @@
+"""export, compare and dashboard as a user types them, on a real (very short) run."""
+
+import json
+import re
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from unbraid import formats
+from unbraid.cli import main
+from unbraid.recipes import tiny
+from unbraid.run import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny()
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"sites": ["resid_post.0"]}),
+            "training": config.training.model_copy(update={"tokens": 8 * 256, "held_out_tokens": 512}),
+        }
+    )
+    return train(config, tmp_path_factory.mktemp("runs") / "tiny").path
+
+
+def test_export_names_what_it_wrote_and_it_loads(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    main(["export", str(run), "--to", "dictionary-learning", "--out", str(tmp_path / "out")])
+    written = capsys.readouterr().out.split()
+    assert [Path(path).name for path in written] == ["resid_post.0_decorrelated", "resid_post.0_twin"]
+    assert formats.open_folder(written[0]).layout == "dictionary_learning"
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "--to", "sparsify", "--out", str(tmp_path / "none")])
+    assert "architecture is 'relu'" in capsys.readouterr().err
+
+
+def test_compare_prints_a_row_a_point_and_where_the_figure_is(run: Path, tmp_path: Path, capsys):
+    main(["compare", str(run), "--out", str(tmp_path / "comparison")])
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"resid_post\.0 .*lambda2 0\.[01]", printed)) == 2
+    assert (tmp_path / "comparison" / "frontier.png").is_file()
+
+
+def test_dashboard_writes_every_feature_and_pair_of_every_sae_and_replaces_only_its_own(run, tmp_path, capsys):
+    main(["dashboard", str(run), "--tokens", "600"])
+    report = run / "report"
+    assert str(report / "index.html") in capsys.readouterr().out.replace("\n", "")
+    first = json.loads(read(report / "data" / "run.js"))
+    assert [sae["name"] for sae in first["saes"]] == ["resid_post.0_decorrelated", "resid_post.0_twin"]
+    assert [sae["twin"] for sae in first["saes"]] == [1, None]
+    assert first["steps"] == {"planned": 8, "executed": 8} and first["rows"] >= 600
+    for index in (0, 1):
+        table = json.loads(read(report / "data" / str(index) / "features.js"))
+        chunks = [json.loads(read(report / "data" / str(index) / f"feature-{number}.js")) for number in range(4)]
+        assert len(table["fires"]) == sum(map(len, chunks)) == 128
+        for count, page in zip(table["fires"], chain.from_iterable(chunks), strict=True):
+            assert sum(page["histogram"]) == count
+            assert len(page["raised"]) == 8
+        assert len(json.loads(read(report / "data" / str(index) / "pairs.js"))) == first["saes"][index]["pairs"] > 0
+    main(["dashboard", str(run), "--tokens", "600"])
+    assert not list(run.glob(".report*"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(SystemExit):
+        main(["dashboard", str(run), "--out", str(tmp_path / "mine")])
+    assert "no dashboard" in capsys.readouterr().err
+
+
+def read(script: Path) -> str:
+    """The JSON value a data script hands over."""
+    text = script.read_text(encoding="ascii")
+    return text[text.index(",") + 1 : text.rindex(")")]

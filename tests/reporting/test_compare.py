@@ -1,0 +1,79 @@
+"""Comparing runs: seeds become intervals, and nothing but what differs is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unbraid.config import RunConfig
+from unbraid.errors import EvaluationError, TrainingError
+from unbraid.recipes import tiny
+from unbraid.reporting.compare import draw_frontier, frontier, frontier_figure
+from unbraid.training.run_folder import RunFolder
+
+
+def finished(folder: Path, config: RunConfig, r2: float, l0: float = 20.0, **more: float) -> Path:
+    RunFolder.create(folder, config)
+    names = [config.sae_name(site, variant) for site in config.sites for variant in config.variants]
+    metrics = {
+        "l0": l0,
+        "r2": r2,
+        "correlation_top": 0.4,
+        "correlation_mean": 0.05,
+        "correlation_reduction": None,
+    } | more
+    (folder / "summary.json").write_text(json.dumps({"saes": dict.fromkeys(names, metrics)}))
+    return folder
+
+
+def one_sae(**changes) -> RunConfig:
+    return tiny().model_copy(
+        update={"variants": {"": changes}, "model": tiny().model.model_copy(update={"sites": ["resid_post.0"]})}
+    )
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_point_with_an_interval(tmp_path: Path):
+    runs = [finished(tmp_path / str(seed), one_sae(seed=seed), r2) for seed, r2 in enumerate((0.80, 0.82, 0.84))]
+    (point,) = frontier(list(runs))
+    assert (point.site, point.seeds, point.label) == ("resid_post.0", 3, "all alike")
+    estimate = point.metrics["r2"]
+    assert estimate.mean == pytest.approx(0.82)
+    # Student's t with 2 degrees of freedom: 4.3027 * 0.02 / sqrt(3)
+    assert estimate.high - estimate.mean == pytest.approx(0.04968, abs=1e-5)
+    assert str(estimate) == "0.82 ± 0.05"
+
+
+def test_points_are_told_apart_by_the_settings_in_which_they_differ(tmp_path: Path):
+    runs = [
+        finished(tmp_path / str(at), one_sae(**{"decorrelation.lambda2": lambda2, "sae.lambda1": 0.02}), 0.8)
+        for at, lambda2 in enumerate((0.0, 0.1))
+    ]
+    assert [point.label for point in frontier(list(runs))] == ["lambda2 0.0", "lambda2 0.1"]
+    assert str(frontier(list(runs))[0].metrics["r2"]) == "0.8", "one seed has no interval"
+
+
+def test_sites_are_kept_apart_and_a_metric_not_measured_everywhere_is_left_out(tmp_path: Path):
+    runs = [finished(tmp_path / "a", tiny(), 0.8, ce_loss_score=0.9), finished(tmp_path / "b", tiny(), 0.8)]
+    points = frontier(list(runs))
+    assert {point.site for point in points} == {"resid_post.0", "resid_post.1"}
+    assert all(point.seeds == 2 and "ce_loss_score" not in point.metrics for point in points)
+
+
+def test_the_frontier_is_drawn_with_a_panel_a_metric_and_the_same_bytes_each_time(tmp_path: Path):
+    runs = [
+        finished(tmp_path / str(seed), tiny().model_copy(update={"seed": seed}), 0.8 + seed / 50) for seed in range(3)
+    ]
+    points = frontier(list(runs))
+    figure = frontier_figure(points)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [r"$R^2$", "top correlation", "mean correlation"]
+    first = [path.read_bytes() for path in draw_frontier(points, tmp_path / "one" / "frontier")]
+    second = [path.read_bytes() for path in draw_frontier(points, tmp_path / "two" / "frontier")]
+    assert first == second
+
+
+def test_nothing_to_compare_and_unfinished_runs_are_refused(tmp_path: Path):
+    with pytest.raises(EvaluationError, match="no run"):
+        frontier([])
+    RunFolder.create(tmp_path / "run", tiny())
+    with pytest.raises(TrainingError, match="summary"):
+        frontier([tmp_path / "run"])
