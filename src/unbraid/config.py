@@ -489,6 +489,35 @@ class EvaluationConfig(Section):
     """auto, cpu, cuda, cuda:1, ..."""
 
 
+class SynthConfig(Section):
+    """What `unbraid synth` trains on a synthetic world."""
+
+    world: str = "small"
+    """Name of the world: unit (seconds), small, medium, full."""
+    architectures: list[Architecture] = ["relu", "topk", "batch_topk", "jumprelu", "matryoshka"]
+    """Trained one after another, each with every seed."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """Of weights and samples."""
+    n_features: int | None = Field(default=None, ge=2)
+    """Width of the SAEs; none takes a third of the world's features."""
+    k: int | None = Field(default=None, ge=1)
+    """Active features per token for the top-k family; none takes three quarters of the world's L0."""
+    lambda1: float = Field(default=0.01, ge=0.0)
+    """Weight of the sparsity loss for the others."""
+    samples: int | None = Field(default=None, ge=1)
+    """Training samples; none takes 16,000 per feature of the world."""
+    batch: int = Field(default=1024, ge=1)
+    """Samples per step."""
+    lr: float = Field(default=1e-3, gt=0.0)
+    """Learning rate after warm-up."""
+    decorrelation: DecorrelationConfig = DecorrelationConfig(lambda2=0.0)
+    """Penalty, off by default."""
+    eval_samples: int = Field(default=100_000, ge=1)
+    """Samples they are judged on."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
 def validated(model: type[ModelT], data: Any, where: str) -> ModelT:
     """`model` built from `data`; every complaint of pydantic's becomes one readable `ConfigError`."""
     try:
