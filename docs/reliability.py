@@ -1,7 +1,7 @@
 """Write the README's reliability table from the docstrings of `tests/faults/`: one row a fault, so it cannot drift.
 
-    python docs/reliability.py          rewrites the table in README.md
-    python docs/reliability.py --check  fails when the table is out of date
+python docs/reliability.py          rewrites the table in README.md
+python docs/reliability.py --check  fails when the table is out of date
 """
 
 import ast

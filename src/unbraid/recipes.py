@@ -40,8 +40,8 @@ def demo() -> RunConfig:
     """SmolLM2-135M at three depths within its first ten blocks, each SAE with a twin, in minutes on two CPU cores.
 
     The paper's method at a size a laptop finishes: its per-batch selection, lambda1 a little above its 0.04 so that
-    codes are sparse early, and a higher learning rate, smaller batches and shorter warm-up than the paper's, so that two
-    hundred thousand tokens give enough updates to be worth looking at.
+    codes are sparse early, and a higher learning rate, smaller batches and shorter warm-up than the paper's, so that
+    two hundred thousand tokens give enough updates to be worth looking at.
     """
     return RunConfig(
         name="demo",

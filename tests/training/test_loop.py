@@ -192,8 +192,8 @@ def test_activations_are_scaled_so_that_their_mean_square_norm_is_one(tmp_path):
 
 
 def test_twins_start_from_the_same_weights(tmp_path):
-    from unbraid.training.loop import _start
     from unbraid.activations.buffer import ActivationBuffer
+    from unbraid.training.loop import _start
 
     config = make_config()
     buffer = ActivationBuffer(make_source(), config.buffer, 32, 0)

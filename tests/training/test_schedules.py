@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from unbraid.config import OptimiserConfig
@@ -16,7 +18,7 @@ def test_the_rate_falls_linearly_at_the_end_and_the_last_step_still_learns():
     rates = [learning_rate(config, step, 100) for step in range(100)]
     assert rates[79] == 1.0 > rates[81]
     assert 0 < rates[99] < 0.06
-    assert all(first >= second for first, second in zip(rates, rates[1:], strict=False))
+    assert all(first >= second for first, second in pairwise(rates))
 
 
 def test_no_warm_up_is_full_strength_at_once():
