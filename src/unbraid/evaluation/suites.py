@@ -172,7 +172,9 @@ class _Evaluation:
                     meter.add(x_CTD, mask)
                 if "correlation" in self.config.suites and not judged.name.endswith("permuted"):
                     with torch.no_grad():
-                        judged.codes.append(Codes.from_dense(judged.sae.encode(x_CTD[mask]).cpu()))
+                        codes = Codes.from_dense(judged.sae.encode(x_CTD[mask]).cpu())
+                    # A bare copy: the original remembers its sorted pattern, several times its size.
+                    judged.codes.append(Codes(codes.offsets, codes.indices, codes.values, codes.n_features))
             self.bar.advance(task, len(chunk.tokens_BT))
         for judged, meter in zip(self.judged, meters, strict=True):
             judged.report["site"] = str(self.source.sites[judged.site])

@@ -1,0 +1,104 @@
+"""`unbraid synth`: train architectures on a world whose features are known, and print what they found.
+
+Every row is trained on the same number of fresh samples, by the trainer that trains on language models, and judged on
+the same tokens; controls stand below. With several seeds a number is a mean with its standard deviation over seeds.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from unbraid.config import OptimiserConfig, SAEConfig, SynthConfig, VariantConfig
+from unbraid.evaluation.controls import pca_control, permuted_control, random_control
+from unbraid.evaluation.geometry import max_cosines
+from unbraid.evaluation.ground_truth import evaluate_ground_truth
+from unbraid.evaluation.tables import ground_truth_table
+from unbraid.files import write_json
+from unbraid.randomness import generator
+from unbraid.synthetic import World, build_world
+from unbraid.synthetic.learning import train_on_world
+
+PROBE_SAMPLES = 16_384
+SAMPLES_PER_FEATURE = 16_000
+WIDTH_SHARE, L0_SHARE = 1 / 3, 3 / 4
+WARMUP_SHARE = 20
+
+
+def run_synth(config: SynthConfig, *, console: Console | None = None, out: Path | None = None) -> dict[str, Any]:
+    """Train, judge, print; write the numbers to `out` (JSON) if given.
+
+    Returns:
+        `rows`: name -> list of ground-truth metrics (with `mean_max_decoder_cosine`), one a seed; `world`, `true_l0`,
+        `n_features`, `k`, `samples` as they were used; the settings.
+
+    Raises:
+        UnbraidError: with what was wrong, what was expected and what to change.
+    """
+    from unbraid.run import pick_device
+
+    console = console or Console(quiet=True)
+    world = build_world(config.world, pick_device(config.device))
+    x_BD, codes = world.sample(PROBE_SAMPLES, generator(config.seeds[0], "synth", device=world.device))
+    true_l0 = float(codes.l0)
+    width = config.n_features or max(2, round(world.n_features * WIDTH_SHARE))
+    k = config.k or max(1, round(true_l0 * L0_SHARE))
+    samples = config.samples or world.n_features * SAMPLES_PER_FEATURE
+    console.print(
+        f"world {config.world}: {world.n_features} features in {world.d_model} dimensions, {true_l0:.1f} active; "
+        f"SAEs of {width} features, k = {k}, {samples:,} samples",
+        highlight=False,
+    )
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    with Progress(console=console) as bar:
+        for seed in config.seeds:
+            sae: Any = None
+            for architecture in config.architectures:
+                settings = VariantConfig(
+                    seed=seed,
+                    sae=SAEConfig(architecture=architecture, n_features=width, k=k, lambda1=config.lambda1),
+                    decorrelation=config.decorrelation,
+                    optimiser=OptimiserConfig(lr=config.lr, warmup_steps=samples // config.batch // WARMUP_SHARE),
+                )
+                task = bar.add_task(f"{architecture}, seed {seed}", total=samples // config.batch)
+                advance = lambda done, task=task: bar.update(task, completed=done)  # noqa: E731
+                sae = train_on_world(world, settings, samples, config.batch, advance)
+                rows[architecture].append(_judged(sae, world, config))
+            controls = {
+                "random": random_control(sae, x_BD, float(k), generator(seed, "synth control")),
+                "permuted": permuted_control(sae, generator(seed, "synth control")),
+                "pca": pca_control(x_BD, float(k)),
+            }
+            for name, control in controls.items():
+                rows[f"control: {name}"].append(_judged(control, world, config))
+    report = {
+        "world": config.world,
+        "true_l0": true_l0,
+        "n_features": width,
+        "k": k,
+        "samples": samples,
+        "settings": config.model_dump(mode="json"),
+        "rows": dict(rows),
+    }
+    console.print(ground_truth_table({name: over_seeds(found) for name, found in rows.items()}))
+    if out is not None:
+        write_json(out, report)
+    return report
+
+
+def _judged(sae: Any, world: World, config: SynthConfig) -> dict[str, Any]:
+    found = evaluate_ground_truth(sae, world, config.eval_samples).to_dict()
+    return found | {"mean_max_decoder_cosine": max_cosines(sae.W_dec.detach()).double().mean().item()}
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each metric as (mean, standard deviation), None for the latter with one seed; metrics no seed has are None."""
+    summary: dict[str, Any] = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows if row[name] is not None], dtype=float)
+        spread = float(values.std(ddof=1)) if len(values) > 1 else None
+        summary[name] = (float(values.mean()), spread) if len(values) else None
+    return summary

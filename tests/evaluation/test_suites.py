@@ -1,0 +1,146 @@
+"""A finished run and a bare SAE folder are evaluated end to end; what does not apply is skipped with its reason."""
+
+import json
+
+import pytest
+import torch
+
+from unbraid import formats
+from unbraid.config import EvaluationConfig, ProbingConfig, SynthConfig
+from unbraid.errors import EvaluationError, FormatError, TrainingError
+from unbraid.evaluation.suites import run_suites
+from unbraid.evaluation.synth import run_synth
+from unbraid.synthetic import build_world
+from unbraid.synthetic.learning import train_on_world
+
+QUICK = EvaluationConfig(
+    tokens=512,  # 16 contexts of 32 tokens: the run's own 496 held-out rows, first positions left out
+    splice_contexts=2,
+    meta_steps=5,
+    replicates=4,
+    probing=ProbingConfig(train=16, test=8, max_tokens=16, tasks=["96_spam_is", "92_glue_sst2"]),
+    world_samples=2000,
+)
+
+
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory):
+    import unbraid
+
+    config = unbraid.recipes.tiny()
+    training = config.training.model_copy(update={"tokens": 2560, "held_out_tokens": 496, "checkpoint_every": 0})
+    run = unbraid.train(config.model_copy(update={"training": training}), tmp_path_factory.mktemp("runs") / "tiny")
+    return run.path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("UNBRAID_CACHE", str(tmp_path_factory.getbasetemp() / "unbraid-cache"))
+
+
+def test_a_run_is_evaluated_with_every_suite_that_applies_and_controls_beside(run_path, tmp_path):
+    report = run_suites(run_path, QUICK, out=tmp_path)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(report))
+    assert set(report["saes"]) == {
+        f"resid_post.{layer}_{name}" for layer in (0, 1) for name in ("decorrelated", "twin")
+    }
+    assert set(report["controls"]) == {
+        f"resid_post.{layer}: {name}" for layer in (0, 1) for name in ("random", "permuted", "pca")
+    }
+    for name, sae in report["saes"].items():
+        assert set(sae) == {"site", "core", "correlation", "geometry", "probing"}
+        assert set(sae["core"]) == {
+            "model_behavior_preservation",
+            "model_performance_preservation",
+            "reconstruction_quality",
+            "shrinkage",
+            "sparsity",
+            "token_stats",
+            "misc_metrics",
+        }
+        assert ("reduction" in sae["correlation"]) == name.endswith("decorrelated")
+        assert sae["core"]["token_stats"]["total_tokens_eval_sparsity_variance"] == 512
+        assert len(sae["geometry"]["agreement"]) == 1 and len(sae["probing"]["tasks"]) == 2
+    assert set(report["skipped"]) == {"absorption", "ground-truth"}
+    features = formats.folder.load_file(tmp_path / "evaluation_features.safetensors")
+    assert features["resid_post.0_twin.feature_density"].shape == (128,)
+
+
+def test_the_summary_of_the_run_and_the_evaluation_agree(run_path, tmp_path):
+    quick = QUICK.model_copy(update={"suites": ["core"], "controls": False})
+    report = run_suites(run_path, quick, out=tmp_path)
+    summary = json.loads((run_path / "summary.json").read_text())
+    for name, sae in report["saes"].items():
+        assert sae["core"]["sparsity"]["l0"] == pytest.approx(summary["saes"][name]["l0"], rel=1e-3)
+        assert sae["core"]["reconstruction_quality"]["r2"] == pytest.approx(summary["saes"][name]["r2"], abs=1e-3)
+
+
+def test_an_sae_folder_is_evaluated_at_the_model_and_site_it_names(run_path, tmp_path):
+    text = {"source": "generated", "context_length": 32}
+    quick = EvaluationConfig.model_validate(QUICK.model_dump() | {"suites": ["core", "geometry"], "text": text})
+    report = run_suites(run_path / "saes" / "resid_post.1_twin", quick, out=tmp_path)
+    assert list(report["saes"]) == ["resid_post.1_twin"] and report["model"] == "random:llama"
+    assert report["saes"]["resid_post.1_twin"]["site"] == "resid_post.1" and not report["skipped"]
+
+
+def test_an_sae_of_a_world_is_judged_by_its_truth_and_needs_no_model(tmp_path):
+    from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
+
+    settings = VariantConfig(
+        seed=0,
+        sae=SAEConfig(architecture="topk", n_features=21, k=2),
+        decorrelation=DecorrelationConfig(lambda2=0.0),
+        optimiser=OptimiserConfig(lr=3e-3, warmup_steps=10),
+    )
+    sae = train_on_world(build_world("unit"), settings, samples=64 * 256, batch=256)
+    formats.save(sae, tmp_path / "sae")
+    quick = QUICK.model_copy(update={"world": "unit", "meta_steps": 5})
+    report = run_suites(tmp_path / "sae", quick)
+    assert report["saes"]["sae"]["ground-truth"]["mcc"] > 0.4
+    assert set(report["skipped"]) == {"core", "correlation", "probing", "absorption"}
+    assert "does not say which model" in report["skipped"]["core"]
+
+
+def test_what_holds_no_sae_is_refused(tmp_path):
+    with pytest.raises(FormatError):
+        run_suites(tmp_path, QUICK)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(EvaluationError, match="no finished SAE"):
+        run_suites(tmp_path, QUICK)
+
+
+def test_synth_trains_judges_and_shows_controls(tmp_path):
+    config = SynthConfig(
+        world="unit",
+        architectures=["topk", "relu"],
+        seeds=[0, 1],
+        samples=300 * 512,
+        batch=512,
+        lr=3e-3,
+        eval_samples=4096,
+    )
+    report = run_synth(config, out=tmp_path / "synth.json")
+    assert set(report["rows"]) == {"topk", "relu", "control: random", "control: permuted", "control: pca"}
+    assert all(len(rows) == 2 for rows in report["rows"].values())
+    mean = {name: sum(row["f1"] for row in rows) / 2 for name, rows in report["rows"].items()}
+    assert mean["topk"] > mean["control: random"] and mean["topk"] > mean["control: permuted"]
+    assert json.loads((tmp_path / "synth.json").read_text())["k"] == report["k"] == 2
+
+
+def test_training_on_a_world_repeats_exactly_and_refuses_no_step():
+    from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
+
+    settings = VariantConfig(
+        seed=3,
+        sae=SAEConfig(architecture="topk", n_features=16, k=2),
+        decorrelation=DecorrelationConfig(lambda2=0.1, space="decoder"),
+        optimiser=OptimiserConfig(lr=3e-3, warmup_steps=2),
+    )
+    world = build_world("unit")
+    a, b = (train_on_world(world, settings, samples=2048, batch=256) for _ in range(2))
+    assert torch.equal(a.W_dec, b.W_dec)
+    x, _ = world.sample(64, torch.Generator().manual_seed(0))
+    assert a.encode(x).shape == (64, 16)
+    with pytest.raises(TrainingError, match="gives no step"):
+        train_on_world(world, settings, samples=10, batch=256)
