@@ -1,6 +1,6 @@
 """Co-activations of sparse codes: every pair of features that fires together, with its dot product over the batch.
 
-The pairs come in chunks, each pair once (first < second), so nobody ever holds all W of them. On a CPU with MKL a
+The pairs come in chunks, each pair once (first < second), so nobody ever holds all W of them. On a CPU a
 chunk is a CSR product of a range of features with a later one: halving the features again and again does only the
 upper triangle, keeps the working set in cache, and is 3x faster than one product of everything at N = 16k. Elsewhere,
 GPUs included, the pairs are listed, sorted and summed; cuSPARSE's sparse product is left alone (pytorch issues 95169,
@@ -8,10 +8,10 @@ GPUs included, the pairs are listed, sorted and summed; cuSPARSE's sparse produc
 """
 
 import itertools
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import scipy.sparse
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,7 +36,12 @@ class CoActivations:
 
     def features(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Features i < j of the pairs at these positions of `dots`."""
-        rows = torch.searchsorted(self.row_offsets, positions, right=True) - 1
+        if 16 * positions.numel() < self.dots.numel():
+            rows = torch.searchsorted(self.row_offsets, positions, right=True) - 1
+        else:
+            lengths = self.row_offsets.diff()
+            rows = torch.arange(lengths.numel(), device=lengths.device)
+            rows = torch.repeat_interleave(rows, lengths, output_size=self.dots.numel())[positions]
         return rows + self.first_row, self.columns[positions] + self.first_column
 
 
@@ -85,36 +90,47 @@ class _Halving:
         upper = self.pattern.indices[entries] >= middle
         lower_entries, upper_entries = entries[~upper], entries[upper]
         if lower_entries.numel() and upper_entries.numel():
-            product = torch.sparse.mm(self._transposed(start, middle), self._columns(middle, end, upper_entries))
-            yield CoActivations(product.values(), product.crow_indices(), product.col_indices(), start, middle)
+            dots, offsets, columns = _product(
+                self._transposed(start, middle), self._columns(middle, end, upper_entries)
+            )
+            yield CoActivations(dots, offsets, columns, start, middle)
         yield from self._within(start, middle, lower_entries)
         yield from self._within(middle, end, upper_entries)
 
     def _square(self, start: int, end: int, entries: Tensor) -> CoActivations:
-        product = torch.sparse.mm(self._transposed(start, end), self._columns(start, end, entries))
-        columns, offsets = product.col_indices(), product.crow_indices()
+        dots, offsets, columns = _product(self._transposed(start, end), self._columns(start, end, entries))
         rows = torch.repeat_interleave(torch.arange(end - start), offsets.diff(), output_size=columns.numel())
         upper = (columns > rows).nonzero().squeeze(1)
-        return CoActivations(product.values()[upper], starts(rows[upper], end - start), columns[upper], start, start)
+        return CoActivations(dots[upper], starts(rows[upper], end - start), columns[upper], start, start)
 
-    def _transposed(self, start: int, end: int) -> Tensor:
+    def _transposed(self, start: int, end: int) -> scipy.sparse.csr_array:
         by_feature = self.pattern.by_feature
         offsets = by_feature.offsets[start : end + 1]
         low, high = int(offsets[0]), int(offsets[-1])
         shape = (end - start, self.pattern.n_rows)
         return _csr(offsets - low, by_feature.rows[low:high], self.values_by_feature[low:high], shape)
 
-    def _columns(self, start: int, end: int, entries: Tensor) -> Tensor:
+    def _columns(self, start: int, end: int, entries: Tensor) -> scipy.sparse.csr_array:
         offsets = starts(self.pattern.rows[entries], self.pattern.n_rows)
         shape = (self.pattern.n_rows, end - start)
         return _csr(offsets, self.pattern.indices[entries] - start, self.values[entries], shape)
 
 
-def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():
-        # torch announces once a process that CSR tensors are in beta; what is used of them here is tested.
-        warnings.simplefilter("ignore")
-        return torch.sparse_csr_tensor(offsets, columns, values, shape, check_invariants=False)
+def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> scipy.sparse.csr_array:
+    return scipy.sparse.csr_array((values.numpy(), columns.numpy(), offsets.numpy()), shape=shape)
+
+
+def _product(left: scipy.sparse.csr_array, right: scipy.sparse.csr_array) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, row offsets, column indices) of a sparse product.
+
+    By scipy, not `torch.sparse.mm`: on a CPU the latter never frees what MKL returns (torch 2.13), tens of MB a call.
+    """
+    product = left @ right
+    return (
+        torch.from_numpy(product.data),
+        torch.from_numpy(product.indptr).long(),
+        torch.from_numpy(product.indices).long(),
+    )
 
 
 def _listed(pattern: Pattern, values: Tensor, later: Tensor, work: Tensor) -> Iterator[CoActivations]:
