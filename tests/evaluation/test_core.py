@@ -162,3 +162,15 @@ def test_the_bootstrap_interval_of_a_mean_has_its_textbook_width():
     assert (high - low) / (2 * 1.96 * values.std() / 20) == pytest.approx(1.0, abs=0.1)
     assert low < values.mean() < high
     assert bootstrap_interval(lambda counts: counts.sum(1), 1) is None
+
+
+def test_rows_composed_of_fewer_directions_have_the_higher_composition_rate():
+    from unbraid.evaluation.geometry import composition_rate
+
+    chance = generator(8, "rows")
+    base = torch.nn.functional.normalize(torch.randn(12, 24, generator=chance), dim=1)
+    composed = torch.stack([base[torch.randperm(12, generator=chance)[:2]].sum(0) for _ in range(96)])
+    atomic = torch.randn(96, 24, generator=chance)
+    rates = {name: composition_rate(rows, steps=150) for name, rows in (("composed", composed), ("atomic", atomic))}
+    assert rates["composed"] > rates["atomic"] + 0.1 and rates["composed"] <= 1
+    assert composition_rate(7 * composed, steps=20) == pytest.approx(composition_rate(composed, steps=20), rel=1e-3)
