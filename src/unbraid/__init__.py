@@ -1,8 +1,8 @@
 """unbraid: train sparse autoencoders whose features come apart.
 
-    run = unbraid.train(unbraid.recipes.tiny())      # a whole run: text, model, SAEs, metrics, figure
-    sae = unbraid.load(path)                         # an SAE folder in any known layout
-    decorrelate = unbraid.SelectiveDecorrelation()   # the penalty, for a training loop of your own
+run = unbraid.train(unbraid.recipes.tiny())      # a whole run: text, model, SAEs, metrics, figure
+sae = unbraid.load(path)                         # an SAE folder in any known layout
+decorrelate = unbraid.SelectiveDecorrelation()   # the penalty, for a training loop of your own
 """
 
 from unbraid import recipes

@@ -138,8 +138,8 @@ class SAEConfig(Section):
     aux_k: int | None = Field(default=None, ge=0)
     """Dead features used to explain the residual (topk family); none picks D/2, 0 turns it off."""
     aux_weight: float = Field(default=1 / 32, ge=0.0)
-    """Weight of the loss that revives dead features (topk family: explaining the residual; others: being pulled to their
-    threshold); 0 turns it off."""
+    """Weight of the loss that revives dead features (topk family: explaining the residual; others: being pulled up to
+    their threshold); 0 turns it off."""
     threshold_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Batch_topk and matryoshka: decay of the running mean that is the inference threshold."""
     dead_after_tokens: int = Field(default=1_000_000, ge=1)
