@@ -50,7 +50,6 @@ def entangled_pairs(codes: Csc, W_dec: Tensor, twin_codes: Csc | None, twin_W_de
         W_dec: `[N, D]`.
         twin_codes, twin_W_dec: the same of the twin, on the same rows.
     """
-    n = codes.shape[1]
     live = int((np.diff(codes.indptr) >= MIN_SUPPORT).sum())
     if live < 2:
         return []
@@ -74,7 +73,6 @@ def entangled_pairs(codes: Csc, W_dec: Tensor, twin_codes: Csc | None, twin_W_de
                 twin_correlation=None if twins is None or twin_codes is None else _correlation(twin_codes, *twins),
             )
         )
-    assert len(found) <= n * (n - 1) // 2
     return found
 
 
