@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from unbraid.config import RunConfig, load_config
+from unbraid.config import EvaluationConfig, RunConfig, SynthConfig, load_config, validated
 from unbraid.errors import ConfigError, UnbraidError
 from unbraid.recipes import RECIPES
 from unbraid.reporting.commands import compare, dashboard, export
@@ -98,6 +98,48 @@ def figure(arguments: list[str]) -> None:
         console.print(str(path), highlight=False)
 
 
+@dataclasses.dataclass
+class _Evaluate:
+    path: tyro.conf.Positional[Path]
+    """A run folder, or an SAE folder in any known layout."""
+    config: Annotated[EvaluationConfig, tyro.conf.arg(name="")]
+    suite: str | None = None
+    """Suites to run, separated by commas; all that apply by default."""
+
+
+def evaluate(arguments: list[str]) -> None:
+    """eval DIR|SAE_DIR [--suite core,geometry,...]: measure SAEs beside their controls into evaluation.json."""
+    options = tyro.cli(
+        _Evaluate, default=_Evaluate(tyro.MISSING, EvaluationConfig()), args=arguments, prog="unbraid eval"
+    )
+    config = options.config
+    if options.suite is not None:
+        suites = [name.strip() for name in options.suite.split(",")]
+        config = validated(EvaluationConfig, config.model_dump() | {"suites": suites}, "eval --suite")
+    from unbraid.evaluation.suites import run_suites
+
+    run_suites(options.path, config, console=console)
+
+
+@dataclasses.dataclass
+class _Synth:
+    config: Annotated[SynthConfig, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """JSON file for the numbers."""
+
+
+def synth(arguments: list[str]) -> None:
+    """synth [WORLD]: train SAEs on a world with known features and judge them against the truth."""
+    default = SynthConfig()
+    if arguments and not arguments[0].startswith("-"):
+        default = validated(SynthConfig, {"world": arguments[0]}, "synth")
+        arguments = arguments[1:]
+    options = tyro.cli(_Synth, default=_Synth(default), args=arguments, prog="unbraid synth")
+    from unbraid.evaluation.synth import run_synth
+
+    run_synth(options.config, console=console, out=options.out)
+
+
 def doctor(arguments: list[str]) -> None:
     """doctor: what is installed, which model, text and device were found, and what is missing."""
     tyro.cli(dict, args=arguments, prog="unbraid doctor")
@@ -108,7 +150,16 @@ def doctor(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    command.__name__: command for command in (train, resume, harvest, figure, compare, export, dashboard, doctor)
+    "train": train,
+    "resume": resume,
+    "harvest": harvest,
+    "eval": evaluate,
+    "figure": figure,
+    "compare": compare,
+    "export": export,
+    "dashboard": dashboard,
+    "synth": synth,
+    "doctor": doctor,
 }
 
 
