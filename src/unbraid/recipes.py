@@ -46,11 +46,11 @@ def demo() -> RunConfig:
     return RunConfig(
         name="demo",
         model=ModelConfig(sites=["resid_post.2", "resid_post.5", "resid_post.8"]),
-        buffer=BufferConfig(contexts=384),
+        buffer=BufferConfig(contexts=72),
         sae=SAEConfig(n_features=2304, lambda1=0.05, dead_after_tokens=100_000),
         optimiser=OptimiserConfig(lr=1e-3, warmup_steps=50, sparsity_warmup_steps=20),
         training=TrainingConfig(
-            tokens=204_800, batch_tokens=512, log_every=5, checkpoint_every=100, held_out_tokens=16_384
+            tokens=160_000, batch_tokens=512, log_every=5, checkpoint_every=100, held_out_tokens=16_384
         ),
         variants=WITH_TWIN,
     )
