@@ -41,7 +41,7 @@ def demo() -> RunConfig:
 
     The paper's method at a size a laptop finishes: its per-batch selection, lambda1 a little above its 0.04 so that
     codes are sparse early, and a higher learning rate, smaller batches and shorter warm-up than the paper's, so that
-    two hundred thousand tokens give enough updates to be worth looking at.
+    160,000 tokens give enough updates to be worth looking at. The buffer is small so that the first step comes soon.
     """
     return RunConfig(
         name="demo",
