@@ -42,9 +42,7 @@ def small() -> RunConfig:
         buffer=BufferConfig(contexts=32),
         sae=SAEConfig(n_features=32, k=4, lambda1=0.02),
         optimiser=OptimiserConfig(lr=1e-2, warmup_steps=4),
-        training=TrainingConfig(
-            **{"tokens": 20 * 32, "batch_tokens": 32, "checkpoint_every": 5, "log_every": 5} | training
-        ),
+        training=TrainingConfig(tokens=20 * 32, batch_tokens=32, checkpoint_every=5, log_every=5),
     )
 
 

@@ -13,13 +13,15 @@ import pytest
 
 from unbraid import recipes
 from unbraid.config import RunConfig, validated
+from unbraid.training.checkpoint import list_checkpoints
 
 COMMAND = [sys.executable, "-m", "unbraid"]
 
 
 def final_bytes(run: Path) -> dict[str, bytes]:
     """Everything a run promises to repeat: weights, metrics, figures and settings, but no wall-clock figure."""
-    patterns = ("saes/*/*", "metrics.jsonl", "figures/*", "config.json", "checkpoints/step_*/sae-*.safetensors")
+    last = list_checkpoints(run / "checkpoints")[-1].name
+    patterns = ("saes/*/*", "metrics.jsonl", "figures/*", "config.json", f"checkpoints/{last}/sae-*.safetensors")
     return {str(path.relative_to(run)): path.read_bytes() for pattern in patterns for path in sorted(run.glob(pattern))}
 
 
@@ -110,7 +112,8 @@ def test_polite_signals(tmp_path, number):
     settings = write_settings(tmp_path / "settings.json", recipes.tiny(), tokens=25_600, checkpoint_every=0)
     finish(tmp_path / "whole", settings)
     process = start(tmp_path / "cut", settings)
-    while not (tmp_path / "cut" / "metrics.jsonl").exists():
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    while not metrics.exists() or metrics.stat().st_size == 0:
         assert process.poll() is None
     process.send_signal(number)
     said, _ = process.communicate()

@@ -28,7 +28,7 @@ def make_config(steps: int = 24, variants: dict | None = None, **sae) -> RunConf
     return RunConfig(
         model=ModelConfig(sites=["resid_post.0", "resid_post.1"], batch_contexts=4),
         buffer=BufferConfig(contexts=32),
-        sae=SAEConfig(**{"n_features": 32, "dead_after_tokens": 64, "lambda1": 0.02, "k": 4} | sae),
+        sae=SAEConfig(**{"n_features": 32, "dead_after_tokens": 100_000, "lambda1": 0.02, "k": 4} | sae),
         optimiser=OptimiserConfig(lr=1e-2, warmup_steps=4),
         training=TrainingConfig(tokens=steps * 32, batch_tokens=32, log_every=5, checkpoint_every=10),
         variants=variants or {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0}},
@@ -81,7 +81,11 @@ def test_another_seed_gives_other_weights(tmp_path):
 @pytest.mark.parametrize("method", ["none", "selective", "global", "static_groups", "orthogonal", "random_pairs"])
 def test_a_variant_trained_beside_others_is_the_same_as_trained_alone(tmp_path, method):
     variants = {
-        "a": {"decorrelation.method": method, "decorrelation.window": 2 if method == "selective" else 1},
+        "a": {
+            "decorrelation.method": method,
+            "decorrelation.window": 2 if method == "selective" else 1,
+            "decorrelation.groups": 8,
+        },
         "b": {"seed": 3},
         "c": {"sae.architecture": "topk", "decorrelation.lambda2": 0},
     }
