@@ -10,6 +10,7 @@ GPUs included, the pairs are listed, sorted and summed; cuSPARSE's sparse produc
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import scipy.sparse
 import torch
@@ -125,7 +126,7 @@ def _product(left: scipy.sparse.csr_array, right: scipy.sparse.csr_array) -> tup
 
     By scipy, not `torch.sparse.mm`: on a CPU the latter never frees what MKL returns (torch 2.13), tens of MB a call.
     """
-    product = left @ right
+    product: Any = left @ right
     return (
         torch.from_numpy(product.data),
         torch.from_numpy(product.indptr).long(),
