@@ -42,6 +42,6 @@ def build(config: SAEConfig, d_in: int, generator: torch.Generator, mean_D: Tens
     Raises:
         ConfigError: more active features are asked for than there are.
     """
-    if config.k > config.n_features:
+    if config.architecture in ("topk", "batch_topk", "matryoshka") and config.k > config.n_features:
         raise ConfigError(f"sae.k is {config.k} but sae.n_features only {config.n_features}; lower sae.k")
     return ARCHITECTURES[config.architecture](config, d_in, generator, mean_D)
