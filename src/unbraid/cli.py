@@ -1,7 +1,7 @@
 """The command line: reads words, calls the library, prints what happened.
 
 Errors a user can cause end in one message and a non-zero exit code; `--debug` shows the traceback as well. Settings
-are parsed from the very models of `config.py`, so every setting has a flag and a help text.
+are parsed from the very models of `config`, so every setting has a flag and a help text.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Named settings, each with the reason for what it changes from the defaults of `config.py`.
+"""Named settings, each with the reason for what it changes from the defaults of `config`.
 
 A recipe is a function that returns a `RunConfig`; change it with `config.model_copy`, or on the command line with
 `unbraid train RECIPE --group.setting VALUE`.

@@ -26,8 +26,9 @@ from unbraid.config import RunConfig
 from unbraid.errors import ConfigError, TextError
 from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.files import write_json
+from unbraid.formats.sae_lens import hook_name
 from unbraid.training.checkpoint import list_checkpoints
-from unbraid.training.loop import Trained, Trainee, TrainingInterrupted, train_saes
+from unbraid.training.loop import Trained, TrainingInterrupted, train_saes
 from unbraid.training.progress import RunProgress
 from unbraid.training.run_folder import RunFolder
 
@@ -212,6 +213,7 @@ def _finish(
     for trainee in trained.trainees:
         rows = (batch[trainee.site].to(device, torch.float32) * trainee.scale for batch in held_out)
         metrics[trainee.name] = held_out_metrics(trainee.sae, rows, config.decorrelation.fraction)
+    twins = config.twins
     seconds = trained.seconds["buffer"] + trained.seconds["training"]
     summary: dict[str, Any] = {
         "recipe": config.name,
@@ -223,7 +225,7 @@ def _finish(
         "saes": {
             trainee.name: metrics[trainee.name].as_dict()
             | {
-                "correlation_reduction": _reduction(config, trainee, trained, metrics),
+                "correlation_reduction": _reduction(trainee.name, twins, metrics),
                 "updates_per_second": trainee.updates / seconds if seconds else None,
                 "dead_fraction": float(
                     (trainee.tokens_since_fired >= trainee.config.sae.dead_after_tokens).double().mean()
@@ -238,7 +240,7 @@ def _finish(
         site = config.sites[trainee.site]
         metadata = {
             "model_name": config.model.name,
-            "hook_name": f"blocks.{site.layer}.hook_{site.kind}",
+            "hook_name": hook_name(str(site)),
             "hook_layer": site.layer,
             "context_size": config.text.context_length,
             "prepend_bos": source.prepends_bos,
@@ -273,20 +275,12 @@ def _held_out_rows(
         )
 
 
-def _reduction(
-    config: RunConfig, trainee: Trainee, trained: Trained, metrics: dict[str, HeldOutMetrics]
-) -> float | None:
-    """1 - top correlation / the twin's, the twin being the SAE of the same site and settings at lambda2 = 0."""
-    settings = trainee.config
-    if settings.decorrelation.lambda2 == 0:
+def _reduction(name: str, twins: dict[str, str], metrics: dict[str, HeldOutMetrics]) -> float | None:
+    """1 - top correlation / the twin's; None without a twin."""
+    if name not in twins:
         return None
-    for other in trained.trainees:
-        decorrelation = other.config.decorrelation
-        same = other.config.model_copy(update={"decorrelation": settings.decorrelation}) == settings
-        if other.site == trainee.site and same and decorrelation.lambda2 == 0:
-            twin = metrics[other.name].correlation_top
-            return 1 - metrics[trainee.name].correlation_top / twin if twin > 0 else None
-    return None
+    twin = metrics[twins[name]].correlation_top
+    return 1 - metrics[name].correlation_top / twin if twin > 0 else None
 
 
 def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:

@@ -10,8 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from unbraid.config import RunConfig
-from unbraid.reporting.dashboard.build import twin_of
 from unbraid.reporting.dashboard.entangled import MIN_SUPPORT, entangled_pairs, pair_contexts
 from unbraid.reporting.dashboard.features import (
     excerpt,
@@ -174,15 +172,6 @@ def test_numbers_are_short_and_long_tokens_are_cut():
     assert [short(value) for value in (0.123456, 2.0, 0, 1e-9, 123456.0)] == [0.1235, 2, 0, 1e-9, 123500]
     assert clip("x" * LONGEST_TOKEN) == "x" * LONGEST_TOKEN
     assert clip("x" * 100_000).endswith("(100,000 characters)") and len(clip("x" * 100_000)) < 200
-
-
-def test_a_twin_differs_in_nothing_but_lambda2():
-    config = RunConfig(
-        variants={"on": {}, "other": {"sae.k": 3, "decorrelation.lambda2": 0}, "off": {"decorrelation.lambda2": 0}}
-    )
-    assert twin_of(config, "resid_post.6_on") == "resid_post.6_off"
-    assert twin_of(config, "resid_post.6_off") is None
-    assert twin_of(RunConfig(), "resid_post.6") is None
 
 
 def test_the_assets_hold_no_address_outside_and_never_parse_text_as_markup():

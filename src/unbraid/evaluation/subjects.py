@@ -4,18 +4,16 @@ A run says everything itself. An SAE folder in any layout says at most which mod
 comes from the settings of the evaluation.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from unbraid import formats
-from unbraid.config import EvaluationConfig, ModelConfig, RunConfig, Site, load_config
+from unbraid.config import EvaluationConfig, ModelConfig, RunConfig, load_config
 from unbraid.errors import EvaluationError
+from unbraid.formats.sae_lens import site_of
 from unbraid.sae import SAE
-
-HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_post|mlp_out|attn_out)$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +55,7 @@ def open_subjects(path: Path, config: EvaluationConfig, device: torch.device) ->
 
 def _of_run(path: Path, device: torch.device) -> Subjects:
     run = load_config(path / "config.json")
-    saes = []
+    saes, twins = [], run.twins
     for index, site in enumerate(run.sites):
         for variant in run.variants:
             name = run.sae_name(site, variant)
@@ -66,37 +64,17 @@ def _of_run(path: Path, device: torch.device) -> Subjects:
                     f"{path} holds no finished SAE {name!r}; expected saes/{name}; end the run with "
                     f"`unbraid resume {path}`"
                 )
-            twin = _twin(run, variant)
-            sae = formats.load(path / "saes" / name).to(device)
-            saes.append(Subject(name, index, sae, None if twin is None else run.sae_name(site, twin)))
+            saes.append(Subject(name, index, formats.load(path / "saes" / name).to(device), twins.get(name)))
     return Subjects(saes, run)
-
-
-def _twin(run: RunConfig, variant: str) -> str | None:
-    own = run.variant(variant)
-    if own.decorrelation.lambda2 == 0:
-        return None
-    for other in run.variants:
-        settings = run.variant(other)
-        if settings.decorrelation.lambda2 == 0:
-            same = settings.model_copy(update={"decorrelation": own.decorrelation}) == own
-            if same:
-                return other
-    return None
 
 
 def _of_folder(path: Path, config: EvaluationConfig, device: torch.device) -> Subjects:
     found = formats.open_folder(path)
     subject = Subject(path.resolve().name, 0, found.sae.to(device))
     model = config.model or found.metadata.get("model_name")
-    site = config.site or _site_of(str(found.metadata.get("hook_name", "")))
+    site = config.site or site_of(str(found.metadata.get("hook_name", "")))
     if model is None or site is None:
         return Subjects([subject], None)
     context = found.metadata.get("context_size")
     text = config.text if not isinstance(context, int) else config.text.model_copy(update={"context_length": context})
     return Subjects([subject], RunConfig(model=ModelConfig(name=str(model), sites=[site]), text=text))
-
-
-def _site_of(hook_name: str) -> str | None:
-    match = HOOK_NAME.search(hook_name)
-    return None if match is None else str(Site(match[2], int(match[1])))  # pyright: ignore[reportArgumentType]

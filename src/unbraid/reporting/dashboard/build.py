@@ -111,10 +111,10 @@ def fill_site(
         for row in held_out.tokens_CT.tolist()
     ]
     site = Site(folder, texts)
-    described = []
+    described, twins = [], config.twins
     for index, name in enumerate(names):
         say(f"{name}: {saes[name].n_features:,} features")
-        twin = twin_of(config, name)
+        twin = twins.get(name)
         twin = twin if twin in saes else None
         language_model = model.model if model is not None else None
         pairs = _write_sae(site, index, name, twin, saes, held_out, language_model, tokenizer)
@@ -135,20 +135,6 @@ def fill_site(
             }
         )
     site.write("run", _overview(config, summary, log, held_out, described))
-
-
-def twin_of(config: RunConfig, name: str) -> str | None:
-    """The SAE of the same site that differs from `name` in nothing but lambda2 = 0; None if it is one or has none."""
-    site, variant = split_name(name)
-    settings = config.variant(variant)
-    if settings.decorrelation.lambda2 == 0:
-        return None
-    for other in config.variants:
-        candidate = config.variant(other)
-        alike = candidate.model_copy(update={"decorrelation": settings.decorrelation}) == settings
-        if alike and candidate.decorrelation.lambda2 == 0:
-            return f"{site}_{other}" if other else site
-    return None
 
 
 def _write_sae(

@@ -1,22 +1,16 @@
-"""Every setting of a run, its default and its check; nothing else in the package holds a default of its own.
+"""The settings of a run: text, model, buffer, SAEs, decorrelation, optimiser, training."""
 
-A run is described by one frozen `RunConfig`. Unknown keys are refused, never dropped. The defaults are the paper's
-constants where it gives them (DESIGN: Adam, lr 3e-4, lambda1 0.04, 1000 warm-up steps, batches of 2048 tokens, 24
-contexts of 128 tokens per model pass, a buffer of 2048 contexts); named settings live in `recipes.py`.
-"""
-
-import difflib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from tyro.constructors import PrimitiveConstructorSpec
 
+from unbraid.config.checks import Section, set_by_path, validated
 from unbraid.errors import ConfigError
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
 SITE_PATTERN = re.compile(r"^(resid_post|mlp_out|attn_out)\.(\d+)$")
 
 
@@ -39,12 +33,6 @@ class Site(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind}.{self.layer}"
-
-
-class Section(BaseModel):
-    """Shared behaviour of every group of settings: frozen, typed, no unknown keys, docs from attribute docstrings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class TextConfig(Section):
@@ -347,6 +335,18 @@ class RunConfig(Section):
         """Folder and metric name of one SAE: `resid_post.6_twin`, or the bare site for an unnamed variant."""
         return f"{site}_{variant}" if variant else str(site)
 
+    @property
+    def twins(self) -> dict[str, str]:
+        """Name of each SAE with lambda2 > 0 -> name of the one that differs from it in nothing but lambda2 = 0."""
+        settings = {variant: self.variant(variant) for variant in self.variants}
+        twins: dict[str, str] = {}
+        for variant, own in settings.items():
+            for other, candidate in settings.items():
+                alike = candidate.model_copy(update={"decorrelation": own.decorrelation}) == own
+                if own.decorrelation.lambda2 > 0 == candidate.decorrelation.lambda2 and alike:
+                    twins |= {self.sae_name(site, variant): self.sae_name(site, other) for site in self.sites}
+        return twins
+
 
 class VariantConfig(Section):
     """What may differ between SAEs that share a run's text, model pass and buffer."""
@@ -355,220 +355,6 @@ class VariantConfig(Section):
     sae: SAEConfig
     decorrelation: DecorrelationConfig
     optimiser: OptimiserConfig
-
-
-class WorldConfig(Section):
-    """A synthetic world after SynthSAEBench (arXiv 2602.14687); the defaults are its full-size benchmark world."""
-
-    n_features: int = Field(default=16_384, ge=2)
-    """True features G."""
-    d_model: int = Field(default=768, ge=1)
-    """Width D of the activations."""
-    seed: int = Field(default=0, ge=0)
-    """The one seed the world itself derives from; samples have their own generator."""
-    max_probability: float = Field(default=0.4, gt=0.0, lt=1.0)
-    """Firing probability of the most common feature."""
-    min_probability: float = Field(default=5e-4, gt=0.0, lt=1.0)
-    """Firing probability of the rarest feature."""
-    zipf_exponent: float = Field(default=0.5, gt=0.0)
-    """How fast the firing probability falls with the rank of a feature."""
-    roots: int = Field(default=128, ge=0)
-    """Features at the top of a hierarchy; features beyond the trees stand alone."""
-    branching: int = Field(default=4, ge=1)
-    """Children of every parent."""
-    depth: int = Field(default=3, ge=0)
-    """Levels below the roots."""
-    exclusive_siblings: bool = True
-    """At most one child of a parent fires at a time."""
-    correlation_rank: int = Field(default=25, ge=0)
-    """Shared factors of the Gaussian copula; 0 makes families fire independently."""
-    correlation_scale: float = Field(default=0.1, ge=0.0)
-    """Standard deviation of a feature's loading on each factor."""
-    magnitude_first: float = Field(default=5.0, gt=0.0)
-    """Mean magnitude of the most common feature."""
-    magnitude_last: float = Field(default=4.0, gt=0.0)
-    """Mean magnitude of the rarest feature; linear in the rank between them."""
-    magnitude_sd_mean: float = Field(default=0.5, ge=0.0)
-    """Mean of the normal whose absolute value is a feature's standard deviation of magnitude."""
-    magnitude_sd_sd: float = Field(default=0.5, ge=0.0)
-    """Its standard deviation."""
-    bias_norm: float = Field(default=1.0, ge=0.0)
-    """Norm of the constant added to every activation."""
-    orthogonalise_steps: int = Field(default=100, ge=0)
-    """Adam steps that push the true directions apart."""
-    orthogonalise_lr: float = Field(default=3e-4, gt=0.0)
-    """Their learning rate."""
-
-    @model_validator(mode="after")
-    def _trees_fit(self) -> "WorldConfig":
-        needed = self.roots * sum(self.branching**level for level in range(self.depth + 1))
-        if needed > self.n_features:
-            raise ConfigError(
-                f"{self.roots} roots x {self.branching} children x {self.depth} levels need {needed} features; "
-                f"expected at most n_features = {self.n_features}; lower roots, branching or depth"
-            )
-        if self.min_probability > self.max_probability:
-            raise ConfigError(
-                f"min_probability {self.min_probability} is above max_probability {self.max_probability}; swap them"
-            )
-        return self
-
-
-Suite = Literal["core", "correlation", "geometry", "probing", "absorption", "ground-truth"]
-
-
-class ProbingConfig(Section):
-    """k-sparse probing: which labelled texts, and how many."""
-
-    train: int = Field(default=128, ge=4)
-    """Texts per task a probe is fitted on, half of them positive."""
-    test: int = Field(default=64, ge=4)
-    """Texts per task it is scored on."""
-    max_tokens: int = Field(default=64, ge=2)
-    """A text is cut to its beginning of this many tokens, BOS included."""
-    tasks: list[str] = [
-        "158_code_C",
-        "159_code_Python",
-        "160_code_HTML",
-        "161_agnews_0",
-        "162_agnews_1",
-        "140_news_class_Technology",
-        "145_disease_class_digestive system diseases",
-        "149_twt_emotion_happiness",
-        "152_it_tick_Hardware",
-        "92_glue_sst2",
-        "96_spam_is",
-        "94_ai_gen",
-    ]
-    """Binary tasks: files of the sae-probes package, without their ending."""
-
-
-class SpellingConfig(Section):
-    """First-letter absorption: how many words the model is asked about."""
-
-    train: int = Field(default=24, ge=4)
-    """Words a letter that probes are fitted on (fewer where the vocabulary has fewer)."""
-    test: int = Field(default=12, ge=2)
-    """Held-out words a letter."""
-    examples: int = Field(default=5, ge=1)
-    """Solved examples before each word."""
-
-
-class EvaluationConfig(Section):
-    """What `unbraid eval` measures, and on how much."""
-
-    suites: list[Suite] = ["core", "correlation", "geometry", "probing", "absorption", "ground-truth"]
-    """Those that do not apply are skipped with the reason."""
-    tokens: int = Field(default=16_384, ge=1)
-    """Held-out tokens for core and correlation, in whole contexts."""
-    splice_contexts: int = Field(default=8, ge=1)
-    """Held-out contexts on which reconstructions are spliced into the model: several full passes each."""
-    fraction: float = Field(default=1e-3, gt=0.0, le=1.0)
-    """Share of live pairs that counts as the top of the correlations."""
-    replicates: int = Field(default=20, ge=2)
-    """Bootstrap samples behind each interval of the correlation suite."""
-    meta_steps: int = Field(default=300, ge=1)
-    """Training steps of the meta-SAE behind the composition rate; SAEBench takes 1500. Compare only at equal steps."""
-    probing: ProbingConfig = ProbingConfig()
-    spelling: SpellingConfig = SpellingConfig()
-    controls: bool = True
-    """Measure what has learned nothing beside the SAEs: a random SAE, a permuted decoder, PCA."""
-    world: str | None = None
-    """Synthetic world the SAEs were trained on, for the ground-truth suite."""
-    world_samples: int = Field(default=100_000, ge=1)
-    """Samples of that world."""
-    model: str | None = None
-    """Language model, where the SAE's folder does not say (or under another name here)."""
-    site: str | None = None
-    """Site, where the SAE's folder does not say."""
-    text: TextConfig = TextConfig()
-    """Held-out text for an SAE folder; a run brings its own."""
-    seed: int = Field(default=0, ge=0)
-    """Of controls, bootstraps, meta-SAEs and the choice of words."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-
-
-class SynthConfig(Section):
-    """What `unbraid synth` trains on a synthetic world."""
-
-    world: str = "small"
-    """Name of the world: unit (seconds), small, medium, full."""
-    architectures: list[Architecture] = ["relu", "topk", "batch_topk", "jumprelu", "matryoshka"]
-    """Trained one after another, each with every seed."""
-    seeds: list[int] = Field(default=[0], min_length=1)
-    """Of weights and samples."""
-    n_features: int | None = Field(default=None, ge=2)
-    """Width of the SAEs; none takes a third of the world's features."""
-    k: int | None = Field(default=None, ge=1)
-    """Active features per token for the top-k family; none takes three quarters of the world's L0."""
-    lambda1: float = Field(default=0.01, ge=0.0)
-    """Weight of the sparsity loss for the others."""
-    samples: int | None = Field(default=None, ge=1)
-    """Training samples; none takes 16,000 per feature of the world."""
-    batch: int = Field(default=1024, ge=1)
-    """Samples per step."""
-    lr: float = Field(default=1e-3, gt=0.0)
-    """Learning rate after warm-up."""
-    decorrelation: DecorrelationConfig = DecorrelationConfig(lambda2=0.0)
-    """Penalty, off by default."""
-    eval_samples: int = Field(default=100_000, ge=1)
-    """Samples they are judged on."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-
-
-def validated(model: type[ModelT], data: Any, where: str) -> ModelT:
-    """`model` built from `data`; every complaint of pydantic's becomes one readable `ConfigError`."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        complaints = [_complaint(model, item) for item in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(complaints)) from None
-
-
-def _complaint(model: type[BaseModel], item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"unknown setting {path!r}{suggestion(path, setting_paths(model))}"
-    return f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-def setting_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of every setting of `model`."""
-    paths: list[str] = []
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            paths += setting_paths(annotation, f"{prefix}{name}.")
-        else:
-            paths.append(f"{prefix}{name}")
-    return paths
-
-
-def suggestion(path: str, known: list[str]) -> str:
-    """`"; did you mean ...?"` for a misspelt setting, matched on the whole path and then on its last part."""
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
-    close = close or [name for name in known if name.rpartition(".")[2] == path.rpartition(".")[2]][:1]
-    close = close or difflib.get_close_matches(path, known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else f"; known settings: {', '.join(known)}"
-
-
-def set_by_path(data: dict[str, Any], path: str, value: Any, where: str) -> None:
-    """Set `data["a"]["b"]` for path "a.b" in place; the settings' own checks come later.
-
-    Raises:
-        ConfigError: the path leads through something that is not a group of settings.
-    """
-    *groups, last = path.split(".")
-    for group in groups:
-        if not isinstance(data.get(group), dict):
-            known = [
-                f"{outer}.{inner}" for outer, members in data.items() if isinstance(members, dict) for inner in members
-            ]
-            raise ConfigError(f"{where}: unknown setting {path!r}{suggestion(path, known)}")
-        data = data[group]
-    data[last] = value
 
 
 def load_config(path: Path) -> RunConfig:

@@ -1,0 +1,46 @@
+"""Every setting, its default and its check; nothing else in the package holds a default of its own.
+
+A run is described by one frozen `RunConfig`. Unknown keys are refused, never dropped. The defaults are the paper's
+constants where it gives them (Adam, lr 3e-4, lambda1 0.04, 1000 warm-up steps, batches of 2048 tokens, 24 contexts of
+128 tokens per model pass, a buffer of 2048 contexts); named settings live in `recipes.py`.
+"""
+
+from unbraid.config.checks import validated
+from unbraid.config.measuring import EvaluationConfig, ProbingConfig, SpellingConfig, SynthConfig, WorldConfig
+from unbraid.config.run import (
+    Architecture,
+    BufferConfig,
+    DecorrelationConfig,
+    Floor,
+    ModelConfig,
+    OptimiserConfig,
+    RunConfig,
+    SAEConfig,
+    Site,
+    TextConfig,
+    TrainingConfig,
+    VariantConfig,
+    load_config,
+)
+
+__all__ = [
+    "Architecture",
+    "BufferConfig",
+    "DecorrelationConfig",
+    "EvaluationConfig",
+    "Floor",
+    "ModelConfig",
+    "OptimiserConfig",
+    "ProbingConfig",
+    "RunConfig",
+    "SAEConfig",
+    "Site",
+    "SpellingConfig",
+    "SynthConfig",
+    "TextConfig",
+    "TrainingConfig",
+    "VariantConfig",
+    "WorldConfig",
+    "load_config",
+    "validated",
+]
