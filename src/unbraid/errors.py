@@ -33,6 +33,10 @@ class TrainingError(UnbraidError):
     """Training cannot start or go on: a loss that is not finite, a run folder in use."""
 
 
+class RankLostError(UnbraidError):
+    """Another process of the run has ended or cannot be reached; its own message says why."""
+
+
 class CheckpointError(UnbraidError):
     """A checkpoint is absent, damaged, written by a newer version, or cannot be written."""
 

@@ -5,6 +5,9 @@ on its own, any leading dimensions) and once for training, where a whole batch i
 product, the pre-activations, without a graph, and then goes one of two ways to the same weights: *sparse*, touching
 active entries only, or *dense*, which is faster while a large share of the features is active. The encoder is stored
 as rows, one a feature, like the decoder, so that both gradients are built feature by feature by the same code.
+
+In training an SAE may be split by features over ranks: each holds a slice and gets the same batch, the parts of the
+reconstruction and of the losses are summed, and every gradient but b_dec's is complete where its feature lives.
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbraid.config import SAEConfig
+from unbraid.distributed.ranks import summed
+from unbraid.distributed.shard import Shard
 from unbraid.errors import ActivationError
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
@@ -28,6 +33,8 @@ Path = Literal["dense", "sparse"]
 
 SPARSE_BELOW = {"cpu": 0.05, "cuda": 0.01}
 """Share of active entries below which the sparse path is faster: measured on a CPU, an estimate for GPUs."""
+ROWS_DRAWN = 1 << 16
+"""Rows of first weights drawn at a time, so that a rank never holds those of the others."""
 
 
 @dataclass
@@ -75,18 +82,22 @@ class SAE(nn.Module):
         b_enc: `[N]` (gated has b_gate and b_mag instead).
         W_dec: `[N, D]`, rows of unit L2 norm.
         b_dec: `[D]`, subtracted before the encoder, added after the decoder.
+        shard: the features held here; `n_features` counts these, `config.n_features` all.
     """
 
     architecture: ClassVar[str]
+    shared: ClassVar[tuple[str, ...]] = ("b_dec",)
+    """Parameters every rank of a split SAE holds; their gradients are summed over the ranks."""
     scaled_with_input: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers in units of pre-activations, which `fold_scale` divides."""
 
-    def __init__(self, config: SAEConfig, d_in: int, generator: torch.Generator, mean_D: Tensor | None = None):
+    def __init__(self, config: SAEConfig, d_in: int, generator: torch.Generator, mean_D: Tensor | None, shard: Shard):
         super().__init__()
         self.config = config
         self.d_in = d_in
-        self.n_features = config.n_features
-        W_dec = F.normalize(torch.randn(config.n_features, d_in, generator=generator), dim=1)
+        self.shard = shard
+        self.n_features = shard.width
+        W_dec = random_unit_rows(shard, d_in, generator)
         self.encoder_ND = nn.Parameter(W_dec * config.decoder_init_norm)
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_in) if mean_D is None else mean_D.detach().float().cpu().clone())
@@ -147,14 +158,18 @@ class SAE(nn.Module):
             encode = self.encode_sparse if path == "sparse" else self.encode_dense
             encoded = encode(x_BD, seen_BD, centred_BD, pre_BN)
             del pre_BN
-            prefixes_BGD = encoded.parts_BGD.cumsum(1) if encoded.parts_BGD.shape[1] > 1 else encoded.parts_BGD
-            reconstructions = (prefixes_BGD + self.b_dec).unbind(1)
+            parts_BGD = summed(encoded.parts_BGD, self.shard.ranks)
+            prefixes_BGD = parts_BGD.cumsum(1) if parts_BGD.shape[1] > 1 else parts_BGD
+            # Every rank adds b_dec to the sum, so its gradient must come from one of them.
+            b_dec = self.b_dec if self.shard.ranks.first else self.b_dec.detach()
+            reconstructions = (prefixes_BGD + b_dec).unbind(1)
             losses = [squared_error(x_BD, x_hat_BD) for x_hat_BD in reconstructions]
             x_hat_BD = reconstructions[-1]
         auxiliary = encoded.extra + sum(losses[:-1])
-        if dead_N is not None and self.config.aux_weight > 0 and bool(dead_N.any()):
+        if dead_N is not None and self.config.aux_weight > 0 and self.shard.ranks.any(bool(dead_N.any())):
             auxiliary = auxiliary + self.revival(seen_BD, (x_BD - x_hat_BD).detach(), dead_N)
-        return Forward(x_hat_BD, encoded.codes, losses[-1], encoded.sparsity, auxiliary, path)
+        sparsity = summed(encoded.sparsity, self.shard.ranks)
+        return Forward(x_hat_BD, encoded.codes, losses[-1], sparsity, auxiliary, path)
 
     def corrupted(self, x_BD: Tensor, generator: torch.Generator | None) -> Tensor:
         """What the encoder sees of a batch: the batch."""
@@ -185,7 +200,7 @@ class SAE(nn.Module):
         raise TypeError(f"{type(self).__name__} is not an architecture; build one with unbraid.sae.build")
 
     def prefix_widths(self) -> list[int]:
-        """Ends of the nested feature groups that must each reconstruct; one group of all but for Matryoshka."""
+        """Ends, among the features held here, of the nested groups that must each reconstruct; one but for Matryoshka."""
         return [self.n_features]
 
     def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
@@ -249,6 +264,21 @@ class SAE(nn.Module):
     @torch.no_grad()
     def constrain(self) -> None:
         """Put weights other than the decoder back into their domain after an update."""
+
+
+def random_unit_rows(shard: Shard, d_in: int, generator: torch.Generator) -> Float[Tensor, "width D"]:
+    """Random directions, those of the shard's features among all N; the generator moves on by all N."""
+    rows = torch.empty(shard.width, d_in)
+    first = 0
+    while first < shard.n_features:
+        # The last draw takes in what would be left, because torch draws fewer than 16 numbers in another way.
+        last = shard.n_features if shard.n_features - first < 2 * ROWS_DRAWN else first + ROWS_DRAWN
+        drawn = torch.randn(last - first, d_in, generator=generator)
+        start, end = max(first, shard.start), min(last, shard.end)
+        if start < end:
+            rows[start - shard.start : end - shard.start] = F.normalize(drawn[start - first : end - first], dim=1)
+        first = last
+    return rows
 
 
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:

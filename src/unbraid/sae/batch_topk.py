@@ -7,6 +7,7 @@ smallest active value of each training batch. It starts at the first batch's, so
 import torch
 from torch import Tensor
 
+from unbraid.distributed.shard import among_top
 from unbraid.kernels.pattern import Pattern
 from unbraid.kernels.selection import batch_top_k
 from unbraid.sae.topk import TopKSAE
@@ -34,9 +35,15 @@ class BatchTopKSAE(TopKSAE):
 
     def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
         """The B * k largest positive entries of the batch; the threshold follows the smallest of them."""
-        count = min(len(pre_BN) * self.config.k, pre_BN.numel())
-        pattern, values = batch_top_k(pre_BN, count, GUESS * float(self.threshold))
-        if values.numel():
+        count, shard = len(pre_BN) * self.config.k, self.shard
+        pattern, values = batch_top_k(pre_BN, min(count, pre_BN.numel()), GUESS * float(self.threshold))
+        if not shard.whole:
+            keys = pattern.rows * shard.n_features + pattern.indices + shard.start
+            kept = among_top(values, keys, count, shard.ranks)
+            pattern = Pattern.from_rows(pattern.rows[kept], pattern.indices[kept], len(pre_BN), self.n_features)
+            values = values[kept]
+        smallest = shard.ranks.min(values.amin() if values.numel() else values.new_full((), torch.inf))
+        if smallest < torch.inf:
             weight = (1 - self.config.threshold_decay) * (self.threshold > 0) + 1.0 * (self.threshold == 0)
-            self.threshold += weight * (values.amin() - self.threshold)
+            self.threshold += weight * (smallest - self.threshold)
         return pattern, values

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from unbraid.config import SAEConfig
+from unbraid.distributed.shard import Shard
 from unbraid.errors import ConfigError
 from unbraid.sae.base import SAE
 from unbraid.sae.batch_topk import BatchTopKSAE
@@ -30,7 +31,13 @@ ARCHITECTURES: dict[str, type[SAE]] = {
 }
 
 
-def build(config: SAEConfig, d_in: int, generator: torch.Generator, mean_D: Tensor | None = None) -> SAE:
+def build(
+    config: SAEConfig,
+    d_in: int,
+    generator: torch.Generator,
+    mean_D: Tensor | None = None,
+    shard: Shard | None = None,
+) -> SAE:
     """A fresh SAE: decoder rows random of unit norm, encoder their transpose times `decoder_init_norm`, biases zero.
 
     Args:
@@ -38,10 +45,17 @@ def build(config: SAEConfig, d_in: int, generator: torch.Generator, mean_D: Tens
         d_in: model width D.
         generator: the only source of chance; the same state gives the same weights.
         mean_D: `[D]`, where b_dec starts (the mean activation); zero without it.
+        shard: the features this rank holds, with the weights they have in the whole SAE; all of them without it.
 
     Raises:
-        ConfigError: more active features are asked for than there are.
+        ConfigError: more active features are asked for than there are, or the architecture cannot be split.
     """
     if config.architecture in ("topk", "batch_topk", "matryoshka") and config.k > config.n_features:
         raise ConfigError(f"sae.k is {config.k} but sae.n_features only {config.n_features}; lower sae.k")
-    return ARCHITECTURES[config.architecture](config, d_in, generator, mean_D)
+    shard = shard or Shard(config.n_features)
+    if config.architecture == "sparse_filtering" and not shard.whole:
+        raise ConfigError(
+            f"sae.architecture = 'sparse_filtering' looks at all features of a token at once and cannot be split over "
+            f"{shard.ranks.size} ranks; expected training.feature_shards = 1"
+        )
+    return ARCHITECTURES[config.architecture](config, d_in, generator, mean_D, shard)

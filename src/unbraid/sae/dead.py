@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unbraid.distributed.ranks import summed
+from unbraid.distributed.shard import among_top_k
+
 if TYPE_CHECKING:
     from unbraid.sae.base import SAE
 
@@ -24,15 +27,18 @@ def explain_residual(sae: "SAE", seen_BD: Tensor, residual_BD: Tensor, dead_N: T
         sae: an SAE with b_enc.
         seen_BD: what the encoder saw.
         residual_BD: e = x - x_hat.
-        dead_N: the dead features, at least one.
+        dead_N: the dead features, at least one on some rank.
         aux_k: active dead features per token; all of them when fewer are dead.
     """
     dead = dead_N.nonzero().squeeze(1)
     f_BA = F.linear(seen_BD - sae.b_dec, sae.encoder_ND[dead], sae.b_enc[dead]).relu()
-    if aux_k < len(dead):
-        top = f_BA.topk(aux_k, dim=1, sorted=False)
-        f_BA = torch.zeros_like(f_BA).scatter(1, top.indices, top.values)
-    return F.mse_loss(f_BA @ sae.W_dec[dead], residual_BD, reduction="sum") / len(seen_BD)
+    ranks = sae.shard.ranks
+    if aux_k < ranks.total(len(dead))[0]:
+        top = f_BA.topk(min(aux_k, len(dead)), dim=1, sorted=False)
+        kept = among_top_k(top.values.detach(), aux_k, ranks)
+        f_BA = torch.zeros_like(f_BA).scatter(1, top.indices, top.values * kept)
+    e_hat_BD = summed(f_BA @ sae.W_dec[dead], ranks)
+    return F.mse_loss(e_hat_BD, residual_BD, reduction="sum") / len(seen_BD)
 
 
 def pull_to_threshold(sae: "SAE", seen_BD: Tensor, dead_N: Tensor, offset_N: Tensor) -> Tensor:
@@ -41,9 +47,10 @@ def pull_to_threshold(sae: "SAE", seen_BD: Tensor, dead_N: Tensor, offset_N: Ten
     Args:
         sae: any SAE.
         seen_BD: what the encoder saw.
-        dead_N: the dead features, at least one.
+        dead_N: the dead features, at least one on some rank.
         offset_N: a feature fires where its product with x - b_dec plus this is above zero.
     """
     dead = dead_N.nonzero().squeeze(1)
     above_BA = F.linear(seen_BD - sae.b_dec, sae.encoder_ND[dead], offset_N[dead])
-    return (-above_BA).relu().sum() / (len(seen_BD) * sae.n_features)
+    missing = summed((-above_BA).relu().sum(), sae.shard.ranks)
+    return missing / (len(seen_BD) * sae.config.n_features)

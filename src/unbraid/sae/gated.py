@@ -8,6 +8,7 @@ auxiliary reconstruction by a frozen copy of the decoder (eq. 8 there), so magni
 import torch
 from torch import Tensor, nn
 
+from unbraid.distributed.ranks import summed
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.dense_gated import dense_gated
@@ -68,7 +69,7 @@ class GatedSAE(SAE):
             codes = Codes.at(
                 Pattern.from_rows(pattern.rows[active], pattern.indices[active], len(x_BD), self.n_features), f[active]
             )
-        detection = squared_error(x_BD, gate_hat_BD + self.b_dec.detach())
+        detection = squared_error(x_BD, summed(gate_hat_BD, self.shard.ranks) + self.b_dec.detach())
         return Encoded(codes, parts_BD.unsqueeze(1), gate.sum() / len(x_BD), detection)
 
     def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
@@ -84,7 +85,7 @@ class GatedSAE(SAE):
             centred_BD,
             pre_BN.to(self.W_dec.dtype),
         )
-        detection = squared_error(x_BD, gate_hat_BD + self.b_dec.detach())
+        detection = squared_error(x_BD, summed(gate_hat_BD, self.shard.ranks) + self.b_dec.detach())
         return Encoded(f_BN, parts_BD.unsqueeze(1), gate_l1 / len(x_BD), detection)
 
     def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:

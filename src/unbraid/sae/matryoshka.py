@@ -13,8 +13,8 @@ class MatryoshkaSAE(BatchTopKSAE):
     architecture = "matryoshka"
 
     def prefix_widths(self) -> list[int]:
-        """`matryoshka_widths`, or N/16, N/4, N."""
-        if self.config.matryoshka_widths is not None:
-            return self.config.matryoshka_widths
-        n = self.n_features
-        return [width for width in (n // 16, n // 4) if width > 0] + [n]
+        """`matryoshka_widths`, or N/16, N/4, N, as far as they reach into the features held here."""
+        widths, n = self.config.matryoshka_widths, self.config.n_features
+        if widths is None:
+            widths = [width for width in (n // 16, n // 4) if width > 0] + [n]
+        return [self.shard.clamp(width) for width in widths]

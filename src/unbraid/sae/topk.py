@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from unbraid.distributed.shard import among_top_k
 from unbraid.kernels.pattern import Pattern
 from unbraid.kernels.selection import top_k
 from unbraid.sae.base import SAE
@@ -22,14 +23,15 @@ class TopKSAE(SAE):
 
     def density(self, pre_BN: Tensor) -> float:
         """k / N."""
-        return self.config.k / self.n_features
+        return self.config.k / self.config.n_features
 
     def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
         """The k largest of each row, less those that are not positive."""
-        values_BK, features_BK = top_k(pre_BN, self.config.k)
+        k = min(self.config.k, self.n_features)
+        values_BK, features_BK = top_k(pre_BN, k)
         values, features = values_BK.flatten(), features_BK.flatten()
-        rows = torch.arange(len(pre_BN), device=pre_BN.device).repeat_interleave(self.config.k)
-        kept = values > 0
+        rows = torch.arange(len(pre_BN), device=pre_BN.device).repeat_interleave(k)
+        kept = ((values_BK > 0) & among_top_k(values_BK, self.config.k, self.shard.ranks)).flatten()
         if not kept.all():
             values, features, rows = values[kept], features[kept], rows[kept]
         return Pattern.from_rows(rows, features, len(pre_BN), self.n_features), values

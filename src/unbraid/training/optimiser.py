@@ -47,9 +47,13 @@ class SAEOptimiser:
         Raises:
             TrainingError: the gradient is not finite; no weight has been changed.
         """
+        ranks, gradients = self.sae.shard.ranks, {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         tangent = self._make_decoder_gradient_tangent()
-        others = [p.grad for p in self.parameters.values() if p.grad is not None and p is not self.sae.W_dec]
-        norm = float(torch.stack([tangent, get_total_norm(others)]).norm())
+        shared = [ranks.sum(gradients[name]) for name in self.sae.shared if name in gradients]
+        own = [g for name, g in gradients.items() if name != "W_dec" and name not in self.sae.shared]
+        norm_of_own = torch.stack([tangent, get_total_norm(own)]).norm()
+        (square,) = ranks.total(float(norm_of_own) ** 2)
+        norm = (square + float(get_total_norm(shared)) ** 2) ** 0.5
         if not norm < float("inf"):
             raise TrainingError(
                 f"the gradient norm is {norm}; expected a finite number; no weight was changed: lower optimiser.lr or "

@@ -1,0 +1,133 @@
+"""Processes that work together, seen from one of them: the few collectives unbraid needs, and nothing when alone.
+
+Everything that runs on many ranks takes a `Ranks` and calls it where one process would need nothing: a sum over one
+rank is its own summand, a gathering is a list of one. So there is one code path, and `ALONE` is what it runs on without
+`torchrun`. Payloads are counted, because the cost of scaling is bytes, and the counts are compared with the formulas in
+docs/distributed.md.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unbraid.errors import RankLostError
+
+
+class Ranks:
+    """A group of processes.
+
+    Args:
+        group: a process group of torch.distributed; none for a process alone.
+
+    Attributes:
+        rank: this process's place among them.
+        size: how many they are.
+        payload: bytes handed over so far by kind of collective: what is summed or broadcast once, what is gathered
+            once a rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self._group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.payload: Counter[str] = Counter()
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for all where one is enough."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place of `tensor`, which is returned; the same bits everywhere."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def min(self, tensor: Tensor) -> Tensor:
+        """The minimum over all ranks, in place."""
+        return self._reduce(tensor, dist.ReduceOp.MIN)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        return bool(self.sum(torch.tensor(int(flag)))) if self.size > 1 else flag
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums of numbers over all ranks, in float64."""
+        return list(numbers) if self.size == 1 else self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, all of one shape."""
+        if self.size == 1:
+            return [tensor]
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self._counted("gather", self.size * tensor.nbytes):
+            dist.all_gather(gathered, tensor.contiguous(), group=self._group)
+        return gathered
+
+    def gather_ragged(self, vector: Tensor) -> list[Tensor]:
+        """Every rank's vector, of any length; sent padded to the longest."""
+        if self.size == 1:
+            return [vector]
+        lengths = [int(n) for n in self.gather(torch.tensor([vector.numel()]))]
+        padded = vector.new_zeros(max(lengths))
+        padded[: vector.numel()] = vector
+        return [part[:n] for part, n in zip(self.gather(padded), lengths, strict=True)]
+
+    def gather_json(self, data: Any) -> list[Any]:
+        """Every rank's plain data."""
+        if self.size == 1:
+            return [data]
+        text = torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8)
+        return [json.loads(bytes(part.tolist())) for part in self.gather_ragged(text)]
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """The tensor of rank `source`, in place."""
+        if self.size > 1:
+            assert self._group is not None
+            with self._counted("broadcast", tensor.nbytes):
+                dist.broadcast(tensor, dist.get_global_rank(self._group, source), group=self._group)
+        return tensor
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        self.any(False)
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+        if self.size > 1:
+            with self._counted("sum", tensor.nbytes):
+                dist.all_reduce(tensor, operation, group=self._group)
+        return tensor
+
+    @contextmanager
+    def _counted(self, kind: str, n_bytes: int) -> Iterator[None]:
+        self.payload[kind] += n_bytes
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankLostError(
+                f"rank {self.rank} lost contact with another rank ({str(error).splitlines()[0]}); expected all "
+                f"{self.size} to go on together; see that rank's message, then run `unbraid resume` on this run"
+            ) from error
+
+
+ALONE = Ranks()
+"""A process by itself."""
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ranks.sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return g, None
+
+
+def summed(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The sum over all ranks; each rank's summand gets the gradient of the sum, which every rank works out itself."""
+    return tensor if ranks.size == 1 else _Summed.apply(tensor, ranks)  # pyright: ignore
