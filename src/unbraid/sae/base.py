@@ -200,7 +200,7 @@ class SAE(nn.Module):
         raise TypeError(f"{type(self).__name__} is not an architecture; build one with unbraid.sae.build")
 
     def prefix_widths(self) -> list[int]:
-        """Ends of the nested groups that must each reconstruct, among the features held here; one but for Matryoshka."""
+        """Ends of the nested groups that must each reconstruct, among the features here; one but for Matryoshka."""
         return [self.n_features]
 
     def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
