@@ -32,13 +32,8 @@ class _Train:
 
 def train(arguments: list[str]) -> None:
     """train RECIPE|config.json [--run DIR] [--any.setting VALUE]: train SAEs, measure them, draw Figure 1."""
-    if not arguments or arguments[0].startswith("-"):
-        raise ConfigError(
-            f"train needs a recipe or a settings file; recipes: {', '.join(RECIPES)}; such as `unbraid train tiny`"
-        )
-    recipe, *rest = arguments
-    default = _Train(_recipe(recipe))
-    options = tyro.cli(_Train, default=default, args=rest, prog=f"unbraid train {recipe}")
+    recipe, rest = _recipe_first(arguments, "train")
+    options = tyro.cli(_Train, default=_Train(_recipe(recipe)), args=rest, prog=f"unbraid train {recipe}")
     from unbraid import run
 
     run.train(options.config, options.run, console=console)
@@ -51,17 +46,25 @@ class _Harvest:
 
 def harvest(arguments: list[str]) -> None:
     """harvest RECIPE|config.json --cache DIR [--any.setting VALUE]: store the activations a run needs on disk."""
-    if not arguments or arguments[0].startswith("-"):
-        raise ConfigError(
-            "harvest needs a recipe or a settings file; such as `unbraid harvest tiny --cache cache/tiny`"
-        )
-    recipe, *rest = arguments
+    recipe, rest = _recipe_first(arguments, "harvest")
     options = tyro.cli(_Harvest, default=_Harvest(_recipe(recipe)), args=rest, prog=f"unbraid harvest {recipe}")
     if options.config.cache is None:
         raise ConfigError("harvest needs --cache DIR: the folder to write activations into")
     from unbraid import run
 
     run.fill_cache(options.config, options.config.cache, console=console)
+
+
+def _recipe_first(arguments: list[str], command: str) -> tuple[str, list[str]]:
+    """The recipe and what follows it; a bare --help lists the options with the demo's defaults."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        return "demo", arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(
+            f"{command} needs a recipe or a settings file first; recipes: {', '.join(RECIPES)}; "
+            f"such as `unbraid {command} tiny`"
+        )
+    return arguments[0], arguments[1:]
 
 
 def _recipe(name: str) -> RunConfig:

@@ -23,6 +23,7 @@ from unbraid.activations.cache import PARTS, CachedActivations, harvest, wanted_
 from unbraid.activations.live import LiveActivations
 from unbraid.activations.rows import RowFilter
 from unbraid.config import RunConfig
+from unbraid.device import pick_device
 from unbraid.errors import ConfigError, TextError
 from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.files import write_json
@@ -299,24 +300,6 @@ def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
                 f"{name} ends with {metrics['dead_fraction']:.0%} dead features; lower sae.lambda1 or optimiser.lr"
             )
     return found
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA when there is one.
-
-    Raises:
-        ConfigError: the device is not understood or not present.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"training.device = {name!r} cannot be used ({str(error).splitlines()[0]}); expected auto, cpu or cuda[:N]"
-        ) from None
-    return device
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 from unbraid.activations.live import LiveActivations
 from unbraid.activations.rows import Chunk, RowFilter
 from unbraid.config import EvaluationConfig
+from unbraid.device import pick_device
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.absorption import Letters, absorption_scores, read_spelling
 from unbraid.evaluation.controls import pca_control, permuted_control, random_control
@@ -95,7 +96,6 @@ def run_suites(
 
 class _Evaluation:
     def __init__(self, path: Path, config: EvaluationConfig, console: Console):
-        from unbraid.run import pick_device
 
         self.path, self.config, self.console = path, config, console
         self.device = pick_device(config.device)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from unbraid.config import OptimiserConfig, SAEConfig, SynthConfig, VariantConfig
+from unbraid.device import pick_device
 from unbraid.evaluation.controls import pca_control, permuted_control, random_control
 from unbraid.evaluation.geometry import max_cosines
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
@@ -38,7 +39,6 @@ def run_synth(config: SynthConfig, *, console: Console | None = None, out: Path 
     Raises:
         UnbraidError: with what was wrong, what was expected and what to change.
     """
-    from unbraid.run import pick_device
 
     console = console or Console(quiet=True)
     world = build_world(config.world, pick_device(config.device))
