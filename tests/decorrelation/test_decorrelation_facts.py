@@ -79,16 +79,23 @@ def test_co_activations_list_every_pair_once_with_its_dot(f_BN, per_chunk, by_li
     assert torch.equal(seen_NN, ((fires.T @ fires).triu(1) > 0).double())
 
 
+def chosen_pairs(entries) -> set[tuple[int, int]]:
+    chosen = coactive.select(entries, 0.01, "cosine")
+    pairs = set(zip(chosen.first.tolist(), chosen.second.tolist(), strict=True))
+    assert len(pairs) == chosen.nominal > 2000
+    return pairs
+
+
 def test_selection_is_the_same_by_products_and_by_listing_and_by_any_chunking():
     entries = from_indices(*sparse_codes(300, 700, 20, seed=5), n_features=700)
     ways = []
     with pytest.MonkeyPatch.context() as patch:
         for per_chunk in (1_000_000, 5_000, 300):
             patch.setattr("unbraid.kernels.co_activation.PAIRS_PER_CHUNK", per_chunk)
-            ways.append(coactive.select(entries, 0.01, "cosine").pair_ids)
+            ways.append(chosen_pairs(entries))
         patch.setattr("torch.backends.mkl.is_available", lambda: False)
-        ways.append(coactive.select(entries, 0.01, "cosine").pair_ids)
-    assert all(torch.equal(ways[0], way) for way in ways[1:])
+        ways.append(chosen_pairs(entries))
+    assert all(way == ways[0] for way in ways[1:])
 
 
 @pytest.mark.parametrize("form", ["cosine", "pearson"])
@@ -168,5 +175,10 @@ def test_two_batches_of_one_source_hardly_share_their_selections(planted):
 def test_wide_dictionaries_cost_no_more_than_their_active_entries():
     """The bitmap of `meetings` has a word per 64 rows of each *live* feature, whatever N is."""
     entries = from_indices(torch.tensor([[5, 999_999], [5, 3]]), torch.ones(2, 2), n_features=1_000_000)
-    words, _ = coactive.firing_bitmap(entries)
-    assert words.numel() == 4
+    assert coactive.FiringBitmap(entries).words.numel() == 4
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20))
+def test_bits_are_counted_right_in_words_of_either_sign(words):
+    counted = coactive.popcount(torch.tensor(words, dtype=torch.int64))
+    assert counted.tolist() == [(word & (2**64 - 1)).bit_count() for word in words]

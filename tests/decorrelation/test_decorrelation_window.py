@@ -41,10 +41,10 @@ def test_selection_is_of_the_last_batches_and_the_penalty_of_this_one():
         chosen_at = step - (step - 2) % 3
         windowed = torch.cat([dense(earlier).double() for earlier in made[chosen_at - 2 : chosen_at + 1]])
         chosen = naive.select(from_dense(windowed), 0.01, "cosine")
-        assert (stats.pairs[:, 0] * 200 + stats.pairs[:, 1]).tolist() == chosen.pair_ids.tolist()
+        assert stats.pairs.tolist() == torch.stack([chosen.first, chosen.second], dim=1).tolist()
         f_BN = dense(batch).detach().requires_grad_()
         expected, correlations = naive.penalty(
-            f_BN, chosen.pair_ids, chosen.nominal, chosen.mean + chosen.std, "cosine"
+            f_BN, chosen.first, chosen.second, chosen.nominal, chosen.mean + chosen.std, "cosine"
         )
         assert abs(penalty - expected) <= 1e-10
         torch.testing.assert_close(stats.correlations, correlations.detach(), rtol=0, atol=1e-10)

@@ -48,7 +48,7 @@ class Penalty(nn.Module, ABC):
         """The penalty of one batch.
 
         Args:
-            f: dense codes [B, N], or
+            f: codes [B, N], dense or a sparse tensor, or
             indices: [B, K] feature ids with `values` [B, K] (0 is padding) and `n_features` N, or
             codes: an object with CSR `offsets`, `indices`, `values` and `n_features`.
             decoder: [N, D], a row a feature; penalties on decoder rows need it and may do without codes.

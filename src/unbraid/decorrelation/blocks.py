@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbraid.decorrelation.coactive import Evaluation, add_at, hinge_weights
+from unbraid.decorrelation.coactive import Evaluation, add_at, hinge_weights, low_support
 from unbraid.decorrelation.entries import Batch, Entries
 from unbraid.decorrelation.measure import Measure, scaled_columns
 from unbraid.decorrelation.selection import Selection, TopPairs, live_pairs, moments, nominal_pairs
@@ -77,23 +77,20 @@ class Blocks:
             total += float(correlations.sum(dtype=torch.float64))
             squares += float(torch.linalg.vector_norm(correlations, dtype=torch.float64)) ** 2
             top.add(correlations, PairsOfABlock(block, first, second))
-        ids, correlations = top.result()
+        first, second, correlations = top.result()
         mean, std = moments(total, squares, visible)
-        n_features = self.batch.n_features
-        rare = self.support <= 4
-        low = (rare[ids // n_features] | rare[ids % n_features]).double().mean() if ids.numel() else 0.0
-        limit = "co-activation" if ids.numel() < wanted else limit
-        return Selection(ids, correlations, wanted, mean, std, self.n_live, limit, float(low))
+        low = low_support(self.support, first, second)
+        limit = "co-activation" if first.numel() < wanted else limit
+        return Selection(first, second, correlations, wanted, mean, std, self.n_live, limit, low)
 
     def evaluate(self, selection: Selection, tau: float) -> Evaluation:
         """R and its gradient: [B, N] for dense codes, [nnz] for entries; zero where a feature is off or fires once."""
         batch, source = self.batch, self.batch.source
-        weights = hinge_weights(selection.correlations, tau, selection.nominal, source.dtype)
-        penalty = float(((selection.correlations - tau) * weights).sum())
-        n_features = batch.n_features
-        first, second = selection.pair_ids // n_features, selection.pair_ids % n_features
-        place = torch.full((n_features,), -1, device=source.device)
-        number = torch.full((n_features,), -1, device=source.device)
+        first, second, correlations = selection.first, selection.second, selection.correlations.double()
+        weights = hinge_weights(correlations, tau, selection.nominal, source.dtype)
+        penalty = float(((correlations - tau) * weights).sum())
+        place = torch.full((batch.n_features,), -1, device=source.device)
+        number = torch.full((batch.n_features,), -1, device=source.device)
         for index, block in enumerate(self.blocks):
             place[block] = torch.arange(block.numel(), device=source.device)
             number[block] = index
@@ -106,8 +103,8 @@ class Blocks:
             pull_cc[place[first[pairs]], place[second[pairs]]] = weights[pairs].to(z_Bc.dtype)
             pull_cc = pull_cc + pull_cc.T
             own = z_Bc.new_zeros(block.numel(), dtype=torch.float64)
-            own = add_at(own, place[first[pairs]], (weights * selection.correlations)[pairs])
-            own = add_at(own, place[second[pairs]], (weights * selection.correlations)[pairs])
+            own = add_at(own, place[first[pairs]], (weights * correlations)[pairs])
+            own = add_at(own, place[second[pairs]], (weights * correlations)[pairs])
             movable = torch.where(self.support[block] > 1, inverse, 0.0).to(z_Bc.dtype)
             gradient_Bc = (z_Bc @ pull_cc - z_Bc * own.to(z_Bc.dtype)) * movable
             if batch.f_BN is not None:
@@ -115,7 +112,7 @@ class Blocks:
             else:
                 entries, rows, columns = entries_of_block(batch.entries, block)
                 gradient[entries] = gradient_Bc[rows, columns].to(gradient.dtype)
-        return Evaluation(penalty, gradient, selection.correlations)
+        return Evaluation(penalty, gradient, correlations)
 
     def _pairs_by_block(self, block_numbers: Tensor) -> Iterator[Tensor]:
         order = torch.sort(block_numbers, stable=True)[1]

@@ -38,9 +38,9 @@ def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_fe
     total, squares = sums_without_meeting(z)
     found = top_pairs(entries.pattern, z, z.values, wanted, entries.values.dtype)
     mean, std = moments(total + found.total, squares + found.squares, live_pairs(n_live))
-    limit = "co-activation" if found.pair_ids.numel() < wanted else limit
-    low = low_support(entries, found.pair_ids)
-    return Selection(found.pair_ids, found.correlations, wanted, mean, std, n_live, limit, low)
+    limit = "co-activation" if found.first.numel() < wanted else limit
+    low = low_support(entries.support, found.first, found.second)
+    return Selection(found.first, found.second, found.correlations, wanted, mean, std, n_live, limit, low)
 
 
 def select_inside_groups(entries: Entries, groups: Tensor, n_groups: int, measure: Measure) -> Selection:
@@ -58,15 +58,17 @@ def select_inside_groups(entries: Entries, groups: Tensor, n_groups: int, measur
     pattern = Pattern.from_rows(rows[order], entries.indices[order], n_rows, entries.n_features)
     found = top_pairs(pattern, z, z.values[order], n_pairs, entries.values.dtype)
     mean, std = moments(total + found.total, squares + found.squares, n_pairs)
-    low = low_support(entries, found.pair_ids)
-    limit = "co-activation" if found.pair_ids.numel() < n_pairs else "fraction"
-    return Selection(found.pair_ids, found.correlations, n_pairs, mean, std, int(alive.sum()), limit, low)
+    low = low_support(entries.support, found.first, found.second)
+    limit = "co-activation" if found.first.numel() < n_pairs else "fraction"
+    n_live = int(alive.sum())
+    return Selection(found.first, found.second, found.correlations, n_pairs, mean, std, n_live, limit, low)
 
 
 class Found(NamedTuple):
     """The top pairs of a pattern, and what all its pairs add to the sums over every pair."""
 
-    pair_ids: Tensor
+    first: Tensor
+    second: Tensor
     correlations: Tensor
     total: float
     squares: float
@@ -84,12 +86,12 @@ def top_pairs(pattern: Pattern, z: Scaled, z_values: Tensor, wanted: int, dtype:
     return Found(*top.result(), total, squares)
 
 
-def low_support(entries: Entries, pair_ids: Tensor) -> float:
+def low_support(support: Tensor, first: Tensor, second: Tensor) -> float:
     """Share of the pairs in which a feature fires at most 4 times."""
-    if pair_ids.numel() == 0:
+    if first.numel() == 0:
         return 0.0
-    rare = entries.support <= 4
-    return float((rare[pair_ids // entries.n_features] | rare[pair_ids % entries.n_features]).double().mean())
+    rare = support <= 4
+    return float((rare[first] | rare[second]).double().mean())
 
 
 def correlations_of(chunk: CoActivations, z: Scaled) -> tuple[Tensor, float, float]:
@@ -126,25 +128,27 @@ def sum_of_products(x_GN: Tensor) -> float:
     return float((x_GN * before_GN).sum())
 
 
-def evaluate(entries: Entries, pair_ids: Tensor, nominal: int, tau: float, measure: Measure) -> Evaluation:
+def evaluate(entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, measure: Measure) -> Evaluation:
     """R(tau) = 1/|S| sum of relu(C - tau) over the given pairs on this batch, and its gradient at active entries.
 
     A feature that fires once keeps its correlation whatever it fires with, so its gradient is exactly zero.
     """
     z = scaled(entries, measure)
-    first, second = pair_ids // entries.n_features, pair_ids % entries.n_features
-    pairs, first_entries, second_entries = meetings(entries, first, second)
-    dots = z.values.new_zeros(pair_ids.numel())
-    dots = add_at(dots, pairs, z.values[first_entries] * z.values[second_entries])
+    met = meetings(entries, first, second)
+    order = entries.pattern.by_feature.order
+    z_by_feature = z.values[order]
+    z_first, z_second = z_by_feature[met.first], z_by_feature[met.second]
+    dots = add_at(z.values.new_zeros(first.numel()), met.pairs, z_first * z_second)
     correlations = dots if z.shift is None else dots - z.shift[first] * z.shift[second]
     weights = hinge_weights(correlations, tau, nominal, entries.values.dtype)
     penalty = float(((correlations - tau) * weights).sum())
 
-    met_weights = weights[pairs]
-    pull = add_at(torch.zeros_like(z.values), first_entries, met_weights * z.values[second_entries])
-    pull = add_at(pull, second_entries, met_weights * z.values[first_entries])
-    own = add_at(torch.zeros_like(z.inverse_norm), first, weights * correlations)
-    own = add_at(own, second, weights * correlations)
+    met_weights = weights[met.pairs]
+    pull = add_at(torch.zeros_like(z_by_feature), met.first, met_weights * z_second)
+    pull = add_at(pull, met.second, met_weights * z_first)
+    pull = torch.empty_like(pull).index_copy_(0, order, pull)
+    own_pull = weights * correlations
+    own = add_at(add_at(torch.zeros_like(z.inverse_norm), first, own_pull), second, own_pull)
     if z.shift is None:
         gradient = pull - own[entries.indices] * z.values
     else:
@@ -170,39 +174,60 @@ def add_at(base: Tensor, places: Tensor, amounts: Tensor) -> Tensor:
     return base.index_add_(0, places, amounts)
 
 
-def meetings(entries: Entries, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the pairs meet: for each (pair, row where both fire) the pair's position and the two entries.
+class Meetings(NamedTuple):
+    """Every (pair, row on which both of its features fire)."""
 
-    Each pair walks the rows of its rarer feature and asks a bitmap (a bit per live feature and row) for the other.
-    """
-    device = entries.indices.device
-    swap = entries.support[second] < entries.support[first]
+    pairs: Tensor
+    """Position of the pair."""
+    first: Tensor
+    """Entry of its first feature, counted feature by feature as in `Pattern.by_feature`."""
+    second: Tensor
+    """Entry of its second feature."""
+
+
+def meetings(entries: Entries, first: Tensor, second: Tensor) -> Meetings:
+    """Where the pairs meet: each walks the rows of its rarer feature and asks a bitmap for the other."""
+    device, by_feature, support = entries.indices.device, entries.pattern.by_feature, entries.support
+    swap = support[second] < support[first]
     rare, other = torch.where(swap, second, first), torch.where(swap, first, second)
-    by_feature = entries.pattern.by_feature
-    lengths = entries.support[rare]
+    lengths = support[rare]
     pairs = torch.repeat_interleave(torch.arange(rare.numel(), device=device), lengths)
-    slots = torch.arange(pairs.numel(), device=device) + (by_feature.offsets[rare] - lengths.cumsum(0) + lengths)[pairs]
-    words, first_word = firing_bitmap(entries)
-    rows = by_feature.rows[slots]
-    met = ((words[first_word[other][pairs] + (rows >> 6)] >> (rows & 63)) & 1).nonzero().squeeze(1)
-    pairs, rare_entries = pairs[met], by_feature.order[slots[met]]
-    other_entries = torch.searchsorted(entries.keys, rows[met] * entries.n_features + other[pairs])
+    mine = torch.arange(pairs.numel(), device=device)
+    mine += (by_feature.offsets[rare] - lengths.cumsum(0) + lengths)[pairs]
+    rows = by_feature.rows[mine]
+    bitmap = FiringBitmap(entries)
+    places = bitmap.first_word[other][pairs] + (rows >> 6)
+    met = ((bitmap.words[places] >> (rows & 63)) & 1).nonzero().squeeze(1)
+    pairs, mine, places = pairs[met], mine[met], places[met]
+    theirs = bitmap.rank(places, rows[met] & 63)
     swapped = swap[pairs]
-    return (
-        pairs,
-        torch.where(swapped, other_entries, rare_entries),
-        torch.where(swapped, rare_entries, other_entries),
-    )
+    return Meetings(pairs, torch.where(swapped, theirs, mine), torch.where(swapped, mine, theirs))
 
 
-def firing_bitmap(entries: Entries) -> tuple[Tensor, Tensor]:
-    """Bit `row & 63` of word `first_word[feature] + row // 64` says whether the feature fires on the row.
+class FiringBitmap:
+    """A bit for every row and live feature, and for each word of 64 rows how many entries come before it.
 
-    Only live features have words of their own; the others share one run of zeros.
+    Features that never fire share one run of empty words, so the size follows what fires: B/8 bytes a live feature.
     """
-    width = -(-entries.n_rows // 64)
-    live = entries.support > 0
-    first_word = torch.where(live, live.cumsum(0), 0) * width
-    words = torch.zeros((int(live.sum()) + 1) * width, dtype=torch.int64, device=entries.indices.device)
-    places = first_word[entries.indices] + (entries.rows >> 6)
-    return words.index_add_(0, places, torch.ones_like(places) << (entries.rows & 63)), first_word
+
+    def __init__(self, entries: Entries):
+        width = -(-entries.n_rows // 64)
+        live = entries.support > 0
+        self.first_word = torch.where(live, live.cumsum(0), 0) * width
+        by_feature = entries.pattern.by_feature
+        places = self.first_word[entries.indices[by_feature.order]] + (by_feature.rows >> 6)
+        self.words = torch.zeros((int(live.sum()) + 1) * width, dtype=torch.int64, device=places.device)
+        self.words.index_add_(0, places, torch.ones_like(places) << (by_feature.rows & 63))
+        counts = torch.bincount(places, minlength=self.words.numel())
+        self.before = counts.cumsum(0).sub_(counts).int()
+
+    def rank(self, places: Tensor, bits: Tensor) -> Tensor:
+        """Entry (counted feature by feature) at bit `bits` of the words at `places`; the bit must be set."""
+        return self.before[places] + popcount(self.words[places] & ((torch.ones_like(bits) << bits) - 1))
+
+
+def popcount(words: Tensor) -> Tensor:
+    """Bits set in each int64, by adding up neighbouring fields of 1, 2 and 4 bits, then all bytes in one product."""
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    return (((words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101) >> 56

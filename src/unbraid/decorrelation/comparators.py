@@ -85,8 +85,8 @@ class StaticGroups(Penalty):
         groups = self.group_of(entries.n_features).to(entries.indices.device)
         selection = coactive.select_inside_groups(entries, groups, self.groups, self.measure)
         tau = self.threshold(selection.mean, selection.std, selection.n_live, entries.n_rows)
-        found = coactive.evaluate(entries, selection.pair_ids, selection.nominal, tau, self.measure)
-        stats = stats_of("static groups", selection, tau, found, entries.n_features)
+        found = coactive.evaluate(entries, selection.first, selection.second, selection.nominal, tau, self.measure)
+        stats = stats_of("static groups", selection, tau, found)
         return found, dataclasses.replace(stats, co_activations=batch.co_activations)
 
 
@@ -100,13 +100,14 @@ class RandomPairs(SelectiveDecorrelation):
         draw = derive_seed(self.seed, "random pairs", float(entries.values.sum(dtype=torch.float64)).hex())
         numbers = distinct_numbers(live_pairs(live.numel()), selection.nominal, draw).to(live.device)
         first, second = pairs_of_numbers(numbers)
-        ids = torch.sort(live[first] * entries.n_features + live[second])[0]
+        first, second = live[first], live[second]
         return dataclasses.replace(
             selection,
-            pair_ids=ids,
-            correlations=torch.zeros_like(ids, dtype=torch.float64),
+            first=first,
+            second=second,
+            correlations=torch.zeros_like(first, dtype=selection.correlations.dtype),
             limit="fraction",
-            low_support=coactive.low_support(entries, ids),
+            low_support=coactive.low_support(entries.support, first, second),
         )
 
 
@@ -126,7 +127,7 @@ class OrthogonalDecoder(Penalty):
             return None, DecorrelationStats("orthogonal", penalised=False)
         order = torch.randperm(decoder.shape[0], generator=generator(self.seed, "orthogonal", int(self.step)))
         found = nearest_in_chunk(unit_rows(decoder), order.to(decoder.device), self.chunk)
-        return found, DecorrelationStats("orthogonal", found.penalty, correlations=found.correlations)
+        return found, DecorrelationStats("orthogonal", found.penalty)
 
 
 def nearest_in_chunk(rows: UnitRows, order: Tensor, size: int) -> Evaluation:

@@ -97,31 +97,34 @@ def select_exactly(
             total += float(tile.sum(dtype=torch.float64))
             squares += float(torch.linalg.vector_norm(tile, dtype=torch.float64)) ** 2
             top.add(tile.reshape(-1), PairsOfATile(start, other, tile.shape[1]))
-    ids, cosines = top.result()
+    first, second, cosines = top.result()
     mean, std = moments(total, squares, live_pairs(n_rows))
-    return Selection(ids, cosines, wanted, mean, std, n_rows, "co-activation" if ids.numel() < wanted else limit)
+    limit = "co-activation" if first.numel() < wanted else limit
+    return Selection(first, second, cosines, wanted, mean, std, n_rows, limit)
 
 
 def pair_cosines(
     unit_ND: Float[Tensor, "N D"], first: Int[Tensor, " P"], second: Int[Tensor, " P"]
 ) -> Float[Tensor, " P"]:
-    """Cosines of given pairs of rows; `first` ascending."""
+    """Cosines of given pairs of rows."""
     if unit_ND.is_cuda:
         parts = zip(first.split(65536), second.split(65536), strict=True)
         return torch.cat([unit_ND.new_empty(0), *((unit_ND[i] * unit_ND[j]).sum(1) for i, j in parts)])
     n_rows = unit_ND.shape[0]
-    offsets = starts(first, n_rows)
+    first, order = torch.sort(first, stable=True)
     places = torch.sparse_csr_tensor(
-        offsets, second, unit_ND.new_zeros(second.numel()), (n_rows, n_rows), check_invariants=False
+        starts(first, n_rows), second[order], unit_ND.new_zeros(order.numel()), (n_rows, n_rows), check_invariants=False
     )
-    return torch.sparse.sampled_addmm(places, unit_ND, unit_ND.T, beta=0.0).values()
+    cosines = torch.sparse.sampled_addmm(places, unit_ND, unit_ND.T, beta=0.0).values()
+    return torch.empty_like(cosines).index_copy_(0, order, cosines)
 
 
-def evaluate_rows(rows: UnitRows, pair_ids: Int[Tensor, " P"], nominal: int, tau: float) -> Evaluation:
+def evaluate_rows(
+    rows: UnitRows, first: Int[Tensor, " P"], second: Int[Tensor, " P"], nominal: int, tau: float
+) -> Evaluation:
     """R(tau) over given pairs of rows, and its gradient [N, D] with respect to the rows before scaling."""
     unit_ND = rows.unit_ND
     n_rows = unit_ND.shape[0]
-    first, second = pair_ids // n_rows, pair_ids % n_rows
     cosines = pair_cosines(unit_ND, first, second).double()
     weights = hinge_weights(cosines, tau, nominal, unit_ND.dtype)
     penalty = float(((cosines - tau) * weights).sum())

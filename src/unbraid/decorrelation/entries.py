@@ -1,8 +1,8 @@
 """Codes as the list of their active entries, whatever form they came in.
 
-Dense codes, (indices, values) from a top-k, or a `Codes` object all become one `Batch`. Everything exact in this room
-is a function of its `Entries` alone (rows of ascending feature ids with positive values), so its cost follows what
-fires, not how wide the dictionary is; only codes too dense for that keep their dense form, and blocks read it.
+Dense or sparse tensors, (indices, values) from a top-k, or a `Codes` object all become one `Batch`. Everything exact
+in this room is a function of its `Entries` alone (rows of ascending feature ids with positive values), so its cost
+follows what fires, not how wide the dictionary is; only codes too dense for that keep their dense form, for blocks.
 `values` stays in the caller's graph; the rest carries no gradient.
 """
 
@@ -18,7 +18,6 @@ from unbraid.errors import CodesError
 from unbraid.kernels.pattern import Pattern
 
 
-@runtime_checkable
 @runtime_checkable
 class SparseCodes(Protocol):
     """What `codes=` must offer: rows in CSR form, feature ids ascending within a row, values above zero."""
@@ -124,11 +123,14 @@ class Batch:
         self.f_BN = f
         self._in_graph = torch.is_grad_enabled()
         if f is not None:
-            _require_matrix(f, "dense codes", "[B, N]")
-            _require_codes(f)
-            self.n_rows, self.n_features = f.shape
-            return
-        if codes is not None:
+            _require_matrix(f, "codes", "[B, N]")
+            if f.layout == torch.strided:
+                _require_codes(f)
+                self.n_rows, self.n_features = f.shape
+                return
+            self.f_BN = None
+            entries = from_sparse_tensor(f)
+        elif codes is not None:
             entries = from_codes(codes)
         elif indices is None or values is None or n_features is None:
             raise CodesError("indices, values and n_features belong together, and one is missing; pass all three")
@@ -170,6 +172,15 @@ def from_dense(f_BN: Float[Tensor, "B N"]) -> Entries:
     n_rows, n_features = f_BN.shape
     values = f_BN.reshape(-1).index_select(0, rows * n_features + indices)
     return Entries(Pattern.from_rows(rows, indices, n_rows, n_features), values)
+
+
+def from_sparse_tensor(f_BN: Tensor) -> Entries:
+    """Entries of codes held as a sparse torch tensor (COO or CSR)."""
+    coordinates = f_BN.to_sparse_coo().coalesce()
+    _require_codes(coordinates.values())
+    kept = (coordinates.values() > 0).nonzero().squeeze(1)
+    rows, indices = coordinates.indices()[:, kept]
+    return Entries(Pattern.from_rows(rows, indices, *f_BN.shape), coordinates.values()[kept])
 
 
 def from_indices(indices_BK: Int[Tensor, "B K"], values_BK: Float[Tensor, "B K"], n_features: int) -> Entries:

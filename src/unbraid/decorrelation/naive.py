@@ -28,14 +28,18 @@ def correlation_matrix(f_BN: Float[Tensor, "B N"], measure: Measure) -> Float[Te
 
 
 def penalty(
-    f_BN: Float[Tensor, "B N"], pair_ids: Int[Tensor, " P"], nominal: int, tau: float, measure: Measure
+    f_BN: Float[Tensor, "B N"],
+    first: Int[Tensor, " P"],
+    second: Int[Tensor, " P"],
+    nominal: int,
+    tau: float,
+    measure: Measure,
 ) -> tuple[Tensor, Tensor]:
     """R(tau) of Eq. 3 over given pairs, differentiable through `f_BN`, and their correlations.
 
     The gradient autograd gives at inactive entries is not the method's: multiply it by `f_BN > 0`.
     """
-    n_features = f_BN.shape[1]
-    correlations = correlation_matrix(f_BN, measure)[pair_ids // n_features, pair_ids % n_features]
+    correlations = correlation_matrix(f_BN, measure)[first, second]
     excess = correlations - tau
     above = excess > 1 / steps_per_unit(f_BN.dtype)
     return torch.where(above, excess, 0.0).sum() / max(nominal, 1), correlations
@@ -57,15 +61,16 @@ def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_fe
     order = torch.sort(ranks, descending=True, stable=True)[1][:wanted]
     chosen = torch.sort(order[ranks[order] > 0])[0]
     limit = "co-activation" if chosen.numel() < wanted else limit
-    ids = first[chosen] * n_features + second[chosen]
-    return Selection(ids, known[chosen].double(), wanted, mean, std, n_live, limit, low_support(entries, ids))
+    first, second = first[chosen], second[chosen]
+    low = low_support(entries.support, first, second)
+    return Selection(first, second, known[chosen], wanted, mean, std, n_live, limit, low)
 
 
-def evaluate(entries: Entries, pair_ids: Tensor, nominal: int, tau: float, measure: Measure) -> Evaluation:
+def evaluate(entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, measure: Measure) -> Evaluation:
     """R(tau) over given pairs and its gradient at active entries, by autograd."""
     with torch.enable_grad():
         f_BN = to_dense(entries.detach()).requires_grad_()
-        value, correlations = penalty(f_BN, pair_ids, nominal, tau, measure)
+        value, correlations = penalty(f_BN, first, second, nominal, tau, measure)
         (gradient_BN,) = torch.autograd.grad(value, f_BN)
     gradient = gradient_BN[entries.rows, entries.indices]
     return Evaluation(float(value.detach()), gradient, correlations.detach().double())

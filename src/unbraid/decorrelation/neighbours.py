@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unbraid.decorrelation.decoder_rows import UnitRows, pair_cosines, row_moments
-from unbraid.decorrelation.selection import Selection, grid, nominal_pairs, steps_per_unit
+from unbraid.decorrelation.selection import Selection, grid, nominal_pairs
 from unbraid.decorrelation.window import ElasticState
 
 UNKNOWN = -2.0
@@ -68,8 +68,8 @@ class NeighbourLists(ElasticState):
         order = torch.sort(ranks, descending=True, stable=True)[1][:wanted]
         order = torch.sort(order[ranks[order] > 0])[0]
         limit = "co-activation" if order.numel() < wanted else limit
-        chosen = ranks[order].double() / steps_per_unit(cosines.dtype)
-        return Selection(ids[order], chosen, wanted, mean, std, n_rows, limit)
+        ids = ids[order]
+        return Selection(ids // n_rows, ids % n_rows, cosines[order], wanted, mean, std, n_rows, limit)
 
     def _candidates(self, n_rows: int, wanted: int) -> Tensor:
         """Pair ids of the `wanted` best listed pairs by the cosines noted with them, ascending, each once."""

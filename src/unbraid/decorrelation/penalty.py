@@ -44,6 +44,11 @@ class Chosen:
     refreshed: bool
     overlap: float | None = None
 
+    @property
+    def penalised(self) -> tuple[Tensor, Tensor, int, float]:
+        """What a path needs to evaluate R: the pairs, |S| and tau."""
+        return self.selection.first, self.selection.second, self.selection.nominal, self.tau
+
 
 class SelectiveDecorrelation(Penalty):
     """R(tau) = 1/|S| sum over S of relu(C - tau), S the `fraction` most correlated live pairs (Eq. 2-4).
@@ -113,13 +118,10 @@ class SelectiveDecorrelation(Penalty):
             return None, DecorrelationStats("filling" if self.selection else path, penalised=False)
         if not acts:
             return None, self._stats(path, batch, chosen, None)
-        selection, entries = chosen.selection, batch.entries
         if rows is not None:
-            found = evaluate_rows(rows, selection.pair_ids, selection.nominal, chosen.tau)
+            found = evaluate_rows(rows, *chosen.penalised)
         else:
-            found = EXACT_PATHS[path].evaluate(
-                entries, selection.pair_ids, selection.nominal, chosen.tau, self.config.measure
-            )
+            found = EXACT_PATHS[path].evaluate(batch.entries, *chosen.penalised, self.config.measure)
         return found, self._stats(path, batch, chosen, found)
 
     def path_for(self, batch: Batch) -> str:
@@ -186,7 +188,7 @@ class SelectiveDecorrelation(Penalty):
         selection = blocks.select(self.config.fraction, self.config.max_pairs_per_feature)
         chosen = self._with_tau(selection, rows, batch.n_rows)
         if rows is not None:
-            found = evaluate_rows(rows, chosen.selection.pair_ids, chosen.selection.nominal, chosen.tau)
+            found = evaluate_rows(rows, *chosen.penalised)
         else:
             found = blocks.evaluate(chosen.selection, chosen.tau)
         return found, self._stats("blocks", batch, chosen, found)
@@ -211,7 +213,7 @@ class SelectiveDecorrelation(Penalty):
             return None, DecorrelationStats("filling", penalised=False)
         if not acts:
             return None, self._stats(path, None, chosen, None)
-        evaluation = evaluate_rows(rows, chosen.selection.pair_ids, chosen.selection.nominal, chosen.tau)
+        evaluation = evaluate_rows(rows, *chosen.penalised)
         return evaluation, self._stats(path, None, chosen, evaluation)
 
     def _stats(self, path: str, batch: Batch | None, chosen: Chosen, found: Evaluation | None) -> DecorrelationStats:
@@ -221,7 +223,6 @@ class SelectiveDecorrelation(Penalty):
             selection,
             chosen.tau,
             found,
-            selection.n_live if batch is None else batch.n_features,
             co_activations=0 if batch is None else batch.co_activations,
             overlap=chosen.overlap,
             refreshed=chosen.refreshed,

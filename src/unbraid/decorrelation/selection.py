@@ -20,8 +20,10 @@ BINS = 4098
 class Selection:
     """S and the statistics of all live pairs it was chosen from."""
 
-    pair_ids: Tensor
-    """[P] ids i * N + j, i < j, ascending."""
+    first: Tensor
+    """[P] the smaller feature of each pair; the pairs are in no particular order, but always in the same one."""
+    second: Tensor
+    """[P] the larger feature of each pair."""
     correlations: Tensor
     """[P] what they were chosen by."""
     nominal: int
@@ -98,7 +100,8 @@ class TopPairs:
         self.wanted, self.n_features = wanted, n_features
         self.steps = steps_per_unit(dtype)
         self.bin_bits = (self.steps // 4096).bit_length() - 1
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        self._kept = [(empty, empty, torch.empty(0, dtype=dtype, device=device))]
         self._histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
         self._bar = 1
 
@@ -108,12 +111,11 @@ class TopPairs:
         if unfiltered:
             self._raise_bar(grid(correlations).clamp_(min=0))
         positions = (correlations > (self._bar - 1) / self.steps).nonzero().squeeze(1)
-        ranks = grid(correlations[positions])
+        found = correlations[positions]
         if not unfiltered:
-            self._raise_bar(ranks)
-        better = (ranks >= self._bar).nonzero().squeeze(1)
-        first, second = chunk.features(positions[better])
-        self._kept.append((ranks[better], first * self.n_features + second))
+            self._raise_bar(grid(found))
+        better = (grid(found) >= self._bar).nonzero().squeeze(1)
+        self._kept.append((*chunk.features(positions[better]), found[better]))
 
     def _raise_bar(self, ranks: Tensor) -> None:
         """Count newcomers in bins of the grid; the bar is the highest bin edge that `wanted` pairs have reached."""
@@ -121,17 +123,15 @@ class TopPairs:
         reached = self._histogram.flip(0).cumsum(0).flip(0) >= self.wanted
         self._bar = max(1, (int(reached.sum()) - 1) << self.bin_bits)
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Pair ids, ascending, and their correlations (on the grid, float64)."""
-        if not self._kept or self.wanted == 0:
-            empty = torch.empty(0, dtype=torch.int64, device=self._histogram.device)
-            return empty, empty.double()
-        ranks, ids = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
-        sure = ranks >= self._bar + (1 << self.bin_bits)
-        contested = (~sure & (ranks >= self._bar)).nonzero().squeeze(1)
-        order = torch.sort(ids[contested])[1]
-        order = order[torch.sort(ranks[contested[order]], descending=True, stable=True)[1]]
-        seats = self.wanted - int(sure.sum())
-        chosen = torch.cat([sure.nonzero().squeeze(1), contested[order[: max(seats, 0)]]])
-        ids, order = torch.sort(ids[chosen])
-        return ids, ranks[chosen[order]].double() / self.steps
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Features i < j of the chosen pairs, and their correlations."""
+        first, second, correlations = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        if correlations.numel() <= self.wanted:
+            return first, second, correlations
+        ranks = grid(correlations)
+        sure = (ranks >= self._bar + (1 << self.bin_bits)).nonzero().squeeze(1)
+        contested = ((ranks >= self._bar) & (ranks < self._bar + (1 << self.bin_bits))).nonzero().squeeze(1)
+        contested = contested[torch.sort(first[contested] * self.n_features + second[contested])[1]]
+        contested = contested[torch.sort(ranks[contested], descending=True, stable=True)[1]]
+        chosen = torch.cat([sure, contested[: max(self.wanted - sure.numel(), 0)]])
+        return first[chosen], second[chosen], correlations[chosen]

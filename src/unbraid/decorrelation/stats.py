@@ -1,7 +1,8 @@
 """What a penalty says about itself: enough to draw Figure 1 and to see whether S is signal or noise."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +10,23 @@ from torch import Tensor
 
 from unbraid.decorrelation.coactive import Evaluation
 from unbraid.decorrelation.selection import Selection
+
+
+class PairsFound(NamedTuple):
+    """S, in the order the path came across it, and its correlations."""
+
+    first: Tensor
+    second: Tensor
+    correlations: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        """A number for each pair, the same for the same pair in any selection."""
+        return (self.first << 32) + self.second
+
+
+NO_PAIRS = torch.empty(0, dtype=torch.int64)
+NOTHING = PairsFound(NO_PAIRS, NO_PAIRS, torch.empty(0, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -27,10 +45,8 @@ class DecorrelationStats:
     """sigma: population standard deviation of the same."""
     cut: float = 0.0
     """The lowest correlation that got into S."""
-    pairs: Int[Tensor, "P 2"] = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
-    """S, i < j, by ascending pair id."""
-    correlations: Float[Tensor, " P"] = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
-    """Correlations of S as penalised: on this batch, or of the decoder rows; as selected where nothing is penalised."""
+    found: PairsFound = field(default=NOTHING, repr=False)
+    """S as the path left it; `pairs` and `correlations` are the same in order, sorted when somebody asks."""
     n_live: int = 0
     """Features that fired in the window, at least min_support times."""
     nominal: int = 0
@@ -48,16 +64,30 @@ class DecorrelationStats:
     penalised: bool = True
     """Whether this call's penalty is switched on (interval)."""
 
+    @cached_property
+    def _order(self) -> Tensor:
+        return torch.sort(self.found.ids)[1]
+
+    @cached_property
+    def pairs(self) -> Int[Tensor, "P 2"]:
+        """S as [P, 2], i < j, by ascending i, then j."""
+        return torch.stack(self.found[:2], dim=1)[self._order]
+
+    @cached_property
+    def correlations(self) -> Float[Tensor, " P"]:
+        """Correlations of `pairs`: on this batch, or of the decoder rows; as selected where nothing is penalised."""
+        return self.found.correlations[self._order]
+
     def overlap_with(self, previous: "DecorrelationStats") -> float:
         """Share of this S that was also in `previous`'s."""
-        if self.pairs.numel() == 0:
+        if self.found.first.numel() == 0:
             return 0.0
-        base = int(max(self.pairs.max(), previous.pairs.max() if previous.pairs.numel() else 0)) + 1
-        ids, earlier = (pairs[:, 0] * base + pairs[:, 1] for pairs in (self.pairs, previous.pairs))
-        return float(torch.isin(ids, earlier).double().mean())
+        return float(torch.isin(self.found.ids, previous.found.ids).double().mean())
 
     def scalars(self) -> dict[str, float | int | str]:
         """The numbers worth a line in a log, ready for JSON."""
+        correlations = self.found.correlations
+        some = correlations.numel() > 0
         numbers: dict[str, float | int | str] = {
             "path": self.path,
             "penalty": self.penalty,
@@ -65,10 +95,10 @@ class DecorrelationStats:
             "mean": self.mean,
             "std": self.std,
             "cut": self.cut,
-            "pairs": self.pairs.shape[0],
+            "pairs": correlations.numel(),
             "nominal_pairs": self.nominal,
-            "mean_selected": float(self.correlations.mean()) if self.correlations.numel() else 0.0,
-            "above_tau": float((self.correlations > self.tau).double().mean()) if self.correlations.numel() else 0.0,
+            "mean_selected": float(correlations.mean(dtype=torch.float64)) if some else 0.0,
+            "above_tau": float((correlations > self.tau).double().mean()) if some else 0.0,
             "n_live": self.n_live,
             "limit": self.limit,
             "co_activations": self.co_activations,
@@ -79,11 +109,8 @@ class DecorrelationStats:
         return numbers if self.overlap is None else numbers | {"overlap": self.overlap}
 
 
-def stats_of(
-    path: str, selection: Selection, tau: float, found: Evaluation | None, n_features: int, **more: Any
-) -> DecorrelationStats:
+def stats_of(path: str, selection: Selection, tau: float, found: Evaluation | None, **more: Any) -> DecorrelationStats:
     """Stats of a selection and, where it was penalised, of what was found."""
-    ids, width = selection.pair_ids, max(n_features, 1)
     return DecorrelationStats(
         path=path,
         penalty=0.0 if found is None else found.penalty,
@@ -91,8 +118,7 @@ def stats_of(
         mean=selection.mean,
         std=selection.std,
         cut=selection.cut,
-        pairs=torch.stack([ids // width, ids % width], dim=1),
-        correlations=selection.correlations if found is None else found.correlations,
+        found=PairsFound(selection.first, selection.second, (found or selection).correlations),
         n_live=selection.n_live,
         nominal=selection.nominal,
         limit=selection.limit,

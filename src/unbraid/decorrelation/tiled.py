@@ -20,14 +20,14 @@ def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_fe
     live = (entries.support > 0).nonzero().squeeze(1)
     z_Bn, _ = scaled_columns(to_dense(entries.detach())[:, live], measure)
     chosen = select_exactly(z_Bn.T.contiguous(), fraction, max_pairs_per_feature)
-    n_live = max(live.numel(), 1)
-    ids = live[chosen.pair_ids // n_live] * entries.n_features + live[chosen.pair_ids % n_live]
-    return dataclasses.replace(chosen, pair_ids=ids, low_support=low_support(entries, ids))
+    first, second = live[chosen.first], live[chosen.second]
+    low = low_support(entries.support, first, second)
+    return dataclasses.replace(chosen, first=first, second=second, low_support=low)
 
 
-def evaluate(entries: Entries, pair_ids: Tensor, nominal: int, tau: float, measure: Measure) -> Evaluation:
+def evaluate(entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, measure: Measure) -> Evaluation:
     """R(tau) over given pairs and its gradient at active entries, from dense rows of codes."""
     z_BN, inverse = scaled_columns(to_dense(entries.detach()), measure)
-    found = evaluate_rows(UnitRows(z_BN.T.contiguous(), inverse), pair_ids, nominal, tau)
+    found = evaluate_rows(UnitRows(z_BN.T.contiguous(), inverse), first, second, nominal, tau)
     gradient = found.gradient[entries.indices, entries.rows]
     return dataclasses.replace(found, gradient=torch.where(entries.support > 1, 1.0, 0.0)[entries.indices] * gradient)

@@ -89,14 +89,16 @@ class CodesWindow(ElasticState):
 class RememberedSelection(ElasticState):
     """The S in force, what is logged about it, and how long ago it was chosen."""
 
-    pair_ids: Tensor
+    first: Tensor
+    second: Tensor
     correlations: Tensor
     numbers: Tensor
     counts: Tensor
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("pair_ids", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("first", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("second", torch.empty(0, dtype=torch.int64))
         self.register_buffer("correlations", torch.empty(0, dtype=torch.float64))
         # mean, std, tau, low_support, overlap (-1: there was no selection before)
         self.register_buffer("numbers", torch.zeros(5, dtype=torch.float64))
@@ -128,14 +130,17 @@ class RememberedSelection(ElasticState):
     def replace(self, selection: Selection, tau: float, path: str, n_features: int) -> None:
         """Take a new selection; its overlap with the one before is worked out here."""
         overlap = -1.0
-        if self.known and selection.pair_ids.numel():
-            overlap = float(torch.isin(selection.pair_ids, self.pair_ids, assume_unique=True).double().mean())
+        if self.known and selection.first.numel():
+            ids = selection.first * n_features + selection.second
+            earlier = self.first * n_features + self.second
+            overlap = float(torch.isin(ids, earlier, assume_unique=True).double().mean())
         numbers = [selection.mean, selection.std, tau, selection.low_support, overlap]
         counts = [1, 0, selection.nominal, selection.n_live]
         counts += [LIMITS.index(selection.limit), PATHS.index(path), n_features]
-        device = selection.pair_ids.device
+        device = selection.first.device
         self.remember(
-            pair_ids=selection.pair_ids,
+            first=selection.first,
+            second=selection.second,
             correlations=selection.correlations,
             numbers=torch.tensor(numbers, dtype=torch.float64, device=device),
             counts=torch.tensor(counts, device=device),
@@ -145,5 +150,7 @@ class RememberedSelection(ElasticState):
         """The selection in force, its tau, the path it came by, and its overlap with the one before."""
         mean, std, tau, low_support, overlap = self.numbers.tolist()
         _, _, nominal, n_live, limit, path, _ = self.counts.tolist()
-        selection = Selection(self.pair_ids, self.correlations, nominal, mean, std, n_live, LIMITS[limit], low_support)
+        selection = Selection(
+            self.first, self.second, self.correlations, nominal, mean, std, n_live, LIMITS[limit], low_support
+        )
         return selection, tau, PATHS[path], None if overlap < 0 else overlap
