@@ -2,7 +2,8 @@
 #
 #   make demo [RUN=name]  train on a real language model into runs/name, draw Figure 1; ends an interrupted run exactly
 #   make test             linter, formatter, type checker and the default tests: what CI runs
-#   make test-slow | test-gpu | test-peers          the tests that `make test` leaves out
+#   make test-slow | test-gpu | test-peers | test-saebench    the tests that `make test` leaves out
+#   make docs             the documentation site, in site/
 #   make setup | peers | bench | format | clean
 
 SHELL := /bin/bash
@@ -13,6 +14,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$name"; break; }; done)
 VENV := .venv
 PEERS := .venv-peers
+SAEBENCH := .venv-saebench
 BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check install --quiet
 TORCH := $(shell sed -n 's/^torch==.*/&/p' constraints.txt)
@@ -20,10 +22,10 @@ RUN ?= demo
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup browser demo test test-slow test-gpu test-peers bench peers format clean
+.PHONY: help setup browser demo docs test test-slow test-gpu test-peers test-saebench bench peers format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 # $(call make_environment,FOLDER): a virtual environment with pip in it, also where Python came without ensurepip.
 define make_environment
@@ -95,6 +97,25 @@ test-gpu: setup
 
 test-peers: setup peers
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -m peers
+
+# SAEBench needs numpy < 2, and so an environment of its own.
+$(SAEBENCH)/.ready: requirements/saebench.txt constraints.txt
+	$(call make_environment,$(SAEBENCH))
+	@echo "installing into $(SAEBENCH) (several minutes the first time) ..."
+	@$(SAEBENCH)/bin/python $(PIP) "$(TORCH)"
+	@$(SAEBENCH)/bin/python $(PIP) -c <(echo "$(TORCH)") -r requirements/saebench.txt
+	@$(SAEBENCH)/bin/python -m pip uninstall --quiet --yes torchvision
+	@$(SAEBENCH)/bin/python $(PIP) -c <(echo "$(TORCH)") tyro jaxtyping beartype pytest pytest-timeout hypothesis
+	@touch $@
+
+test-saebench: $(SAEBENCH)/.ready
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(SAEBENCH)/bin/python -m pytest -m peers tests/formats/test_saebench.py
+
+# Strictly: a link that leads nowhere fails.
+docs: setup
+	$(BIN)/python docs/reliability.py --check
+	$(BIN)/python docs/settings.py --check
+	PYTHONPATH=docs $(BIN)/zensical build --clean --strict
 
 bench: setup
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done

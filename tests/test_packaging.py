@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from unbraid.training.loggers import LOGGERS
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "unbraid").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -56,6 +58,15 @@ def test_the_base_install_has_no_logger_plot_server_or_notebook():
     }
     assert not unwanted & {distribution(requirement) for requirement in PROJECT["dependencies"]}
     assert len(PROJECT["dependencies"]) <= 18
+
+
+def test_every_logger_is_an_extra_and_all_holds_them():
+    extras = PROJECT["optional-dependencies"]
+    (everything,) = extras["all"]
+    names = sorted(LOGGERS)
+    assert sorted(set(extras) - {"dev", "all"}) == names
+    assert sorted(everything.removeprefix("unbraid[").removesuffix("]").split(",")) == names
+    assert all(distribution(extras[name][0]) == name for name in names)
 
 
 def test_what_is_installed_is_what_constraints_pin():

@@ -28,7 +28,8 @@ from unbraid.errors import ConfigError, TextError
 from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.files import write_json
 from unbraid.formats.sae_lens import hook_name
-from unbraid.training.checkpoint import list_checkpoints
+from unbraid.training.checkpoint import steps_done
+from unbraid.training.loggers import check_loggers, open_loggers
 from unbraid.training.loop import Trained, TrainingInterrupted, train_saes
 from unbraid.training.progress import RunProgress
 from unbraid.training.run_folder import RunFolder
@@ -81,6 +82,7 @@ def train(config: RunConfig, path: Path | str | None = None, *, console: Console
         UnbraidError: with what was wrong, what was expected and what to change.
     """
     check_steps(config)
+    check_loggers(config)
     folder = RunFolder.create(path or Path("runs") / config.name, config)
     return _run(folder, config, console or Console(quiet=True))
 
@@ -141,7 +143,8 @@ def check_steps(config: RunConfig) -> None:
 
 def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
     say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
-    with folder.lock(), stop_on_signals() as stop:
+    with folder.lock(), stop_on_signals() as stop, open_loggers(folder, config) as loggers:
+        start = steps_done(folder.checkpoints)
         names = [config.sae_name(site, variant) for site in config.sites for variant in config.variants]
         say(
             f"plan: {config.steps:,} steps of {config.training.batch_tokens:,} tokens "
@@ -151,8 +154,6 @@ def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
         if config.training.threads is not None:
             torch.set_num_threads(config.training.threads)
         device = pick_device(config.training.device)
-        saved = list_checkpoints(folder.checkpoints)
-        start = int(saved[-1].name.removeprefix("step_")) if saved else 0
         with console.status("loading the language model (the first time, converting it and the text)"):
             source = open_activations(config, device)
         say(
@@ -164,12 +165,13 @@ def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
                 check_text(config, source)
         if start:
             say(f"going on after step {start:,}")
-        with RunProgress(config, console, start) as progress:
+        with RunProgress(config, console, start, loggers.step) as progress:
             overlap = config.buffer.overlap == "on" or (config.buffer.overlap == "auto" and device.type == "cuda")
             feed = Ahead(source) if overlap else source
             trained = train_saes(folder, config, feed, device, progress, stop)
         say(f"measuring on {config.training.held_out_tokens:,} held-out tokens")
         summary = _finish(folder, config, source, trained, device)
+        loggers.summary(summary)
         for warning in warnings_of(summary, config):
             say(f"warning: {warning}")
         say(f"done: results in {folder.path} (summary.json, saes/, figures/figure1.png)")

@@ -1,6 +1,6 @@
 """Everything else that can go wrong: what the user sees, and proof that nothing was lost.
 
-The first line of each docstring is a row of the README's reliability table: the fault | what the user sees | what is
+The first line of each docstring is a row of docs/reliability.md: the fault | what the user sees | what is
 kept. `docs/reliability.py` writes the table from them.
 """
 

@@ -239,6 +239,10 @@ class TrainingConfig(Section):
     """Token rows B per training step."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where those lines go as well; each is an extra: pip install 'unbraid[wandb]'."""
+    log_project: str = "unbraid"
+    """Project under which wandb and trackio file the run."""
     checkpoint_every: int = Field(default=1000, ge=0)
     """Steps between checkpoints; 0 writes one only when interrupted."""
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -78,6 +78,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def steps_done(folder: Path) -> int:
+    """Steps behind the newest checkpoint in `folder`; 0 without one."""
+    saved = list_checkpoints(folder)
+    return int(saved[-1].name.removeprefix("step_")) if saved else 0
+
+
 def read_checkpoint(path: Path) -> tuple[CheckpointTensors, dict[str, Any]]:
     """Tensors and state of one checkpoint, after its checksums have been checked.
 

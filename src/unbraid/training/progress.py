@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: one live display on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
@@ -30,10 +31,11 @@ class RunProgress:
         config: the run's settings.
         console: where to write; on a terminal a live display, otherwise a line every few seconds.
         start: steps already done by an earlier part of the run.
+        on_record: what else wants each line of metrics.
     """
 
-    def __init__(self, config: RunConfig, console: Console, start: int = 0):
-        self._config, self._console, self._start = config, console, start
+    def __init__(self, config: RunConfig, console: Console, start: int, on_record: Callable[[dict[str, Any]], None]):
+        self._config, self._console, self._start, self._on_record = config, console, start, on_record
         self._bar = Bar(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -70,6 +72,7 @@ class RunProgress:
         self._began = self._began or now
         if record is not None:
             self._record = record["saes"]
+            self._on_record(record)
         batch = self._config.training.batch_tokens
         rate = (step - self._start - 1) * batch / (now - self._began) if now > self._began else 0.0
         total = self._config.steps

@@ -1,0 +1,105 @@
+"""Write docs/settings.md from the settings themselves: every name, default, check and docstring, so it cannot drift.
+
+python docs/settings.py          rewrites docs/settings.md
+python docs/settings.py --check  fails when it is out of date
+"""
+
+import sys
+import typing
+from pathlib import Path
+from types import UnionType
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from unbraid.config import EvaluationConfig, RunConfig, SynthConfig, WorldConfig
+
+PAGE = Path(__file__).with_name("settings.md")
+HEAD = """# Settings
+
+Every setting of unbraid, written by `docs/settings.py` from the classes in `unbraid.config`. Each is a flag of the
+command line (`unbraid train demo --sae.k 32`), a key of `config.json`, and an attribute in Python. An unknown or
+unacceptable setting ends in one message that names it; nothing is dropped silently.
+"""
+SECTIONS: list[tuple[str, type[BaseModel]]] = [
+    ("A run: `unbraid train`, `unbraid harvest`", RunConfig),
+    ("Evaluation: `unbraid eval`", EvaluationConfig),
+    ("Synthetic worlds: `unbraid synth`", SynthConfig),
+    ("The worlds themselves: `unbraid.config.WorldConfig`", WorldConfig),
+]
+SYMBOLS = {Ge: ("at least {}", "ge"), Gt: ("above {}", "gt"), Le: ("at most {}", "le"), Lt: ("below {}", "lt")}
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *(line for title, model in SECTIONS for line in section(title, model, "", "##"))])
+
+
+def section(title: str, model: type[BaseModel], prefix: str, heading: str) -> list[str]:
+    """A heading, a table of the settings of `model`, and a section for each group it holds."""
+    lines = [f"{heading} {title}", "", " ".join((model.__doc__ or "").split()), ""]
+    lines += ["| setting | default | accepts | what it is |", "|---|---|---|---|"]
+    groups: list[str] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if model is not RunConfig and name in RunConfig.model_fields:
+                lines.append(f"| `{name}.*` | | | As of a run, above. |")
+            else:
+                groups += section(f"`{name}`", field.annotation, f"{prefix}{name}.", f"{heading}#")
+        else:
+            cells = [f"`{prefix}{name}`", _default(field), _accepts(field), " ".join((field.description or "").split())]
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return [*lines, "", *groups]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = "none" if field.default is None else field.default
+    shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, list) and len(value) > 4:
+        return f"{len(value)} of them"
+    return f"`{shown}`" if shown else "empty"
+
+
+def _accepts(field: FieldInfo) -> str:
+    limits = [
+        SYMBOLS[type(limit)][0].format(f"{getattr(limit, SYMBOLS[type(limit)][1]):,}")
+        for limit in field.metadata
+        if type(limit) in SYMBOLS
+    ]
+    limits += [f"at least {limit.min_length} of them" for limit in field.metadata if isinstance(limit, MinLen)]
+    return ", ".join([_type(field.annotation), *limits])
+
+
+def _type(annotation: object) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is type(None):
+        return "none"
+    if origin is typing.Literal:
+        return " or ".join(f"`{choice}`" for choice in arguments)
+    if origin in (typing.Union, UnionType):
+        return " or ".join(_type(argument) for argument in arguments)
+    if origin is list:
+        return f"list of {_type(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} numbers"
+    if origin is dict:
+        return "JSON object"
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    return names[annotation] if annotation in names else str(annotation)  # pyright: ignore[reportArgumentType]
+
+
+def main() -> None:
+    """Rewrite or check the page."""
+    wanted = page()
+    if "--check" in sys.argv:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != wanted:
+            sys.exit("docs/settings.md is out of date; run python docs/settings.py")
+        return
+    PAGE.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
