@@ -19,6 +19,10 @@ from unbraid.config import (
 WITH_TWIN = {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0.0}}
 """Each SAE beside a twin that differs in nothing but lambda2 = 0: a controlled comparison in one pass."""
 
+SPARING = {"window": 4, "refresh": 128, "interval": 8}
+"""Decorrelation settings we recommend over the paper's per-batch form: select on four batches every 128 steps, penalise
+every eighth step with weight 8. `docs/decorrelation.md` says what that costs and what it changes."""
+
 
 def tiny() -> RunConfig:
     """A whole run in seconds, on a random two-layer model and generated text: for tests and for trying things out."""

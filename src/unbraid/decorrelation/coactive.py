@@ -98,8 +98,8 @@ def correlations_of(chunk: CoActivations, z: Scaled) -> tuple[Tensor, float, flo
     """Correlations of a chunk, and what they add to the sum and to the sum of squares over all pairs."""
     dots = chunk.dots
     if z.shift is None:
-        norm = float(torch.linalg.vector_norm(dots, dtype=torch.float64))
-        return dots, float(dots.sum(dtype=torch.float64)), norm**2
+        precise = dots.double()
+        return dots, float(precise.sum()), float(precise.dot(precise))
     first, second = chunk.features(torch.arange(dots.numel(), device=dots.device))
     apart = z.shift[first] * z.shift[second]
     together = dots.double() - apart
