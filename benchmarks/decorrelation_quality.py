@@ -5,7 +5,7 @@
 
 Sections: `decoder` (recall of the true top pairs of decoder rows while an SAE trains, and what a step costs), `planted`
 (precision on pairs that are known to belong together), `seldom` (SAEs on a known world, selected and penalised every
-step or at the settings we recommend).
+step or at the sparing settings).
 """
 
 import json
