@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,12 @@ def final_bytes(run: Path) -> dict[str, bytes]:
     """Everything a run promises to repeat: weights, metrics, figures and settings, but no wall-clock figure."""
     last = list_checkpoints(run / "checkpoints")[-1].name
     patterns = ("saes/*/*", "metrics.jsonl", "figures/*", "config.json", f"checkpoints/{last}/sae-*.safetensors")
-    return {str(path.relative_to(run)): path.read_bytes() for pattern in patterns for path in sorted(run.glob(pattern))}
+    files = {path.relative_to(run): path.read_bytes() for pattern in patterns for path in sorted(run.glob(pattern))}
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["seconds"]
+    for measured in summary["saes"].values():
+        del measured["updates_per_second"]
+    return {str(name): content for name, content in files.items()} | {"summary.json": json.dumps(summary).encode()}
 
 
 def start(run: Path, settings: Path) -> subprocess.Popen:
@@ -38,23 +44,57 @@ def finish(run: Path, settings: Path) -> float:
     return time.monotonic() - began
 
 
-def kill_until_finished(run: Path, settings: Path, chance: random.Random, seconds: float, most: int) -> int:
-    """Start, kill after a random time, start again, until the run is complete; the number of kills."""
-    kills = 0
-    while kills < most:
-        process = start(run, settings)
-        try:
-            said, _ = process.communicate(timeout=chance.uniform(0, seconds))
-            assert process.returncode == 0, said
-            return kills
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-            if not (run / "config.json").exists():
-                shutil.rmtree(run, ignore_errors=True)
+def ends_within(process: subprocess.Popen, seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return True
+
+
+def writes_a_checkpoint(run: Path) -> bool:
+    return any((run / "checkpoints").glob(".step_*.partial"))
+
+
+def kill(process: subprocess.Popen, run: Path, chance: random.Random, seconds: float, aimed: bool) -> bool:
+    """Kill after a random time, if `aimed` somewhere in the next checkpoint write; False if the run ends before."""
+    if ends_within(process, chance.uniform(0, seconds)):
+        return False
+    while aimed:
+        if ends_within(process, 0.001):
+            return False
+        if writes_a_checkpoint(run):
+            if ends_within(process, chance.uniform(0, 0.05)):
+                return False
+            process.send_signal(signal.SIGSTOP)
+            if writes_a_checkpoint(run):
+                break
+            process.send_signal(signal.SIGCONT)
+    process.kill()
+    process.communicate()
+    return True
+
+
+@dataclass
+class Kills:
+    """How often runs were killed, and how often that left half a checkpoint behind."""
+
+    anywhere: int = 0
+    inside_a_write: int = 0
+
+
+def kill_until_finished(run: Path, settings: Path, chance: random.Random, seconds: float, kills: Kills, most: int):
+    """Start, kill, start again, until the run is complete; every second kill is aimed at a checkpoint write."""
+    while kills.anywhere < most:
+        if not kill(start(run, settings), run, chance, seconds, aimed=kills.anywhere % 2 == 1):
+            return
+        kills.anywhere += 1
+        kills.inside_a_write += writes_a_checkpoint(run)
+        if not (run / "config.json").exists():
+            shutil.rmtree(run, ignore_errors=True)
     finish(run, settings)
-    return kills
 
 
 def write_settings(path: Path, config: RunConfig, **training: object) -> Path:
@@ -64,26 +104,28 @@ def write_settings(path: Path, config: RunConfig, **training: object) -> Path:
     return path
 
 
-def assert_killed_runs_end_equal(folder: Path, settings: Path, kills: int, most_per_run: int) -> None:
+def assert_killed_runs_end_equal(folder: Path, settings: Path, most: int, most_per_run: int) -> Kills:
     seconds = finish(folder / "whole", settings)
     expected = final_bytes(folder / "whole")
     assert any("sae_weights" in name for name in expected) and any("figure1.png" in name for name in expected)
-    chance, done, number = random.Random(0), 0, 0
-    while done < kills:
+    chance, kills, number = random.Random(0), Kills(), 0
+    while kills.anywhere < most:
         run = folder / f"killed-{number}"
-        done += kill_until_finished(run, settings, chance, seconds, min(most_per_run, kills - done))
+        kill_until_finished(run, settings, chance, seconds, kills, min(most, kills.anywhere + most_per_run))
         found = final_bytes(run)
         assert found.keys() == expected.keys()
         assert [name for name in expected if found[name] != expected[name]] == []
+        print(f"{kills.anywhere} kills, {kills.inside_a_write} inside a checkpoint write: {run.name} ends equal")
         shutil.rmtree(run)
         number += 1
+    return kills
 
 
 def test_kill_at_random_instants(tmp_path):
     """SIGKILL at any instant, checkpoint writes included | nothing, then `unbraid resume` goes on | final weights,
     metrics and figures are those of an uninterrupted run, byte for byte"""
     settings = write_settings(tmp_path / "settings.json", recipes.tiny(), tokens=10_240)
-    assert_killed_runs_end_equal(tmp_path, settings, kills=4, most_per_run=4)
+    assert assert_killed_runs_end_equal(tmp_path, settings, most=4, most_per_run=4).inside_a_write > 0
 
 
 @pytest.mark.slow
@@ -92,17 +134,19 @@ def test_kill_at_fifty_random_instants_of_a_smollm2_run(tmp_path):
     """SIGKILL at 50 random instants of a run on SmolLM2-135M | as above | as above"""
     config = recipes.demo()
     data = config.model_dump(mode="json")
-    data["model"]["sites"] = ["resid_post.0", "resid_post.1"]
+    data["model"]["sites"] = ["resid_post.0", "resid_post.2"]
     data["buffer"]["contexts"] = 48
     data["sae"] |= {"n_features": 256, "dead_after_tokens": 5_000}
     settings = write_settings(
         tmp_path / "settings.json",
         validated(RunConfig, data, "test"),
-        tokens=16_384,
+        tokens=8_192,
         batch_tokens=256,
-        held_out_tokens=1_024,
+        held_out_tokens=512,
+        checkpoint_every=2,
     )
-    assert_killed_runs_end_equal(tmp_path, settings, kills=50, most_per_run=10)
+    kills = assert_killed_runs_end_equal(tmp_path, settings, most=50, most_per_run=10)
+    assert kills.anywhere == 50 and kills.inside_a_write >= 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
