@@ -1,6 +1,9 @@
 """Killed at any instant and resumed, a run ends with the bytes of one never interrupted."""
 
+import contextlib
 import json
+import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -8,15 +11,19 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
 from unbraid import recipes
+from unbraid.cli import main
 from unbraid.config import RunConfig, validated
 from unbraid.training.checkpoint import list_checkpoints
 
-COMMAND = [sys.executable, "-m", "unbraid"]
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["unbraid.cli", "unbraid.run", "transformers.models.llama.modeling_llama"])
+"""Each run is a process of its own, killed as a whole; only the seconds of importing are spent once."""
 
 
 def final_bytes(run: Path) -> dict[str, bytes]:
@@ -31,49 +38,46 @@ def final_bytes(run: Path) -> dict[str, bytes]:
     return {str(name): content for name, content in files.items()} | {"summary.json": json.dumps(summary).encode()}
 
 
-def start(run: Path, settings: Path) -> subprocess.Popen:
+def start(run: Path, settings: Path) -> ForkServerProcess:
     words = ["resume", str(run)] if (run / "config.json").exists() else ["train", str(settings), "--run", str(run)]
-    return subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = PROCESSES.Process(target=main, args=(words,))
+    process.start()
+    return process
+
+
+def ends_within(process: ForkServerProcess, seconds: float | None) -> bool:
+    process.join(seconds)
+    assert process.exitcode in (None, 0)
+    return process.exitcode == 0
 
 
 def finish(run: Path, settings: Path) -> float:
     began = time.monotonic()
-    process = start(run, settings)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
+    assert ends_within(start(run, settings), None)
     return time.monotonic() - began
-
-
-def ends_within(process: subprocess.Popen, seconds: float) -> bool:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    return True
 
 
 def writes_a_checkpoint(run: Path) -> bool:
     return any((run / "checkpoints").glob(".step_*.partial"))
 
 
-def kill(process: subprocess.Popen, run: Path, chance: random.Random, seconds: float, aimed: bool) -> bool:
+def kill(process: ForkServerProcess, run: Path, chance: random.Random, seconds: float, aimed: bool) -> bool:
     """Kill after a random time, if `aimed` somewhere in the next checkpoint write; False if the run ends before."""
     if ends_within(process, chance.uniform(0, seconds)):
         return False
+    assert process.pid is not None
     while aimed:
         if ends_within(process, 0.001):
             return False
         if writes_a_checkpoint(run):
             if ends_within(process, chance.uniform(0, 0.05)):
                 return False
-            process.send_signal(signal.SIGSTOP)
+            os.kill(process.pid, signal.SIGSTOP)
             if writes_a_checkpoint(run):
                 break
-            process.send_signal(signal.SIGCONT)
+            os.kill(process.pid, signal.SIGCONT)
     process.kill()
-    process.communicate()
+    process.join()
     return True
 
 
@@ -85,16 +89,22 @@ class Kills:
     inside_a_write: int = 0
 
 
-def kill_until_finished(run: Path, settings: Path, chance: random.Random, seconds: float, kills: Kills, most: int):
-    """Start, kill, start again, until the run is complete; every second kill is aimed at a checkpoint write."""
+def kill_until_finished(
+    run: Path, settings: Path, chance: random.Random, seconds: float, kills: Kills, most: int
+) -> float:
+    """Start, kill, start again, until the run is complete; how long its last part took, if less than `seconds`.
+
+    Every second kill is aimed at a checkpoint write.
+    """
     while kills.anywhere < most:
+        began = time.monotonic()
         if not kill(start(run, settings), run, chance, seconds, aimed=kills.anywhere % 2 == 1):
-            return
+            return min(seconds, time.monotonic() - began)
         kills.anywhere += 1
         kills.inside_a_write += writes_a_checkpoint(run)
         if not (run / "config.json").exists():
             shutil.rmtree(run, ignore_errors=True)
-    finish(run, settings)
+    return min(seconds, finish(run, settings))
 
 
 def write_settings(path: Path, config: RunConfig, **training: object) -> Path:
@@ -111,7 +121,7 @@ def assert_killed_runs_end_equal(folder: Path, settings: Path, most: int, most_p
     chance, kills, number = random.Random(0), Kills(), 0
     while kills.anywhere < most:
         run = folder / f"killed-{number}"
-        kill_until_finished(run, settings, chance, seconds, kills, min(most, kills.anywhere + most_per_run))
+        seconds = kill_until_finished(run, settings, chance, seconds, kills, min(most, kills.anywhere + most_per_run))
         found = final_bytes(run)
         assert found.keys() == expected.keys()
         assert [name for name in expected if found[name] != expected[name]] == []
@@ -136,14 +146,14 @@ def test_kill_at_fifty_random_instants_of_a_smollm2_run(tmp_path):
     data = config.model_dump(mode="json")
     data["model"]["sites"] = ["resid_post.0", "resid_post.2"]
     data["buffer"]["contexts"] = 48
-    data["sae"] |= {"n_features": 256, "dead_after_tokens": 5_000}
+    data["sae"] |= {"n_features": 128, "dead_after_tokens": 2_000}
     settings = write_settings(
         tmp_path / "settings.json",
         validated(RunConfig, data, "test"),
-        tokens=8_192,
+        tokens=6_144,
         batch_tokens=256,
-        held_out_tokens=512,
-        checkpoint_every=2,
+        held_out_tokens=256,
+        checkpoint_every=1,
     )
     kills = assert_killed_runs_end_equal(tmp_path, settings, most=50, most_per_run=10)
     assert kills.anywhere == 50 and kills.inside_a_write >= 10
@@ -155,10 +165,7 @@ def test_polite_signals(tmp_path, number):
     128 + signal | everything up to the last finished step"""
     settings = write_settings(tmp_path / "settings.json", recipes.tiny(), tokens=25_600, checkpoint_every=0)
     finish(tmp_path / "whole", settings)
-    process = start(tmp_path / "cut", settings)
-    metrics = tmp_path / "cut" / "metrics.jsonl"
-    while not metrics.exists() or metrics.stat().st_size == 0:
-        assert process.poll() is None
+    process = start_command(tmp_path / "cut", settings)
     process.send_signal(number)
     said, _ = process.communicate()
     assert process.returncode == 128 + number, said
@@ -166,3 +173,30 @@ def test_polite_signals(tmp_path, number):
     assert len(list((tmp_path / "cut" / "checkpoints").glob("step_*"))) == 1
     finish(tmp_path / "cut", settings)
     assert final_bytes(tmp_path / "cut") == final_bytes(tmp_path / "whole")
+
+
+def test_an_impatient_signal(tmp_path):
+    """Ctrl-C twice | "interrupted" at once, no traceback, exit code 130 | every checkpoint before; a later resume ends
+    with the same bytes"""
+    settings = write_settings(tmp_path / "settings.json", recipes.tiny(), tokens=12_800)
+    finish(tmp_path / "whole", settings)
+    process = start_command(tmp_path / "cut", settings)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and ("interrupted" in said or "stopped after step" in said)
+    finish(tmp_path / "cut", settings)
+    assert final_bytes(tmp_path / "cut") == final_bytes(tmp_path / "whole")
+
+
+def start_command(run: Path, settings: Path) -> subprocess.Popen:
+    """`unbraid train` as a user starts it, a step or more into its training."""
+    command = [sys.executable, "-m", "unbraid", "train", str(settings), "--run", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or metrics.stat().st_size == 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.01)
+        assert process.returncode is None
+    return process
