@@ -1,6 +1,8 @@
 """What a user sees: every mistake ends in one message, a non-zero exit code and no traceback."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -129,3 +131,12 @@ def test_the_gemma_recipe_holds_the_papers_constants():
     assert (config.optimiser.lr, config.optimiser.warmup_steps, config.sae.lambda1) == (3e-4, 1000, 0.04)
     assert (config.training.batch_tokens, config.model.batch_contexts, config.text.context_length) == (2048, 24, 128)
     assert (config.buffer.contexts, config.decorrelation.fraction) == (2048, 1e-3)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_refuses_is_answered_in_one_message(capsys, monkeypatch, number):
+    def doctor(arguments):
+        raise OSError(number, os.strerror(number), "summary.json")
+
+    monkeypatch.setitem(COMMANDS, "doctor", doctor)
+    assert f"{os.strerror(number)}: 'summary.json'; free some room" in fails(capsys, "doctor")

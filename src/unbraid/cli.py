@@ -6,6 +6,7 @@ are parsed from the very models of `config`, so every setting has a flag and a h
 
 import dataclasses
 import difflib
+import errno
 import sys
 import warnings
 from collections.abc import Callable
@@ -205,3 +206,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"unbraid: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("unbraid: interrupted; whatever was checkpointed is whole", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"unbraid: {error}; free some room or write elsewhere, then go on", file=sys.stderr)
+        sys.exit(1)

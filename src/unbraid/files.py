@@ -1,12 +1,16 @@
 """Files that appear whole or not at all: written aside, synced to disk, renamed; and the checksums that prove it."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LOCK = ".lock"
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -29,6 +33,33 @@ def write_json(path: Path, data: Any) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder that others may look for: at any instant it is there whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder is absent or empty, not counting its lock and what a killed write left behind."""
+    return not folder.exists() or (
+        folder.is_dir() and all(path.name == LOCK or path.suffix == ".partial" for path in folder.iterdir())
+    )
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the operating system lets go of it however the process ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with (folder / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def checksum(path: Path) -> str:

@@ -167,7 +167,8 @@ def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
             say(f"going on after step {start:,}")
         with RunProgress(config, console, start, loggers.step) as progress:
             overlap = config.buffer.overlap == "on" or (config.buffer.overlap == "auto" and device.type == "cuda")
-            feed = Ahead(source) if overlap else source
+            refill = config.buffer.contexts // 2 // config.model.batch_contexts
+            feed = Ahead(source, refill) if overlap else source
             trained = train_saes(folder, config, feed, device, progress, stop)
         say(f"measuring on {config.training.held_out_tokens:,} held-out tokens")
         summary = _finish(folder, config, source, trained, device)
@@ -217,12 +218,14 @@ def _finish(
         rows = (batch[trainee.site].to(device, torch.float32) * trainee.scale for batch in held_out)
         metrics[trainee.name] = held_out_metrics(trainee.sae, rows, config.decorrelation.fraction)
     twins = config.twins
+    assert trained.buffer.position is not None
     seconds = trained.seconds["buffer"] + trained.seconds["training"]
     summary: dict[str, Any] = {
         "recipe": config.name,
         "steps": {"planned": config.steps, "executed": min(trainee.updates for trainee in trained.trainees)},
         "tokens": config.steps * config.training.batch_tokens,
         "held_out_tokens": sum(len(batch[0]) for batch in held_out),
+        "documents": trained.buffer.position["counts"],
         "rows": {"kept": trained.buffer.filter.kept, "dropped": trained.buffer.filter.dropped},
         "seconds": trained.seconds,
         "saes": {
@@ -289,6 +292,10 @@ def _reduction(name: str, twins: dict[str, str], metrics: dict[str, HeldOutMetri
 def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
     """What a user should know about the SAEs of a finished run, and which setting to move."""
     found: list[str] = []
+    documents = summary["documents"]
+    if documents["skipped"]:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(documents["skipped"].items()))
+        found.append(f"of {documents['seen']:,} documents some were left out: {reasons}")
     for name, metrics in summary["saes"].items():
         if not 0 < metrics["l0"] < config.sae.n_features / 2:
             move = "lower" if metrics["l0"] == 0 else "raise"

@@ -15,7 +15,7 @@ def buffer_over(source) -> ActivationBuffer:
 
 
 def test_computing_ahead_changes_no_batch():
-    plain, ahead = buffer_over(FakeSource(64)), buffer_over(Ahead(FakeSource(64)))
+    plain, ahead = buffer_over(FakeSource(64)), buffer_over(Ahead(FakeSource(64), depth=2))
     for _ in range(20):
         assert torch.equal(plain.next_batch()[0], ahead.next_batch()[0])
 
@@ -47,7 +47,7 @@ def test_an_error_is_raised_where_it_happened():
             yield from list(super().chunks(position))[:2]
             raise TextError("the stream broke")
 
-    chunks = Ahead(Broken(64)).chunks(None)
+    chunks = Ahead(Broken(64), depth=2).chunks(None)
     assert next(chunks).position == {"context": 4}
     assert next(chunks).position == {"context": 8}
     with pytest.raises(TextError, match="the stream broke"):
@@ -56,9 +56,9 @@ def test_an_error_is_raised_where_it_happened():
 
 def test_no_thread_is_left_behind():
     before = threading.active_count()
-    chunks = Ahead(FakeSource(400)).chunks(None)
+    chunks = Ahead(FakeSource(400), depth=2).chunks(None)
     next(chunks)
     chunks.close()
     assert threading.active_count() == before
-    assert len(list(Ahead(FakeSource(64)).chunks(None))) == 16
+    assert len(list(Ahead(FakeSource(64), depth=2).chunks(None))) == 16
     assert threading.active_count() == before

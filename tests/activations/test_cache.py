@@ -2,10 +2,12 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+import unbraid
 from unbraid import recipes
 from unbraid.activations import cache
 from unbraid.activations.buffer import ActivationBuffer
@@ -13,13 +15,14 @@ from unbraid.activations.cache import CachedActivations, harvest
 from unbraid.activations.live import LiveActivations
 from unbraid.config import RunConfig, validated
 from unbraid.errors import ActivationError, TextError
+from unbraid.files import held
 
 CPU = torch.device("cpu")
 
 
 def small(**settings) -> RunConfig:
     data = recipes.tiny().model_dump()
-    data["training"] |= {"tokens": 12_800, "held_out_tokens": 512}
+    data["training"] |= {"tokens": 25_600, "held_out_tokens": 512}
     for path, value in settings.items():
         group, name = path.split("__")
         data[group][name] = value
@@ -33,17 +36,41 @@ def harvested(tmp_path_factory):
     return folder
 
 
-def batches(source, config: RunConfig, number: int = 50):
+def batches(source, config: RunConfig, number: int = 100):
     planned = config.steps * config.training.batch_tokens
     buffer = ActivationBuffer(source, config.buffer, config.training.batch_tokens, config.seed, planned_rows=planned)
     return [buffer.next_batch() for _ in range(number)]
 
 
-def test_training_from_a_cache_sees_the_batches_live_training_sees(harvested):
-    live = batches(LiveActivations(small(), CPU), small())
-    cached = batches(CachedActivations(small(), harvested), small())
+def assert_same_first_hundred_batches(config: RunConfig, folder: Path) -> None:
+    live = batches(LiveActivations(config, CPU), config)
+    cached = batches(CachedActivations(config, folder), config)
+    assert len(live) == len(cached) == 100
     for live_batch, cached_batch in zip(live, cached, strict=True):
         assert all(torch.equal(first, second) for first, second in zip(live_batch, cached_batch, strict=True))
+
+
+def test_training_from_a_cache_sees_the_hundred_batches_live_training_sees(harvested):
+    assert_same_first_hundred_batches(small(), harvested)
+
+
+@pytest.mark.slow
+def test_training_from_a_cache_sees_the_hundred_batches_live_training_sees_on_smollm2(tmp_path):
+    data = recipes.demo().model_dump()
+    data["model"]["sites"] = ["resid_post.0", "resid_post.2"]
+    data["training"] |= {"tokens": 100 * 128, "batch_tokens": 128, "held_out_tokens": 256}
+    config = validated(RunConfig, data, "test")
+    harvest(config, tmp_path / "cache", CPU)
+    assert_same_first_hundred_batches(config, tmp_path / "cache")
+
+
+def test_a_run_from_a_cache_ends_with_the_bytes_of_a_live_run(harvested, tmp_path):
+    live = unbraid.train(small(), tmp_path / "live").path
+    cached = unbraid.train(small().model_copy(update={"cache": str(harvested)}), tmp_path / "cached").path
+    weights = [path.relative_to(live) for path in live.glob("saes/*/sae_weights.safetensors")]
+    assert len(weights) == 4
+    for name in (Path("metrics.jsonl"), *weights):
+        assert (live / name).read_bytes() == (cached / name).read_bytes()
 
 
 def test_held_out_chunks_are_the_live_ones(harvested):
@@ -129,16 +156,28 @@ def test_a_newer_format_is_refused_with_advice(harvested, tmp_path):
 
 
 def test_a_cache_that_ends_before_the_run_says_how_far_it_goes(harvested):
-    config = small(training__tokens=25_600)
-    with pytest.raises(TextError, match=r"the text is used up: it gave .* 5\d steps"):
-        batches(CachedActivations(config, harvested), config, 100)
+    config = small(training__tokens=51_200)
+    with pytest.raises(TextError, match=r"the text is used up: it gave .* 10\d steps"):
+        batches(CachedActivations(config, harvested), config, 200)
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("keep me")
     with pytest.raises(ActivationError, match="not empty and holds no harvest"):
         harvest(small(), tmp_path, CPU)
-    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    assert (tmp_path / "precious.txt").read_text() == "keep me"
+    assert {path.name for path in tmp_path.iterdir()} <= {"precious.txt", ".lock"}
+
+
+def test_two_harvests_into_one_folder_are_refused(tmp_path):
+    with held(tmp_path), pytest.raises(ActivationError, match="another process is harvesting"):
+        harvest(small(), tmp_path, CPU)
+
+
+def test_a_cache_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ActivationError, match="cannot write the cache"):
+        harvest(small(), tmp_path / "file" / "cache", CPU)
 
 
 def test_a_full_disk_stops_the_harvest_before_the_shard(tmp_path, monkeypatch):

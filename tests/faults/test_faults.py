@@ -5,10 +5,12 @@ kept. `docs/reliability.py` writes the table from them.
 """
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,9 +20,21 @@ from fake_source import FakeSource
 
 import unbraid
 from unbraid import recipes, run
+from unbraid.activations import live
 from unbraid.activations.buffer import ActivationBuffer
-from unbraid.config import BufferConfig, ModelConfig, OptimiserConfig, RunConfig, SAEConfig, TrainingConfig
+from unbraid.activations.cache import harvest
+from unbraid.config import (
+    BufferConfig,
+    ModelConfig,
+    OptimiserConfig,
+    RunConfig,
+    SAEConfig,
+    TrainingConfig,
+    validated,
+)
 from unbraid.errors import ActivationError, CheckpointError, TextError, TrainingError, UnbraidError
+from unbraid.text.generated import GeneratedSource
+from unbraid.text.hub import HubSource
 from unbraid.training.checkpoint import list_checkpoints, read_checkpoint
 from unbraid.training.loop import TrainingInterrupted, train_saes
 from unbraid.training.run_folder import RunFolder
@@ -227,6 +241,13 @@ def test_two_runs_in_one_folder(tmp_path):
         pass
 
 
+def test_a_start_that_was_killed(tmp_path):
+    """SIGKILL before the settings were written | nothing | nothing was begun; the same command starts anew"""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.partial").write_text("{")
+    train(tmp_path / "run")
+
+
 def test_a_buffer_restored_after_a_failure_repeats_nothing():
     """a refill that fails half-way | the error of the source | the buffer as it was before the refill"""
     source = Failing(200, fail_after=10**9, error=TextError("broken"))
@@ -241,3 +262,113 @@ def test_a_buffer_restored_after_a_failure_repeats_nothing():
     after, after_data = buffer.state()
     assert after_data == data
     assert all(torch.equal(tensors[name], after[name]) for name in tensors)
+
+
+class Stream:
+    """A streamed data set of generated documents; `before(n)` is called ahead of the n-th document read, ever."""
+
+    reads = 0
+
+    def __init__(self, before, documents: int = 400):
+        self.before, self.documents, self.place = before, documents, 0
+
+    def __iter__(self):
+        while self.place < self.documents:
+            Stream.reads += 1
+            self.before(Stream.reads)
+            self.place += 1
+            yield {"text": GENERATED.text(self.place)}
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+GENERATED = GeneratedSource(seed=3)
+
+
+def train_on_a_stream(folder: Path, monkeypatch, open_stream, **settings) -> unbraid.Run:
+    """The tiny recipe on a streamed data set, a few steps long."""
+    config = recipes.tiny()
+    text = config.text.model_copy(update={"source": "hub", "dataset": "some/where"})
+    training = config.training.model_copy(update={"tokens": 5_120, "held_out_tokens": 256})
+    config = config.model_copy(update={"text": text, "training": training})
+    hub = HubSource(text, open_stream=open_stream, pause=lambda seconds: None, **settings)
+    monkeypatch.setattr(live, "open_source", lambda _: hub)
+    return unbraid.train(config, folder)
+
+
+def results(run: unbraid.Run) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in sorted(run.path.glob("saes/*/sae_weights.safetensors"))}
+
+
+@pytest.mark.parametrize("fault", ["raises", "stalls", "ends early"])
+def test_a_stream_that_comes_back(tmp_path, monkeypatch, fault):
+    """a stream that raises, stalls or ends early, and comes back | a warning with the document it had reached and the
+    pause before the next attempt | everything: the stream goes on at that very document, the run ends with the same
+    bytes"""
+    sound = train_on_a_stream(tmp_path / "sound", monkeypatch, lambda: Stream(lambda number: None))
+    Stream.reads = 0
+    hold = threading.Event()
+
+    def before(number):
+        if number == 90:
+            if fault == "raises":
+                raise ConnectionError("reset")
+            if fault == "stalls":
+                hold.wait()
+
+    def open_stream():
+        return Stream(before, 90 if fault == "ends early" and Stream.reads == 0 else 400)
+
+    try:
+        with pytest.warns(UserWarning, match=r"cannot read document (89|90) of .*trying again in 1 s"):
+            faulty = train_on_a_stream(tmp_path / "faulty", monkeypatch, open_stream, patience=1.0, expected=400)
+    finally:
+        hold.set()
+    assert len(results(sound)) == 4 and results(sound) == results(faulty)
+
+
+def train_on_half_rubbish(folder: Path, most_skipped: float) -> unbraid.Run:
+    """The tiny recipe on a file in which every second document cannot be used."""
+    rubbish = itertools.cycle(
+        [b'{"text": ""}', b'{"text": 3}', b'{"text": "%s"}' % (b"x" * 60_000), b'{"text": "\xff"}']
+    )
+    lines = [json.dumps({"text": GENERATED.text(number)}).encode() + b"\n" + next(rubbish) for number in range(400)]
+    (folder / "text.jsonl").write_bytes(b"\n".join(lines))
+    data = recipes.tiny().model_dump()
+    data["text"] |= {"source": "files", "paths": [str(folder / "text.jsonl")], "max_document_characters": 50_000}
+    data["text"]["max_skipped_fraction"] = most_skipped
+    data["training"] |= {"tokens": 5_120, "held_out_tokens": 256}
+    return unbraid.train(validated(RunConfig, data, "test"), folder / "run")
+
+
+def test_documents_that_cannot_be_used(tmp_path):
+    """documents that are empty, too large, not text or not UTF-8 | how many of each were left out; above
+    text.max_skipped_fraction "n of the first m documents cannot be used" and the run stops | every other document"""
+    finished = train_on_half_rubbish(tmp_path, 0.6)
+    documents = finished.summary["documents"]
+    assert set(documents["skipped"]) == {"empty", "not text", "too large", "not UTF-8"}
+    assert 0 < documents["used"] <= documents["seen"] - sum(documents["skipped"].values())
+    assert "some were left out" in run.warnings_of(finished.summary, finished.config)[0]
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(TextError, match=r"documents cannot be used \(.* empty, .*raise text\.max_skipped_fraction"):
+        train_on_half_rubbish(tmp_path, 0.4)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])
+def test_a_damaged_shard(tmp_path, damage):
+    """truncated, bit-flipped or foreign shard of a cache | "shard ... is truncated, altered or foreign" before training
+    starts | nothing but the settings was written; every other shard"""
+    config = recipes.tiny()
+    config = config.model_copy(update={"training": config.training.model_copy(update={"tokens": 5_120})})
+    harvest(config, tmp_path / "cache", CPU)
+    victim, other = sorted((tmp_path / "cache").glob("*.safetensors"))
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 4
+    victim.write_bytes({"flipped": content, "truncated": content[:-5], "foreign": other.read_bytes()}[damage])
+    with pytest.raises(ActivationError, match=rf"{victim.name}' is truncated, altered or foreign"):
+        unbraid.train(config.model_copy(update={"cache": str(tmp_path / "cache")}), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -43,6 +43,24 @@ def test_a_damaged_checkpoint_is_named_and_refused(tmp_path, damage):
         read_checkpoint(path)
 
 
+def test_an_old_checkpoint_is_never_half_deleted(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, tensors(), {}, keep=2)
+    with monkeypatch.context() as killed:
+        killed.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+        write_checkpoint(tmp_path, 3, tensors(), {}, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_2", "step_3"]
+    write_checkpoint(tmp_path, 4, tensors(), {}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_3", "step_4"]
+
+
+def test_a_checkpoint_of_the_same_step_is_left_alone(tmp_path):
+    path = write_checkpoint(tmp_path, 1, tensors(), {}, keep=1)
+    before = path.stat().st_ino, (path / "manifest.json").stat().st_mtime_ns
+    assert write_checkpoint(tmp_path, 1, tensors(), {}, keep=1) == path
+    assert before == (path.stat().st_ino, (path / "manifest.json").stat().st_mtime_ns)
+
+
 def test_a_newer_format_is_refused_with_advice(tmp_path):
     path = write_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
     manifest = json.loads((path / "manifest.json").read_text())

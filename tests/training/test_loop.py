@@ -137,6 +137,13 @@ def test_lines_logged_after_the_last_checkpoint_are_written_once(tmp_path):
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
 
 
+def test_a_run_whose_log_is_gone_is_not_resumed_without_it(tmp_path):
+    train(tmp_path / "run", make_config())
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl' has 0 bytes; expected the .* before the checkpoint"):
+        train(tmp_path / "run", make_config())
+
+
 def test_a_finished_run_needs_no_text_to_be_read_again(tmp_path):
     config = make_config()
     first = train(tmp_path / "run", config)

@@ -25,10 +25,10 @@ class Ahead:
 
     Args:
         source: where chunks come from; used by one thread at a time.
-        depth: chunks computed ahead.
+        depth: chunks computed ahead, which they hold in memory; the buffer's next refill is worth having.
     """
 
-    def __init__(self, source: ChunkSource, depth: int = 2):
+    def __init__(self, source: ChunkSource, depth: int):
         self.source, self.depth = source, depth
         self.sites, self.d_model = source.sites, source.d_model
         self.context_length, self.batch_contexts = source.context_length, source.batch_contexts

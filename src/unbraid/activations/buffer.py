@@ -155,12 +155,16 @@ class ActivationBuffer:
         """Everything needed to go on exactly: (tensors, JSON data). Only unread rows are saved."""
         tensors = {f"rows.{i}": pool[self._unread] for i, pool in enumerate(self._pools)}
         tensors |= {"unread": self._unread.clone(), "generator": self._generator.get_state()}
-        return tensors, {
-            "position": self.position,
-            "exhausted": self.exhausted,
-            "handed_out": self.handed_out,
-            "filter": self.filter.state(),
-        }
+        return tensors, self.final_state() | {"exhausted": self.exhausted, "handed_out": self.handed_out}
+
+    def final_state(self) -> dict[str, Any]:
+        """What is still asked about once no row will be: how far the text was read and what was left out."""
+        return {"position": self.position, "filter": self.filter.state()}
+
+    def load_final_state(self, data: dict[str, Any]) -> None:
+        """Go on from `final_state()`."""
+        self.position = data["position"]
+        self.filter.load_state(data["filter"])
 
     def load_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         """Go on from `state()`."""
@@ -168,6 +172,6 @@ class ActivationBuffer:
         for i, pool in enumerate(self._pools):
             pool[self._unread] = tensors[f"rows.{i}"]
         self._generator.set_state(tensors["generator"])
-        self.position, self.exhausted, self.handed_out = data["position"], data["exhausted"], data["handed_out"]
-        self.filter.load_state(data["filter"])
+        self.exhausted, self.handed_out = data["exhausted"], data["handed_out"]
+        self.load_final_state(data)
         self._chunks = None

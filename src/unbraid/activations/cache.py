@@ -19,7 +19,7 @@ from unbraid.activations.live import LiveActivations
 from unbraid.activations.rows import Chunk, RowFilter, StopSignal, never
 from unbraid.config import RunConfig
 from unbraid.errors import ActivationError, TextError
-from unbraid.files import checksum, free_bytes, write_json, write_whole
+from unbraid.files import checksum, free_bytes, held, holds_nothing, write_json, write_whole
 
 FORMAT_VERSION = 1
 CHUNKS_PER_SHARD = 8
@@ -53,12 +53,35 @@ def harvest(
         The manifest.
 
     Raises:
-        ActivationError: the folder holds another harvest, or there is no room.
+        ActivationError: the folder holds another harvest, is in use, cannot be written, or there is no room.
         TextError: the text is too small for the run.
     """
-    manifest = _open_manifest(config, folder)
-    if manifest["complete"]:
-        return manifest
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with held(folder):
+            manifest = _open_manifest(config, folder)
+            return (
+                manifest if manifest["complete"] else _harvest(config, folder, manifest, device, on_rows, should_stop)
+            )
+    except BlockingIOError:
+        raise ActivationError(
+            f"another process is harvesting into {str(folder)!r}; wait for it or choose another --cache"
+        ) from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ActivationError(
+            f"cannot write the cache {str(folder)!r}: {error}; expected a writable folder with room; free some and run "
+            "the same command to go on, or choose another --cache"
+        ) from error
+
+
+def _harvest(
+    config: RunConfig,
+    folder: Path,
+    manifest: dict[str, Any],
+    device: torch.device,
+    on_rows: Callable[[str, int, int], None] | None,
+    should_stop: StopSignal,
+) -> dict[str, Any]:
     live = LiveActivations(config, device)
     manifest |= {
         "model": live.model.identity,
@@ -67,6 +90,7 @@ def harvest(
         "special_ids": sorted(live.special_ids),
         "prepends_bos": live.prepends_bos,
     }
+    write_json(folder / "manifest.json", manifest)
     limits: list[float] | None = None
     for part in PARTS:
         wanted = wanted_rows(config, part)
@@ -117,12 +141,11 @@ def _open_manifest(config: RunConfig, folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     recipe = recipe_of_activations(config)
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if not holds_nothing(folder):
             raise ActivationError(
                 f"{str(folder)!r} is not empty and holds no harvest; expected a new or empty folder; choose another "
                 "--cache"
             )
-        folder.mkdir(parents=True, exist_ok=True)
         return {
             "format_version": FORMAT_VERSION,
             "complete": False,

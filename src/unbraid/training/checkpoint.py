@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from unbraid.errors import CheckpointError
-from unbraid.files import checksum, free_bytes, sync
+from unbraid.files import checksum, discard, free_bytes, sync
 
 FORMAT_VERSION = 1
 SPARE_BYTES = 64 << 20
@@ -29,10 +29,14 @@ CheckpointTensors = dict[str, dict[str, Tensor]]
 def write_checkpoint(folder: Path, step: int, tensors: CheckpointTensors, state: dict[str, Any], keep: int) -> Path:
     """Write `folder/step_{step}` atomically, then delete all but the newest `keep` checkpoints.
 
+    A checkpoint of that step that is there already is left alone: the same step of the same run holds the same state.
+
     Raises:
         CheckpointError: the disk has too little room, or the write failed; earlier checkpoints are untouched.
     """
     final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
+    if final.exists():
+        return final
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + SPARE_BYTES
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,8 +60,6 @@ def write_checkpoint(folder: Path, step: int, tensors: CheckpointTensors, state:
         for path in partial.iterdir():
             sync(path)
         sync(partial)
-        if final.exists():
-            shutil.rmtree(final)
         partial.rename(final)
         sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
@@ -68,7 +70,7 @@ def write_checkpoint(folder: Path, step: int, tensors: CheckpointTensors, state:
             "make the folder writable or free some room, then run `unbraid resume` on this run"
         ) from error
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
     return final
 
 

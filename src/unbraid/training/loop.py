@@ -26,9 +26,6 @@ from unbraid.training.optimiser import SAEOptimiser
 from unbraid.training.run_folder import JsonLines, RunFolder
 from unbraid.training.schedules import learning_rate, warm_up
 
-KEEP_ALL = 2**62
-"""Timing is appended to, never cut back: a resumed run's seconds were spent all the same."""
-
 
 class TrainingInterrupted(UnbraidError):
     """The run was asked to stop; a checkpoint was written and the run can be resumed.
@@ -148,7 +145,7 @@ def train_saes(
             raise TrainingInterrupted("stopped before the first step; nothing to save yet") from None
         trainees, done, offset = _start(config, buffer, device), 0, 0
         seconds = {"buffer": 0.0, "training": 0.0}
-    with JsonLines(folder.metrics, offset) as metrics, JsonLines(folder.timing, KEEP_ALL) as timing:
+    with JsonLines(folder.metrics, offset) as metrics, JsonLines(folder.timing) as timing:
         for step in range(done, config.steps):
             try:
                 if should_stop():
@@ -195,7 +192,7 @@ def _save(
     metrics: JsonLines,
 ) -> None:
     """A checkpoint after `step` steps; the last one leaves out the buffer, which nothing will read again."""
-    tensors, buffer_data = buffer.state() if step < config.steps else ({}, {"filter": buffer.filter.state()})
+    tensors, buffer_data = buffer.state() if step < config.steps else ({}, buffer.final_state())
     state = {
         "step": step,
         "metrics_offset": metrics.sync(),
@@ -332,7 +329,7 @@ def _restore(
     if done < config.steps:
         buffer.load_state(tensors["buffer"], state["buffer"])
     else:
-        buffer.filter.load_state(state["buffer"]["filter"])
+        buffer.load_final_state(state["buffer"])
     trainees: list[Trainee] = []
     for index, site in enumerate(config.sites):
         for variant in config.variants:

@@ -9,17 +9,16 @@ figures/, report/          drawn from the files above
 summary.json               held-out metrics of every SAE; present once the run is complete
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from unbraid.config import RunConfig, load_config
 from unbraid.errors import TrainingError
-from unbraid.files import write_json
+from unbraid.files import held, holds_nothing, write_json
 
 
 class RunFolder:
@@ -48,7 +47,7 @@ class RunFolder:
         """
         path = Path(path)
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if not holds_nothing(path):
                 raise TrainingError(
                     f"run folder {str(path)!r} exists already; expected a new or empty folder; choose another --run, "
                     "or go on "
@@ -117,10 +116,10 @@ class RunFolder:
         Raises:
             TrainingError: another process trains in it.
         """
-        with (self.path / ".lock").open("w") as file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                stack.enter_context(held(self.path))
+            except BlockingIOError:
                 raise TrainingError(
                     f"another process is training in {str(self.path)!r}; wait for it or choose another run folder"
                 ) from None
@@ -128,11 +127,26 @@ class RunFolder:
 
 
 class JsonLines:
-    """An append-only log that can be cut back to where a checkpoint stood. Use as a context manager."""
+    """An append-only log that can be cut back to where a checkpoint stood. Use as a context manager.
 
-    def __init__(self, path: Path, offset: int = 0):
-        if path.exists():
-            os.truncate(path, min(offset, path.stat().st_size))
+    Args:
+        path: the file.
+        offset: bytes to keep of what is there; none keeps all.
+
+    Raises:
+        TrainingError: lines that a checkpoint counts on are gone.
+    """
+
+    def __init__(self, path: Path, offset: int | None = None):
+        if offset is not None:
+            size = path.stat().st_size if path.exists() else 0
+            if size < offset:
+                raise TrainingError(
+                    f"{str(path)!r} has {size:,} bytes; expected the {offset:,} logged before the checkpoint; "
+                    "restore the file, or train again into a new run folder"
+                )
+            if size > offset:
+                os.truncate(path, offset)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
