@@ -365,7 +365,7 @@ def test_a_damaged_shard(tmp_path, damage):
     config = recipes.tiny()
     config = config.model_copy(update={"training": config.training.model_copy(update={"tokens": 5_120})})
     harvest(config, tmp_path / "cache", CPU)
-    victim, other = sorted((tmp_path / "cache").glob("*.safetensors"))
+    victim, other, *_ = sorted((tmp_path / "cache").glob("*.safetensors"))
     content = bytearray(victim.read_bytes())
     content[-5] ^= 4
     victim.write_bytes({"flipped": content, "truncated": content[:-5], "foreign": other.read_bytes()}[damage])
