@@ -11,6 +11,7 @@ quartiles, CPU time beside wall time.
 """
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -91,6 +92,7 @@ def peak_mib(call: Callable[[], Any], device: str) -> float | None:
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     if sys.platform != "linux":
         return None
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_mib("VmRSS")
     call()
@@ -329,7 +331,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
         for row, (quantity, what, unit) in enumerate((("wall_ms", "time", "ms a call"), ("peak_mib", "memory", "MiB"))):
             axis, slopes = axes[row][column], found["exponents"][f"{what} in {letter}"]
             for (name, points), marker in zip(found[key].items(), "os^Dv", strict=False):
-                known = {int(size): point[quantity] for size, point in points.items() if point[quantity]}
+                known = {
+                    int(size): max(point[quantity], 1.0)
+                    for size, point in points.items()
+                    if point[quantity] is not None
+                }
                 label = f"{name}: {letter}^{slopes[name]:.2f}" if name in slopes else name
                 style = "--" if name == "SAE step" else "-"
                 axis.plot(list(known), list(known.values()), style, marker=marker, label=label)
