@@ -47,6 +47,12 @@ def fails(capsys, *arguments: str) -> str:
         (["resume", "nowhere"], "holds no run"),
         (["figure", "nowhere"], "nowhere"),
         (["harvest", "tiny"], "--cache DIR"),
+        (["train", "tiny", "--seed", "-1"], "greater than"),
+        (["eval", "nowhere"], "nothing to evaluate"),
+        (["eval", "nowhere", "--suite", "core,corr"], "there is no suite 'corr'; expected some of core,correlation,"),
+        (["eval", "nowhere", "--tokens", "0"], "greater than"),
+        (["eval", ".", "--world", "huge"], "no world named 'huge'; expected one of unit"),
+        (["synth", "huge"], "no world named 'huge'; expected one of unit"),
     ],
 )
 def test_a_mistake_is_answered_in_one_message(capsys, tmp_path, monkeypatch, arguments, expected):

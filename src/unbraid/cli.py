@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import ValidationError
 from rich.console import Console
 
 from unbraid.config import EvaluationConfig, RunConfig, SynthConfig, load_config, validated
+from unbraid.config.checks import complaints
 from unbraid.errors import ConfigError, UnbraidError
 from unbraid.recipes import RECIPES
 from unbraid.reporting.commands import compare, dashboard, export
@@ -106,23 +108,15 @@ def figure(arguments: list[str]) -> None:
 class _Evaluate:
     path: tyro.conf.Positional[Path]
     """A run folder, or an SAE folder in any known layout."""
-    config: Annotated[EvaluationConfig, tyro.conf.arg(name="")]
-    suite: str | None = None
-    """Suites to run, separated by commas; all that apply by default."""
+    config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EvaluationConfig)
 
 
 def evaluate(arguments: list[str]) -> None:
     """eval DIR|SAE_DIR [--suite core,geometry,...]: measure SAEs beside their controls into evaluation.json."""
-    options = tyro.cli(
-        _Evaluate, default=_Evaluate(tyro.MISSING, EvaluationConfig()), args=arguments, prog="unbraid eval"
-    )
-    config = options.config
-    if options.suite is not None:
-        suites = [name.strip() for name in options.suite.split(",")]
-        config = validated(EvaluationConfig, config.model_dump() | {"suites": suites}, "eval --suite")
+    options = tyro.cli(_Evaluate, args=arguments, prog="unbraid eval")
     from unbraid.evaluation.suites import run_suites
 
-    run_suites(options.path, config, console=console)
+    run_suites(options.path, options.config, console=console)
 
 
 @dataclasses.dataclass
@@ -200,7 +194,10 @@ def main(arguments: list[str] | None = None) -> None:
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
             raise ConfigError(f"no command {name!r}; {hint}")
-        COMMANDS[name](rest)
+        try:
+            COMMANDS[name](rest)
+        except ValidationError as error:
+            raise ConfigError(f"{name}: {complaints(error, [])}") from error
     except UnbraidError as error:
         if debug:
             raise

@@ -93,6 +93,29 @@ class Model:
     def activations(self, tokens):
         return [torch.nn.functional.one_hot(tokens, len(self.tokenizer)).float()]
 
+    def logits(self, tokens):
+        """Names the first letter of the word it was asked about, right before the suffix."""
+        letter = torch.zeros_like(tokens)
+        for row, ids in enumerate(tokens.tolist()):
+            for at in range(1, len(ids)):
+                word = self.tokenizer.decode([ids[at - 1]])
+                letter[row, at] = ord(word[0]) - ord("a") if word in Tokenizer.words else 0
+        first_answer = len(Tokenizer.words) + Tokenizer.extra.index(" A")
+        return torch.nn.functional.one_hot(first_answer + letter, len(self.tokenizer)).float()
+
+
+class Illiterate(Model):
+    identity = {"name": "illiterate toy"}  # noqa: RUF012
+
+    def logits(self, tokens):
+        return torch.randn(*tokens.shape, len(self.tokenizer), generator=generator(0, "noise"))
+
+
+def test_a_model_that_names_the_wrong_letters_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(Illiterate, "activations", lambda self, tokens: pytest.fail("was read"))
+    with pytest.raises(EvaluationError, match=r"names \d% rightly; absorption needs 50%"):
+        read_spelling(Illiterate(), SpellingConfig(train=4, test=2, asked=2))
+
 
 def test_prompts_end_at_the_word_and_hold_solved_examples(tmp_path, monkeypatch):
     monkeypatch.setenv("UNBRAID_CACHE", str(tmp_path))
@@ -100,6 +123,7 @@ def test_prompts_end_at_the_word_and_hold_solved_examples(tmp_path, monkeypatch)
     model = Model()
     monkeypatch.setattr(Model, "activations", lambda self, t: seen.append(t) or [torch.zeros(*t.shape, 2)])
     spelling = read_spelling(model, SpellingConfig(train=4, test=2, examples=3))
+    assert spelling.accuracy == 1.0
     assert spelling.is_test.sum() == 52 and len(spelling.letters) == 156
     row = seen[0][0].tolist()
     text = "".join(model.tokenizer.decode([token]) for token in row)

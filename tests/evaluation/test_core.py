@@ -110,7 +110,7 @@ def test_splicing_the_identity_loses_nothing_and_zeroing_everything_loses_all():
         def decode(self, f):
             return f * 0
 
-    scores = preservation(model, None, {"same": Identity(), "zero": Zero()}, [tokens], lambda t, x: t > 0)
+    scores = preservation(model, {None: {"same": Identity(), "zero": Zero()}}, [(tokens, tokens > 0)])
     for name, score in (("same", 1.0), ("zero", 0.0)):
         assert scores[name]["model_behavior_preservation"]["kl_div_score"] == pytest.approx(score, abs=1e-6)
         assert scores[name]["model_performance_preservation"]["ce_loss_score"] == pytest.approx(score, abs=1e-6)
@@ -131,7 +131,7 @@ def test_special_positions_keep_their_activations_when_spliced():
 
             return super().logits(tokens, site, None if replace is None else spy)
 
-    preservation(Recorder(), None, {"sae": some_sae(offset=0.0)}, [tokens], lambda t, x: t > 0)
+    preservation(Recorder(), {None: {"sae": some_sae(offset=0.0)}}, [(tokens, tokens > 0)])
     spliced = [(x, y) for x, y in seen if y.any()]
     assert len(spliced) == 4
     for x, y in spliced:

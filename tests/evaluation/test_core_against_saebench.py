@@ -32,7 +32,7 @@ def sae_named(name: str) -> LinearSAE:
     return LinearSAE(*weights, k=BENCH["k"] if name == "topk" else None)
 
 
-def keep(tokens, x=None):
+def keep(tokens):
     return ~torch.isin(tokens, torch.tensor(BENCH["special"]))
 
 
@@ -49,7 +49,8 @@ class TailOnly:
 def test_core_keys_equal_saebench(name):
     sae, expected = sae_named(name), BENCH["results"][name]["metrics"]
     core = core_metrics(sae, [(TENSORS["x"], keep(TENSORS["tokens"]))], group_contexts=BENCH["batch_contexts"])
-    spliced = preservation(TailOnly(), None, {"sae": sae}, TENSORS["tokens"].split(5), keep)["sae"]
+    contexts = ((tokens, keep(tokens)) for tokens in TENSORS["tokens"].split(5))
+    spliced = preservation(TailOnly(), {None: {"sae": sae}}, contexts)["sae"]
     assert set(expected) <= set(core.categories) | set(spliced)
     for category, metrics in expected.items():
         ours = {**core.categories.get(category, {}), **spliced.get(category, {})}

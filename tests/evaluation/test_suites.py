@@ -1,15 +1,19 @@
 """A finished run and a bare SAE folder are evaluated end to end; what does not apply is skipped with its reason."""
 
+import io
 import json
+import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
 from unbraid import formats
 from unbraid.config import EvaluationConfig, ProbingConfig, SynthConfig
 from unbraid.errors import EvaluationError, FormatError, TrainingError
 from unbraid.evaluation.suites import run_suites
 from unbraid.evaluation.synth import run_synth
+from unbraid.formats.export import export
 from unbraid.synthetic import build_world
 from unbraid.synthetic.learning import train_on_world
 
@@ -39,14 +43,19 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def test_a_run_is_evaluated_with_every_suite_that_applies_and_controls_beside(run_path, tmp_path):
-    report = run_suites(run_path, QUICK, out=tmp_path)
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(report))
+    shown = io.StringIO()
+    report = run_suites(run_path, QUICK, out=tmp_path, console=Console(file=shown, width=80))
+    assert all(f"{suite}: " in shown.getvalue() for suite in ("core", "correlation", "geometry", "probing"))
+    assert "resid_post.0_decorrelated " in shown.getvalue() and "…" not in shown.getvalue()
+    assert json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail) == report
     assert set(report["saes"]) == {
         f"resid_post.{layer}_{name}" for layer in (0, 1) for name in ("decorrelated", "twin")
     }
     assert set(report["controls"]) == {
         f"resid_post.{layer}: {name}" for layer in (0, 1) for name in ("random", "permuted", "pca")
     }
+    for control in report["controls"].values():
+        assert {"site", "core"} <= set(control)
     for name, sae in report["saes"].items():
         assert set(sae) == {"site", "core", "correlation", "geometry", "probing"}
         assert set(sae["core"]) == {
@@ -75,12 +84,45 @@ def test_the_summary_of_the_run_and_the_evaluation_agree(run_path, tmp_path):
         assert sae["core"]["reconstruction_quality"]["r2"] == pytest.approx(summary["saes"][name]["r2"], abs=1e-3)
 
 
+def test_one_sae_of_a_run_is_evaluated_as_the_run_evaluates_it(run_path, tmp_path):
+    quick = QUICK.model_copy(update={"suites": ["core"]})
+    together = run_suites(run_path, quick, out=tmp_path)
+    alone = run_suites(run_path / "saes" / "resid_post.1_decorrelated", quick, out=tmp_path)
+    assert list(alone["saes"]) == ["resid_post.1_decorrelated"] and not alone["skipped"]
+    assert set(alone["controls"]) == {f"resid_post.1: {name}" for name in ("random", "permuted", "pca")}
+    for kind in ("saes", "controls"):
+        for name, judged in alone[kind].items():
+            assert judged == together[kind][name], name
+
+
 def test_an_sae_folder_is_evaluated_at_the_model_and_site_it_names(run_path, tmp_path):
+    (folder,) = export(run_path / "saes" / "resid_post.1_twin", "dictionary_learning", tmp_path)
     text = {"source": "generated", "context_length": 32}
-    quick = EvaluationConfig.model_validate(QUICK.model_dump() | {"suites": ["core", "geometry"], "text": text})
-    report = run_suites(run_path / "saes" / "resid_post.1_twin", quick, out=tmp_path)
+    suites = ["core", "geometry"]
+    quick = EvaluationConfig.model_validate(QUICK.model_dump() | {"suites": suites, "text": text})
+    report = run_suites(folder, quick)
     assert list(report["saes"]) == ["resid_post.1_twin"] and report["model"] == "random:llama"
     assert report["saes"]["resid_post.1_twin"]["site"] == "resid_post.1" and not report["skipped"]
+
+
+def test_without_held_out_text_the_suites_that_need_it_are_skipped_with_the_reason(run_path, tmp_path):
+    run = shutil.copytree(run_path, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())
+    settings["text"]["held_out_fraction"] = 0.0
+    (run / "config.json").write_text(json.dumps(settings))
+    quick = QUICK.model_copy(update={"suites": ["core", "correlation", "geometry"]})
+    report = run_suites(run, quick)
+    assert set(report["skipped"]) == {"core", "correlation"}
+    assert "held_out_fraction = 0.0" in report["skipped"]["core"]
+    assert all("geometry" in sae for sae in report["saes"].values())
+    assert "geometry" in report["controls"]["resid_post.0: random"]
+
+
+def test_directions_alone_are_judged_beside_random_ones_without_a_model(run_path, tmp_path):
+    quick = QUICK.model_copy(update={"suites": ["geometry"]})
+    report = run_suites(run_path, quick, out=tmp_path)
+    assert set(report["controls"]) == {"resid_post.0: random", "resid_post.1: random"}
+    assert set(report["seconds"]) == {"controls", "geometry"}
 
 
 def test_an_sae_of_a_world_is_judged_by_its_truth_and_needs_no_model(tmp_path):
@@ -97,6 +139,8 @@ def test_an_sae_of_a_world_is_judged_by_its_truth_and_needs_no_model(tmp_path):
     quick = QUICK.model_copy(update={"world": "unit", "meta_steps": 5})
     report = run_suites(tmp_path / "sae", quick)
     assert report["saes"]["sae"]["ground-truth"]["mcc"] > 0.4
+    assert set(report["controls"]) == {"sae: random", "sae: permuted", "sae: pca"}
+    assert all("ground-truth" in control for control in report["controls"].values())
     assert set(report["skipped"]) == {"core", "correlation", "probing", "absorption"}
     assert "does not say which model" in report["skipped"]["core"]
 

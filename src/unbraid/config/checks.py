@@ -21,14 +21,18 @@ def validated(model: type[ModelT], data: Any, where: str) -> ModelT:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        complaints = [_complaint(model, item) for item in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(complaints)) from None
+        raise ConfigError(f"{where}: {complaints(error, setting_paths(model))}") from None
 
 
-def _complaint(model: type[BaseModel], item: Any) -> str:
+def complaints(error: ValidationError, known: list[str]) -> str:
+    """What pydantic complains of, in one line; `known` settings are what an unknown one may have meant."""
+    return "; ".join(_complaint(item, known) for item in error.errors())
+
+
+def _complaint(item: Any, known: list[str]) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown setting {path!r}{suggestion(path, setting_paths(model))}"
+        return f"unknown setting {path!r}{suggestion(path, known)}"
     return f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 

@@ -1,8 +1,10 @@
 """The settings of what is measured: `unbraid eval`, synthetic worlds and `unbraid synth`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from pydantic import Field, model_validator
+from tyro.constructors import PrimitiveConstructorSpec
 
 from unbraid.config.checks import Section
 from unbraid.config.run import Architecture, DecorrelationConfig, TextConfig
@@ -67,6 +69,28 @@ class WorldConfig(Section):
 
 
 Suite = Literal["core", "correlation", "geometry", "probing", "absorption", "ground-truth"]
+SUITES: list[Suite] = ["core", "correlation", "geometry", "probing", "absorption", "ground-truth"]
+
+
+def _read_suites(text: str) -> list[Suite]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in SUITES:
+            raise ConfigError(f"there is no suite {name!r}; expected some of {','.join(SUITES)}")
+    return [suite for suite in SUITES if suite in names]
+
+
+Suites = Annotated[
+    list[Suite],
+    tyro.conf.arg(name="suite"),
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SUITE,...",
+        instance_from_str=lambda words: _read_suites(words[0]),
+        is_instance=lambda value: isinstance(value, list),
+        str_from_instance=lambda value: [",".join(value)],
+    ),
+]
 
 
 class ProbingConfig(Section):
@@ -104,13 +128,15 @@ class SpellingConfig(Section):
     """Held-out words a letter."""
     examples: int = Field(default=5, ge=1)
     """Solved examples before each word."""
+    asked: int = Field(default=4, ge=1)
+    """Held-out words a letter whose first letter the model must name, to see whether it can spell at all."""
 
 
 class EvaluationConfig(Section):
     """What `unbraid eval` measures, and on how much."""
 
-    suites: list[Suite] = ["core", "correlation", "geometry", "probing", "absorption", "ground-truth"]
-    """Those that do not apply are skipped with the reason."""
+    suites: Suites = SUITES
+    """What to run, separated by commas; suites that do not apply are skipped with the reason."""
     tokens: int = Field(default=16_384, ge=1)
     """Held-out tokens for core and correlation, in whole contexts."""
     splice_contexts: int = Field(default=8, ge=1)

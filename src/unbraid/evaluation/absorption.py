@@ -2,8 +2,8 @@
 
 A model that can spell holds the first letter of a word at the word's token. Where a probe reads the letter but the
 SAE's letter features stay silent, and another feature aligned with the probe carries it ("short" instead of "starts
-with S"), the letter has been absorbed. Without a model that can spell there is nothing to measure: with fewer than 20
-readable letters the evaluation refuses, as SAEBench does.
+with S"), the letter has been absorbed. Without a model that can spell there is nothing to measure: a model that names
+fewer than half of the letters when asked is refused, and so is a site where fewer than 20 can be read, as in SAEBench.
 
 What differs from SAEBench is size and speed, not the formula: a few dozen words a letter instead of the whole
 vocabulary, the prompt ends at the word (nothing after it can matter to a causal model), and codes are taken times the
@@ -11,7 +11,7 @@ norm of their decoder rows, so a folded decoder gives the same numbers.
 """
 
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,13 @@ from unbraid.errors import EvaluationError
 from unbraid.evaluation.faces import Autoencoder, decoder_rows
 from unbraid.evaluation.intervals import mean_interval
 from unbraid.evaluation.probes import Probe, f1_score, fit_probe
-from unbraid.evaluation.prompts import cached_activations
+from unbraid.evaluation.prompts import cached_activations, prompt_batches
 from unbraid.randomness import generator
 
 SUFFIX = " has the first letter:"
+LEAST_ACCURACY = 0.5
 LEAST_PROBE_F1, LEAST_LETTERS = 0.6, 20
+ASKED_AT_ONCE = 4
 LARGEST_K, F1_JUMP = 10, 0.03
 L1_DECAY, L1_STEPS, L1_LR, L1_END_LR = 0.01, 300, 0.01, 1e-5
 FULL_COSINE, FRACTION_COSINE, PROPORTION, MOST_ABSORBERS = 0.025, 0.1, 0.4, 3
@@ -43,15 +45,32 @@ class Spelling:
         activations: `[words, D]`, one tensor a site.
         letters: `[words]`, 0 for a to 25 for z.
         is_test: `[words]`.
+        accuracy: share of the words asked about whose first letter the model named.
     """
 
     activations: list[Tensor]
     letters: np.ndarray
     is_test: np.ndarray
+    accuracy: float = 1.0
 
 
-def read_spelling(model: Any, settings: SpellingConfig, seed: int = 0) -> Spelling:
-    """Ask `model` for the first letter of words that are one token of its vocabulary, and read it at the word."""
+def read_spelling(
+    model: Any,
+    settings: SpellingConfig,
+    seed: int = 0,
+    on_prompts: Callable[[int, int], None] = lambda done, total: None,
+) -> Spelling:
+    """Ask `model` for the first letter of words that are one token of its vocabulary, and read it at the word.
+
+    Args:
+        model: a language model with `tokenizer`, `sites`, `activations` and `logits`.
+        settings: how many words.
+        seed: of the choice of words and examples.
+        on_prompts: called with the number of prompts done and their total.
+
+    Raises:
+        EvaluationError: the vocabulary lacks words, or the model cannot spell them.
+    """
     words = _words_by_letter(model.tokenizer)
     chance = generator(seed, "spelling")
     chosen: list[tuple[int, int, bool]] = []
@@ -68,7 +87,39 @@ def read_spelling(model: Any, settings: SpellingConfig, seed: int = 0) -> Spelli
         examples = [practice[i] for i in picks if practice[i][0] != token][: settings.examples]
         prompts.append(encode.prompt(examples, token))
     letters = np.array([letter for _, letter, _ in chosen])
-    return Spelling(cached_activations(model, prompts), letters, np.array([is_test for _, _, is_test in chosen]))
+    is_test = np.array([is_test for _, _, is_test in chosen])
+    asked = _first_of_each(letters, is_test, settings.asked)
+    total = len(asked) + len(prompts)
+    accuracy = _accuracy(
+        model, [prompts[i] + encode.suffix for i in asked], letters[asked], encode, lambda done: on_prompts(done, total)
+    )
+    if accuracy < LEAST_ACCURACY:
+        raise EvaluationError(
+            f"the model cannot spell: asked for the first letter of {len(asked)} words it names {accuracy:.0%} "
+            f"rightly; absorption needs {LEAST_ACCURACY:.0%}; use a larger model"
+        )
+    activations = cached_activations(model, prompts, lambda done: on_prompts(len(asked) + done, total))
+    on_prompts(total, total)
+    return Spelling(activations, letters, is_test, accuracy)
+
+
+def _first_of_each(letters: np.ndarray, is_test: np.ndarray, n: int) -> np.ndarray:
+    """Places of the first `n` held-out words of every letter."""
+    return np.concatenate([np.flatnonzero(is_test & (letters == letter))[:n] for letter in range(26)])
+
+
+def _accuracy(
+    model: Any, prompts: list[list[int]], letters: np.ndarray, encode: "_Encoder", on_prompts: Callable[[int], None]
+) -> float:
+    """How often the right one of the 26 answers has the highest logit."""
+    answers = torch.tensor([ids[0] for ids in encode.answers])
+    right = done = 0
+    for batch, tokens_CT, last_C in prompt_batches(prompts, ASKED_AT_ONCE):
+        logits_CV = model.logits(tokens_CT)[torch.arange(len(batch)), last_C].cpu()
+        right += int((logits_CV[:, answers].argmax(1) == torch.from_numpy(letters[batch])).sum())
+        done += len(batch)
+        on_prompts(done)
+    return right / len(prompts)
 
 
 class _Encoder:
@@ -112,6 +163,7 @@ class Letters:
 
     def __init__(self, spelling: Spelling, site: int):
         self.x, self.letters, self.is_test = spelling.activations[site], spelling.letters, spelling.is_test
+        self.spelling_accuracy = spelling.accuracy
         x = self.x.numpy()
         self.probes: list[Probe] = []
         self.f1: list[float] = []
@@ -133,7 +185,8 @@ def absorption_scores(letters: Letters, sae: Autoencoder, seed: int = 0) -> dict
 
     Returns:
         `mean`: mean_absorption_fraction_score, mean_full_absorption_score, mean_num_split_features, their std_dev_*
-        over letters and the 95 % interval of the first two; `letters`: the same by letter, with the probe's F1.
+        over letters and the 95 % interval of the first two; `letters`: the same by letter, with the probe's F1;
+        `spelling_accuracy`: how often the model names the letter when asked.
     """
     W_dec = decoder_rows(sae)
     with torch.no_grad():
@@ -164,7 +217,7 @@ def absorption_scores(letters: Letters, sae: Autoencoder, seed: int = 0) -> dict
                     "probe_f1": letters.f1[letter],
                 }
             )
-    return {"mean": _means(details, seed), "letters": details}
+    return {"mean": _means(details, seed), "letters": details, "spelling_accuracy": letters.spelling_accuracy}
 
 
 def _means(details: list[Mapping[str, Any]], seed: int) -> dict[str, Any]:

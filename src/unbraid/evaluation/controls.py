@@ -63,6 +63,19 @@ class PermutedDecoder:
         return f @ self.W_dec + self.b_dec
 
 
+def controls_of(
+    sae: Autoencoder, x_BD: Float[Tensor, "B D"], generator: torch.Generator
+) -> dict[str, LinearSAE | PermutedDecoder]:
+    """The controls of `sae` by name, as sparse as it is on the activations `x_BD` they are fitted to."""
+    with torch.no_grad():
+        l0 = float((sae.encode(x_BD) != 0).sum(-1).double().mean())
+    return {
+        "random": random_control(sae, x_BD, l0, generator),
+        "permuted": permuted_control(sae, generator),
+        "pca": pca_control(x_BD, l0),
+    }
+
+
 def random_control(sae: object, x_BD: Float[Tensor, "B D"], l0: float, generator: torch.Generator) -> LinearSAE:
     """A random SAE of the width of `sae`: unit decoder rows, tied encoder, the `round(l0)` largest features a token."""
     W_dec = decoder_rows(sae)

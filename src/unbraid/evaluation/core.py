@@ -11,7 +11,7 @@ kept under a `saebench_` name and the right one stands beside it:
 * `mse`: mean ||r||^2 per token. `saebench_mse` is divided once more by the tokens of the group.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,13 +81,22 @@ def core_metrics(
 
 
 class CoreMeter:
-    """`core_metrics` batch by batch, for several SAEs that share one stream of activations."""
+    """`core_metrics` batch by batch, for several SAEs that share one stream of activations.
+
+    Args:
+        sae, group_contexts, tokens_at_once: as for `core_metrics`.
+        on_codes: called with the codes `[tokens, N]` of the tokens that count, in order, so that nothing encodes twice.
+    """
 
     def __init__(
-        self, sae: Autoencoder, group_contexts: int = GROUP_CONTEXTS, tokens_at_once: int = TOKENS_AT_ONCE
+        self,
+        sae: Autoencoder,
+        group_contexts: int = GROUP_CONTEXTS,
+        tokens_at_once: int = TOKENS_AT_ONCE,
+        on_codes: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.sae, self.group_contexts, self.tokens_at_once = sae, group_contexts, tokens_at_once
-        self._sums = _Sums()
+        self._sums = _Sums(on_codes)
         self._held: list[tuple[Tensor, Tensor]] = []
         self._n_held = 0
 
@@ -133,7 +142,8 @@ class CoreMeter:
 class _Sums:
     """Float64 totals over all groups so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_codes: Callable[[Tensor], None] | None) -> None:
+        self.on_codes = on_codes
         self.kept = self.tokens = self.groups = 0
         self.explained = ExplainedVariance()
         self.totals: dict[str, float] = {}
@@ -157,7 +167,10 @@ class _Sums:
             f_CTN = sae.encode(part)
             x_hat_CTD = sae.decode(f_CTN)
             self._count_firings(f_CTN, keep)
-            for name, value in self._add_rows(part[keep], f_CTN[keep], x_hat_CTD[keep], mean_D).items():
+            f_BN = f_CTN[keep]
+            if self.on_codes is not None:
+                self.on_codes(f_BN)
+            for name, value in self._add_rows(part[keep], f_BN, x_hat_CTD[keep], mean_D).items():
                 group[name] += value
         n = len(kept_BD)
         self.kept += n

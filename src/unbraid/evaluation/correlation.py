@@ -103,7 +103,7 @@ def evaluate_correlation(
         fraction: share of live pairs that counts as the top.
         block_tokens: tokens the bootstrap never separates: a context.
         window_tokens: the statistics are also taken per window of this many tokens, as training sees them.
-        replicates: bootstrap samples behind each interval.
+        replicates: bootstrap samples behind each interval; 0 leaves the intervals out.
         seed: of the bootstrap.
 
     Returns:
@@ -118,29 +118,47 @@ def evaluate_correlation(
     n_groups = min(GROUPS, blocks)
     group_of_row = (np.arange(own.shape[0]) // block_tokens) * n_groups // blocks
     draws = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=replicates)
-    report = {name: _statistics(own, view, fraction) for name, view in VIEWS.items()}
-    samples = _samples(own, report, group_of_row, draws, fraction)
+    views = _distinct_views([own] if other is None else [own, other])
+    report = {name: _statistics(own, view, fraction) for name, view in views.items()}
+    samples = _samples(own, report, views, group_of_row, draws, fraction)
     for name, sample in samples.items():
         for key, values in sample.items():
             report[name][f"{key}_interval"] = _around(report[name][key], values)
     report["windows"] = _over_windows(own, window_tokens, fraction, seed)
     if other is not None:
-        against = {name: _statistics(other, view, fraction) for name, view in VIEWS.items()}
-        paired = _samples(other, against, group_of_row, draws, fraction)
+        against = {name: _statistics(other, view, fraction) for name, view in views.items()}
+        paired = _samples(other, against, views, group_of_row, draws, fraction)
         report["reduction"] = {
-            name: _reduction(report[name], against[name], samples[name], paired[name]) for name in VIEWS
+            name: _reduction(report[name], against[name], samples[name], paired[name]) for name in views
         }
+    for table in (report, report.get("reduction", {})):
+        if table:
+            table.setdefault("cosine_supported", table["cosine"])
     return report
 
 
+def _distinct_views(all_codes: list[Any]) -> dict[str, View]:
+    """Without the last one where every feature that fires does so often enough, so that it is the first again."""
+    for codes in all_codes:
+        support = np.bincount(codes.indices)
+        if ((support > 0) & (support < WELL_SUPPORTED)).any():
+            return VIEWS
+    return {name: view for name, view in VIEWS.items() if name != "cosine_supported"}
+
+
 def _samples(
-    codes: Any, estimates: dict[str, dict[str, Any]], group_of_row: np.ndarray, draws: np.ndarray, fraction: float
+    codes: Any,
+    estimates: dict[str, dict[str, Any]],
+    views: dict[str, View],
+    group_of_row: np.ndarray,
+    draws: np.ndarray,
+    fraction: float,
 ) -> dict[str, dict[str, np.ndarray]]:
-    if draws.shape[1] < 2:
-        return {name: {} for name in VIEWS}
-    floors = [FLOOR * min(estimates[name]["q99"], estimates[name]["top"]) for name in VIEWS]
-    samples = resampled(codes, group_of_row, draws, list(VIEWS.values()), floors, fraction, QUANTILES)
-    return dict(zip(VIEWS, samples, strict=True))
+    if min(draws.shape) < 2:
+        return {name: {} for name in views}
+    floors = [FLOOR * min(estimates[name]["q99"], estimates[name]["top"]) for name in views]
+    samples = resampled(codes, group_of_row, draws, list(views.values()), floors, fraction, QUANTILES)
+    return dict(zip(views, samples, strict=True))
 
 
 def _statistics(codes: Any, view: View, fraction: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.correlation import correlation_summary
+from unbraid.evaluation.explained import ExplainedVariance
 from unbraid.sae import Codes
 
 ROWS_AT_ONCE = 2048
@@ -61,29 +62,26 @@ def held_out_metrics(sae: Any, batches: Iterable[Tensor], fraction: float) -> He
     Raises:
         EvaluationError: there are no rows.
     """
-    tokens, active, total, error, square = 0, 0.0, 0.0, 0.0, 0.0
-    sum_D: Tensor | None = None
+    active, total, explained = 0.0, 0.0, ExplainedVariance()
     codes: list[Codes] = []
     fired_N = torch.zeros(sae.n_features, dtype=torch.double)
     for batch in batches:
         for x_BD in batch.split(ROWS_AT_ONCE):
             f_BN = sae.encode(x_BD)
-            tokens += len(x_BD)
+            explained.add(x_BD, sae.decode(f_BN))
             active += float((f_BN != 0).double().sum())
             total += float(f_BN.double().sum())
-            error += float((x_BD - sae.decode(f_BN)).double().square().sum())
-            square += float(x_BD.double().square().sum())
-            sum_D = x_BD.double().sum(0) + (0 if sum_D is None else sum_D)
             fired_N += (f_BN != 0).double().sum(0).cpu()
             codes.append(Codes.from_dense(f_BN.cpu()))
-    if sum_D is None or tokens == 0:
+    tokens = explained.n_tokens
+    if tokens == 0:
         raise EvaluationError("no held-out rows to measure on; expected at least one")
     correlation = correlation_summary(codes, sae.n_features, fraction)
     return HeldOutMetrics(
         l0=active / tokens,
         l1=total / tokens,
-        r2=1 - error / max(square - float(sum_D.square().sum()) / tokens, 1e-300),
-        reconstruction_error=error / tokens,
+        r2=explained.r2,
+        reconstruction_error=explained.residual / tokens,
         correlation_mean=correlation.mean,
         correlation_std=correlation.std,
         correlation_top=correlation.top,

@@ -3,10 +3,10 @@
 Cross-entropy and KL divergence of the spliced model beside those of the intact model and of one whose site is zeroed
 everywhere, under SAEBench's names. Positions that do not count (special tokens) keep their original activations and are
 left out of the means, by input token. Log-probabilities come from one log-softmax; SAEBench's log of a softmax turns to
-NaN where a probability underflows. Intact and ablated passes are shared by all SAEs of a site.
+NaN where a probability underflows. The intact pass is shared by all SAEs, the ablated one by those of a site.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,9 +16,6 @@ from torch import Tensor
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.faces import Autoencoder
 from unbraid.evaluation.intervals import bootstrap_interval
-
-KeepRule = Callable[[Tensor, Tensor], Tensor]
-"""Which positions count `[C, T]`, from their token ids `[C, T]` and activations `[C, T, D]`."""
 
 
 @runtime_checkable
@@ -33,20 +30,17 @@ class Spliceable(Protocol):
 @torch.no_grad()
 def preservation(
     model: Spliceable,
-    site: Any,
-    saes: Mapping[str, Autoencoder],
-    contexts: Iterable[Tensor],
-    keep: KeepRule,
+    saes: Mapping[Any, Mapping[str, Autoencoder]],
+    contexts: Iterable[tuple[Tensor, Tensor]],
     seed: int = 0,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Cross-entropy and KL of every SAE at one site.
+    """Cross-entropy and KL of every SAE.
 
     Args:
         model: anything with `logits(tokens, site, replace)`.
-        site: handed to the model.
-        saes: by name; they act on raw activations of the site.
-        contexts: token ids `[C, T]`, any number of contexts at a time.
-        keep: which positions count and are replaced.
+        saes: site, as the model takes it -> name -> SAE acting on raw activations of the site; no name twice.
+        contexts: token ids `[C, T]` and which positions count and are replaced `[C, T]`; any number of contexts at a
+            time.
         seed: of the bootstrap over contexts.
 
     Returns:
@@ -54,12 +48,13 @@ def preservation(
         the 95 % interval of its score over contexts, and `token_stats`.
 
     Raises:
-        EvaluationError: no position counts, or the model split a pass it was given.
+        EvaluationError: no position counts.
     """
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in saes}
-    for tokens_CT in contexts:
-        for part_CT in tokens_CT.split(1):  # a context is the unit of the bootstrap, and its logits fit any memory
-            for name, sums in _one_context(model, site, saes, part_CT, keep).items():
+    rows: dict[str, list[np.ndarray]] = {name: [] for here in saes.values() for name in here}
+    for tokens_CT, keep_CT in contexts:
+        # One context at a time: it is the unit of the bootstrap, and its logits fit any memory.
+        for tokens_1T, keep_1T in zip(tokens_CT.split(1), keep_CT.split(1), strict=True):
+            for name, sums in _one_context(model, saes, tokens_1T, keep_1T):
                 rows[name].append(sums)
     return {name: _summary(np.array(table), seed) for name, table in rows.items()}
 
@@ -68,43 +63,34 @@ SUMS = ("positions", "kept", "targets", "kl_sae", "kl_ablation", "ce_sae", "ce_m
 
 
 def _one_context(
-    model: Spliceable, site: Any, saes: Mapping[str, Autoencoder], tokens_1T: Tensor, keep: KeepRule
-) -> dict[str, np.ndarray]:
-    kept: list[Tensor] = []
+    model: Spliceable, saes: Mapping[Any, Mapping[str, Autoencoder]], tokens_1T: Tensor, keep_1T: Tensor
+) -> Iterator[tuple[str, np.ndarray]]:
+    intact = model.logits(tokens_1T).float().log_softmax(-1)
+    probability = intact.exp()
+    targets, keep_1T = tokens_1T.to(intact.device)[:, 1:, None], keep_1T.to(intact.device)
+    counts = keep_1T.numel(), keep_1T.sum(), keep_1T[:, :-1].sum()
 
-    def with_mask(replacement: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def replace(x_CTD: Tensor) -> Tensor:
-            if x_CTD.shape[:2] != tokens_1T.shape:
-                raise EvaluationError(
-                    f"the model passed {tuple(x_CTD.shape)} activations for tokens {tuple(tokens_1T.shape)}; expected "
-                    "one position each; free memory or shorten the contexts"
-                )
-            kept[:] = [keep(tokens_1T.to(x_CTD.device), x_CTD)]
-            return torch.where(kept[0].unsqueeze(2), replacement(x_CTD).to(x_CTD.dtype), x_CTD)
+    def losses(replace: Callable[[Tensor], Tensor] | None, site: Any) -> tuple[Tensor, Tensor]:
+        """(KL divergence from the intact model, cross-entropy), summed over what counts."""
+        log_q = intact if replace is None else model.logits(tokens_1T, site, replace).float().log_softmax(-1)
+        kl = (probability * (intact - log_q)).sum(-1)[keep_1T]
+        ce = -log_q[:, :-1].gather(2, targets).squeeze(2)[keep_1T[:, :-1]]
+        return kl.double().sum(), ce.double().sum()
+
+    def reconstruction(sae: Autoencoder) -> Callable[[Tensor], Tensor]:
+        def replace(x_1TD: Tensor) -> Tensor:
+            x_hat_1TD = sae.decode(sae.encode(x_1TD)).to(x_1TD.dtype)
+            return torch.where(keep_1T.to(x_1TD.device).unsqueeze(2), x_hat_1TD, x_1TD)
 
         return replace
 
-    intact = model.logits(tokens_1T).float().log_softmax(-1)
-    ablated = model.logits(tokens_1T, site, torch.zeros_like).float().log_softmax(-1)
-    targets = tokens_1T.to(intact.device)[:, 1:, None]
-    result = {}
-    for name, sae in saes.items():
-        spliced = model.logits(tokens_1T, site, with_mask(lambda x, sae=sae: sae.decode(sae.encode(x))))
-        spliced = spliced.float().log_softmax(-1)
-        counts = kept[0].to(intact.device)
-        values = [counts.numel(), counts.sum(), counts[:, :-1].sum()]
-        values += [_kl(intact, other)[counts].double().sum() for other in (spliced, ablated)]
-        values += [_ce(other, targets)[counts[:, :-1]].double().sum() for other in (spliced, intact, ablated)]
-        result[name] = np.array([float(value) for value in values])
-    return result
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _ce(log_p: Tensor, targets: Tensor) -> Tensor:
-    return -log_p[:, :-1].gather(2, targets).squeeze(2)
+    _, ce_model = losses(None, None)
+    for site, here in saes.items():
+        kl_ablation, ce_ablation = losses(torch.zeros_like, site)
+        for name, sae in here.items():
+            kl, ce = losses(reconstruction(sae), site)
+            sums = (*counts, kl, kl_ablation, ce, ce_model, ce_ablation)
+            yield name, np.array([float(value) for value in sums])
 
 
 def _summary(table: np.ndarray, seed: int) -> dict[str, dict[str, Any]]:

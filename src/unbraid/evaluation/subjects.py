@@ -1,80 +1,104 @@
 """What is judged: the SAEs of a run or one SAE folder, with the language model and held-out text they belong to.
 
-A run says everything itself. An SAE folder in any layout says at most which model and site it was trained on; the rest
-comes from the settings of the evaluation.
+A run says everything itself, also about a single one of its SAEs. Another SAE folder, in any layout, says at most which
+model and site it was trained on; the rest comes from the settings of the evaluation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from unbraid import formats
 from unbraid.config import EvaluationConfig, ModelConfig, RunConfig, load_config
-from unbraid.errors import EvaluationError
+from unbraid.errors import EvaluationError, FormatError
 from unbraid.formats.sae_lens import site_of
-from unbraid.sae import SAE
+from unbraid.sae import Codes
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """One SAE to judge.
+@dataclass(eq=False)
+class Judged:
+    """An SAE or a control, and what has been found about it.
 
     Attributes:
         name: folder name.
         site: index of its site among the sites of the run.
         sae: acting on raw activations.
         twin: name of the SAE trained alike at lambda2 = 0, if there is one.
+        control: which control it is; None for an SAE.
+        report: results by suite.
+        codes: of held-out tokens, in chunks, for the correlation suite.
+        features: `[N]` numbers by name.
     """
 
     name: str
     site: int
-    sae: SAE
+    sae: Any
     twin: str | None = None
+    control: str | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+    codes: list[Codes] = field(default_factory=list)
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def has_own_features(self) -> bool:
+        """Not so a permuted decoder: it has the codes and the directions of its SAE, differently combined."""
+        return self.control != "permuted"
 
 
-@dataclass(frozen=True, eq=False)
-class Subjects:
-    """SAEs and the settings under which their activations can be had again; `run` is None where those are unknown."""
+def open_subjects(path: Path, config: EvaluationConfig, device: torch.device) -> tuple[list[Judged], RunConfig | None]:
+    """The SAEs at `path`, and the settings under which their activations can be had again, None where unknown.
 
-    saes: list[Subject]
-    run: RunConfig | None
-
-
-def open_subjects(path: Path, config: EvaluationConfig, device: torch.device) -> Subjects:
-    """The SAEs at `path`, a run folder or an SAE folder.
+    Args:
+        path: a run folder, the folder of one of its SAEs, or any other SAE folder.
+        config: says what an SAE folder does not.
+        device: where the SAEs go.
 
     Raises:
         EvaluationError: the run has no finished SAE yet.
         FormatError: there is neither a run nor an SAE.
     """
-    if (path / "config.json").is_file() and ((path / "saes").is_dir() or (path / "checkpoints").is_dir()):
-        return _of_run(path, device)
+    if _is_run(path):
+        return _of_run(path, None, device)
+    run = path.resolve().parent.parent
+    if path.resolve().parent.name == "saes" and _is_run(run):
+        return _of_run(run, path.resolve().name, device)
     return _of_folder(path, config, device)
 
 
-def _of_run(path: Path, device: torch.device) -> Subjects:
+def _is_run(path: Path) -> bool:
+    return (path / "config.json").is_file() and ((path / "saes").is_dir() or (path / "checkpoints").is_dir())
+
+
+def _of_run(path: Path, only: str | None, device: torch.device) -> tuple[list[Judged], RunConfig]:
     run = load_config(path / "config.json")
-    saes, twins = [], run.twins
+    judged, twins = [], run.twins
     for index, site in enumerate(run.sites):
         for variant in run.variants:
             name = run.sae_name(site, variant)
+            if only not in (None, name):
+                continue
             if not (path / "saes" / name).is_dir():
                 raise EvaluationError(
                     f"{path} holds no finished SAE {name!r}; expected saes/{name}; end the run with "
                     f"`unbraid resume {path}`"
                 )
-            saes.append(Subject(name, index, formats.load(path / "saes" / name).to(device), twins.get(name)))
-    return Subjects(saes, run)
+            judged.append(Judged(name, index, formats.load(path / "saes" / name).to(device), twins.get(name)))
+    return judged, run
 
 
-def _of_folder(path: Path, config: EvaluationConfig, device: torch.device) -> Subjects:
-    found = formats.open_folder(path)
-    subject = Subject(path.resolve().name, 0, found.sae.to(device))
+def _of_folder(path: Path, config: EvaluationConfig, device: torch.device) -> tuple[list[Judged], RunConfig | None]:
+    try:
+        found = formats.open_folder(path)
+    except FormatError as problem:
+        raise FormatError(f"nothing to evaluate: no run folder (config.json beside saes/), and {problem}") from None
+    judged = [Judged((path.parent if path.is_file() else path).resolve().name, 0, found.sae.to(device))]
     model = config.model or found.metadata.get("model_name")
     site = config.site or site_of(str(found.metadata.get("hook_name", "")))
     if model is None or site is None:
-        return Subjects([subject], None)
+        return judged, None
     context = found.metadata.get("context_size")
     text = config.text if not isinstance(context, int) else config.text.model_copy(update={"context_length": context})
-    return Subjects([subject], RunConfig(model=ModelConfig(name=str(model), sites=[site]), text=text))
+    return judged, RunConfig(model=ModelConfig(name=str(model), sites=[site]), text=text)

@@ -14,10 +14,10 @@ from rich.progress import Progress
 
 from unbraid.config import OptimiserConfig, SAEConfig, SynthConfig, VariantConfig
 from unbraid.device import pick_device
-from unbraid.evaluation.controls import pca_control, permuted_control, random_control
+from unbraid.evaluation.controls import controls_of
 from unbraid.evaluation.geometry import max_cosines
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
-from unbraid.evaluation.tables import ground_truth_table
+from unbraid.evaluation.tables import ground_truth_tables
 from unbraid.files import write_json
 from unbraid.randomness import generator
 from unbraid.synthetic import World, build_world
@@ -27,6 +27,7 @@ PROBE_SAMPLES = 16_384
 SAMPLES_PER_FEATURE = 16_000
 WIDTH_SHARE, L0_SHARE = 1 / 3, 3 / 4
 WARMUP_SHARE = 20
+CONTROL = "control: "
 
 
 def run_synth(config: SynthConfig, *, console: Console | None = None, out: Path | None = None) -> dict[str, Any]:
@@ -67,13 +68,8 @@ def run_synth(config: SynthConfig, *, console: Console | None = None, out: Path 
                 advance = lambda done, task=task: bar.update(task, completed=done)  # noqa: E731
                 sae = train_on_world(world, settings, samples, config.batch, advance)
                 rows[architecture].append(_judged(sae, world, config))
-            controls = {
-                "random": random_control(sae, x_BD, float(k), generator(seed, "synth control")),
-                "permuted": permuted_control(sae, generator(seed, "synth control")),
-                "pca": pca_control(x_BD, float(k)),
-            }
-            for name, control in controls.items():
-                rows[f"control: {name}"].append(_judged(control, world, config))
+            for name, control in controls_of(sae, x_BD, generator(seed, "synth control")).items():
+                rows[f"{CONTROL}{name}"].append(_judged(control, world, config))
     report = {
         "world": config.world,
         "true_l0": true_l0,
@@ -83,7 +79,9 @@ def run_synth(config: SynthConfig, *, console: Console | None = None, out: Path 
         "settings": config.model_dump(mode="json"),
         "rows": dict(rows),
     }
-    console.print(ground_truth_table({name: over_seeds(found) for name, found in rows.items()}))
+    summary = {name: over_seeds(found) for name, found in rows.items()}
+    for part in ground_truth_tables(summary, {name for name in rows if name.startswith(CONTROL)}):
+        console.print(part, highlight=False, markup=False)
     if out is not None:
         write_json(out, report)
     return report

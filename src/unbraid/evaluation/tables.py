@@ -1,88 +1,135 @@
-"""Evaluation results as tables a person reads: one row an SAE or control, one column a number."""
+"""Evaluation results as tables a person reads: one table a suite, one row an SAE or control, within 80 columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "L0": ("core", "sparsity", "l0"),
-    "R2": ("core", "reconstruction_quality", "r2"),
-    "CE score": ("core", "model_performance_preservation", "ce_loss_score"),
-    "KL score": ("core", "model_behavior_preservation", "kl_div_score"),
-    "alive": ("core", "misc_metrics", "frac_alive"),
-    "corr mean": ("correlation", "cosine", "mean"),
-    "corr top": ("correlation", "cosine", "top"),
-    "top reduced": ("correlation", "reduction", "cosine", "top"),
-    "max cos": ("geometry", "mean_max_decoder_cosine"),
-    "composed": ("geometry", "composition_rate"),
-    "probe k=1": ("probing", "sae", "sae_top_1_test_accuracy"),
-    "k=5": ("probing", "sae", "sae_top_5_test_accuracy"),
-    "channel k=1": ("probing", "llm", "llm_top_1_test_accuracy"),
-    "dense": ("probing", "llm", "llm_test_accuracy"),
-    "absorbed": ("absorption", "mean", "mean_absorption_fraction_score"),
-    "MCC": ("ground-truth", "mcc"),
-    "F1": ("ground-truth", "f1"),
-    "gap": ("ground-truth", "absorption_gap"),
+CONTROL = "dim"
+
+Column = tuple[str, ...]
+"""Where a number stands in the report of an SAE; beside NAME may stand NAME_interval."""
+
+TABLES: dict[str, tuple[str, dict[str, Column]]] = {
+    "core": (
+        "the reconstruction; cross-entropy and KL score: 1 if spliced in unnoticed, 0 as bad as zeros",
+        {
+            "L0": ("sparsity", "l0"),
+            "R2": ("reconstruction_quality", "r2"),
+            "CE score": ("model_performance_preservation", "ce_loss_score"),
+            "KL score": ("model_behavior_preservation", "kl_div_score"),
+            "alive": ("misc_metrics", "frac_alive"),
+        },
+    ),
+    "correlation": (
+        "of the codes of all live pairs; the top and how far it lies below the twin's; pairs above 0.5",
+        {
+            "mean": ("cosine", "mean"),
+            "top": ("cosine", "top"),
+            "reduction": ("reduction", "cosine", "top"),
+            "entangled": ("cosine", "entangled"),
+        },
+    ),
+    "geometry": (
+        "mean largest cosine between decoder rows; share of them explained by a quarter as many directions",
+        {"max cosine": ("mean_max_decoder_cosine",), "composition": ("composition_rate",)},
+    ),
+    "probing": (
+        "mean test accuracy of probes on 1 or 5 features, on 1 channel, on the whole activation",
+        {
+            "k = 1": ("sae", "sae_top_1_test_accuracy"),
+            "k = 5": ("sae", "sae_top_5_test_accuracy"),
+            "channel": ("llm", "llm_top_1_test_accuracy"),
+            "whole": ("llm", "llm_test_accuracy"),
+        },
+    ),
+    "absorption": (
+        "first letters: share of a letter found in other features; words where it is wholly there; features a letter",
+        {
+            "fraction": ("mean", "mean_absorption_fraction_score"),
+            "full": ("mean", "mean_full_absorption_score"),
+            "split": ("mean", "mean_num_split_features"),
+        },
+    ),
+    "ground-truth": (
+        "against the world's own features",
+        {
+            "MCC": ("mcc",),
+            "F1": ("f1",),
+            "precision": ("precision",),
+            "recall": ("recall",),
+            "unique": ("uniqueness",),
+            "absorption gap": ("absorption_gap",),
+        },
+    ),
 }
-GROUND_TRUTH_COLUMNS = {
-    "L0": "l0",
-    "R2": "r2",
-    "F1": "f1",
-    "precision": "precision",
-    "recall": "recall",
-    "MCC": "mcc",
-    "unique": "uniqueness",
-    "recovered": "recovered",
-    "dead": "dead_fraction",
-    "shrinkage": "shrinkage",
-    "absorption gap": "absorption_gap",
-    "hedging": "hedging",
-    "composition": "composition",
+GROUND_TRUTH_TABLES: dict[str, dict[str, str]] = {
+    "each latent as a detector of the feature it is most parallel to; the best one-to-one match": {
+        "F1": "f1",
+        "precision": "precision",
+        "recall": "recall",
+        "MCC": "mcc",
+    },
+    "sparsity and reconstruction; distinct features a latent, features found (cosine above 0.9), dead latents": {
+        "L0": "l0",
+        "R2": "r2",
+        "unique": "uniqueness",
+        "recovered": "recovered",
+        "dead": "dead_fraction",
+    },
+    "failures: parents silent beside a child, other features mixed in, parents inside their children": {
+        "shrinkage": "shrinkage",
+        "absorption gap": "absorption_gap",
+        "hedging": "hedging",
+        "composition": "composition",
+    },
 }
 
 
-def evaluation_table(report: Mapping[str, Any]) -> Table:
-    """The main numbers of `evaluation.json`; columns nobody has are left out. Skipped suites are the caption."""
+def evaluation_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
+    """The main numbers of `evaluation.json`, half the width of a 95 % interval beside those that have one, and the
+    reasons why suites were skipped."""
     rows = {**report["saes"], **report["controls"]}
-    columns = {
-        title: keys for title, keys in COLUMNS.items() if any(_at(row, keys) is not None for row in rows.values())
-    }
-    skipped = "\n".join(f"skipped {suite}: {reason}" for suite, reason in report["skipped"].items())
-    return _table(
-        list(columns), {name: [_at(row, keys) for keys in columns.values()] for name, row in rows.items()}, skipped
-    )
+    for suite, (meaning, columns) in TABLES.items():
+        judged = {name: row[suite] for name, row in rows.items() if suite in row}
+        if judged:
+            shown = {name: [_shown(*_at(row, keys)) for keys in columns.values()] for name, row in judged.items()}
+            yield f"\n{suite}: {meaning}"
+            yield _table(list(columns), shown, set(report["controls"]))
+    for suite, reason in report["skipped"].items():
+        yield f"\nskipped {suite}: {reason}"
 
 
-def ground_truth_table(rows: Mapping[str, Mapping[str, Any]], caption: str = "") -> Table:
-    """Ground-truth metrics by name; a value may be a number or a (mean, spread) pair."""
-    return _table(
-        list(GROUND_TRUTH_COLUMNS),
-        {name: [row.get(key) for key in GROUND_TRUTH_COLUMNS.values()] for name, row in rows.items()},
-        caption,
-    )
+def ground_truth_tables(rows: Mapping[str, Mapping[str, Any]], controls: set[str]) -> Iterator[Table | str]:
+    """Ground-truth metrics by name, each a (mean, spread) pair or None."""
+    for meaning, columns in GROUND_TRUTH_TABLES.items():
+        shown = {name: [_shown(*(row[key] or (None, None))) for key in columns.values()] for name, row in rows.items()}
+        yield f"\n{meaning}"
+        yield _table(list(columns), shown, controls)
 
 
-def _table(titles: Sequence[str], rows: Mapping[str, Sequence[Any]], caption: str) -> Table:
-    table = Table(caption=caption or None, caption_justify="left")
-    table.add_column("", no_wrap=True)
+def _table(titles: Sequence[str], rows: Mapping[str, Sequence[str]], controls: set[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("", overflow="fold")
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for name, values in rows.items():
-        table.add_row(name, *(_shown(value) for value in values))
+        table.add_row(name, *values, style=CONTROL if name in controls else None)
     return table
 
 
-def _at(row: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        row = row.get(key) if isinstance(row, Mapping) else None
-    return row
+def _at(row: Any, keys: Column) -> tuple[Any, float | None]:
+    """The number and half of its interval."""
+    *groups, name = keys
+    for group in groups:
+        row = row.get(group, {})
+    low, high = row.get(f"{name}_interval") or (None, None)
+    return row.get(name), None if low is None or high is None else (high - low) / 2
 
 
-def _shown(value: Any) -> str:
+def _shown(value: float | int | None, spread: float | None) -> str:
     if value is None:
         return "-"
-    if isinstance(value, tuple | list):
-        mean, spread = value
-        return f"{mean:.3f} ±{spread:.3f}" if spread is not None else f"{mean:.3f}"
-    return f"{value:.3g}" if abs(value) >= 100 else f"{value:.3f}"
+    number = str(value) if isinstance(value, int) else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return number if spread is None else f"{number} ±{spread:.3f}"

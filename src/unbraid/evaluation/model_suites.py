@@ -1,0 +1,195 @@
+"""The suites that read the language model: core, correlation, probing, absorption.
+
+The model is what costs, so its passes are shared: one stream of held-out activations feeds the meters of every SAE of
+every site, one intact pass serves all of them, and the short prompts of probing and absorption are read at all sites
+at once and cached.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from unbraid.activations.live import LiveActivations
+from unbraid.activations.rows import Chunk, RowFilter
+from unbraid.config import EvaluationConfig, RunConfig
+from unbraid.errors import EvaluationError
+from unbraid.evaluation.absorption import Letters, absorption_scores, read_spelling
+from unbraid.evaluation.core import CoreMeter
+from unbraid.evaluation.correlation import evaluate_correlation
+from unbraid.evaluation.probing import probe_task, summarise_probing, task_activations
+from unbraid.evaluation.splice import preservation
+from unbraid.evaluation.subjects import Judged
+from unbraid.sae import Codes
+
+REFERENCE_ROWS = 4096
+
+
+class ModelSuites:
+    """Measures SAEs on the model and text of `run`; every method leaves what it found in the reports of `judged`.
+
+    Args:
+        run: model, sites and text.
+        judged: SAEs and controls; controls may be added before the first suite.
+        config: sizes.
+        device: where everything runs.
+        bar: shows how far it is.
+    """
+
+    def __init__(
+        self, run: RunConfig, judged: list[Judged], config: EvaluationConfig, device: torch.device, bar: Progress
+    ):
+        self.judged, self.config, self.device, self.bar = judged, config, device, bar
+        task = bar.add_task(f"loading {run.model.name}", total=1)
+        self.source = LiveActivations(run, device)
+        self.filter = RowFilter(run.buffer, self.source.sites, self.source.special_ids)
+        self.contexts: list[tuple[Tensor, Tensor]] = []
+        bar.advance(task)
+
+    def reference_rows(self) -> list[Tensor]:
+        """A few thousand rows of training text, `[rows, D]` a site: what controls are fitted to.
+
+        Raises:
+            EvaluationError: there is no text.
+        """
+        parts: list[list[Tensor]] = []
+        for chunk in self.source.chunks(None):
+            parts.append([x_BD.float() for x_BD in self.filter(chunk)])
+            if sum(len(rows[0]) for rows in parts) >= REFERENCE_ROWS:
+                break
+        if not parts:
+            raise EvaluationError(f"the text gave no context of {self.source.context_length} tokens; give more text")
+        return [torch.cat(pieces)[:REFERENCE_ROWS] for pieces in zip(*parts, strict=True)]
+
+    def read_held_out(self, suites: Sequence[str]) -> None:
+        """One pass over held-out text: core metrics and codes of every SAE, and the contexts that `splice` takes.
+
+        Raises:
+            EvaluationError: there is no held-out text.
+        """
+        meters = []
+        for judged in self.judged:
+            with_codes = "correlation" in suites and judged.has_own_features
+            meters.append((judged, CoreMeter(judged.sae, on_codes=_keep_codes(judged) if with_codes else None)))
+        for chunk, keep_CT in self._held_out_chunks():
+            self.contexts += zip(chunk.tokens_BT, keep_CT, strict=True)
+            del self.contexts[self.config.splice_contexts :]
+            activations = [x_CTD.float() for x_CTD in chunk.activations]
+            for judged, meter in meters:
+                meter.add(activations[judged.site], keep_CT.to(self.device))
+        for judged, meter in meters:
+            core = meter.result()
+            if "core" in suites:
+                judged.report["core"], judged.features = core.categories, core.features
+
+    def _held_out_chunks(self) -> Iterator[tuple[Chunk, Tensor]]:
+        """Held-out chunks, `config.tokens` in whole contexts, and which of their tokens count."""
+        text = self.source.text
+        wanted = left = -(-self.config.tokens // text.context_length)
+        task = self.bar.add_task("held-out activations", total=wanted)
+        if text.held_out_fraction > 0:
+            for chunk in self.source.chunks(None, held_out=True):
+                chunk = Chunk(chunk.tokens_BT[:left], [x[:left] for x in chunk.activations], chunk.position)
+                yield chunk, self.filter.mask(chunk)
+                self.bar.advance(task, len(chunk.tokens_BT))
+                left -= len(chunk.tokens_BT)
+                if left == 0:
+                    return
+        if left == wanted:
+            raise EvaluationError(
+                f"no held-out text: text.held_out_fraction = {text.held_out_fraction} gave no full context; give more "
+                "text or raise it"
+            )
+        self.bar.update(task, total=wanted - left)
+
+    def splice(self) -> None:
+        """The part of core that continues the model behind reconstructions."""
+        task = self.bar.add_task("spliced passes", total=len(self.contexts))
+
+        def counted() -> Iterator[tuple[Tensor, Tensor]]:
+            for tokens_T, keep_T in self.contexts:
+                yield tokens_T.unsqueeze(0), keep_T.unsqueeze(0)
+                self.bar.advance(task)
+
+        saes: dict[Any, dict[str, Any]] = {}
+        for judged in self.judged:
+            saes.setdefault(self.source.sites[judged.site], {})[judged.name] = judged.sae
+        found = preservation(self.source.model, saes, counted(), self.config.seed)
+        for judged in self.judged:
+            core = judged.report["core"]
+            for category, metrics in found[judged.name].items():
+                core[category] = core.get(category, {}) | metrics
+
+    def correlation(self) -> None:
+        """The paper's correlation reduction, on the codes that `read_held_out` kept."""
+        with_codes = {judged.name: judged for judged in self.judged if judged.codes}
+        task = self.bar.add_task("correlation", total=len(with_codes))
+        for judged in with_codes.values():
+            twin = with_codes.get(judged.twin or "")
+            judged.report["correlation"] = evaluate_correlation(
+                judged.codes,
+                judged.codes[0].n_features,
+                twin=None if twin is None else twin.codes,
+                fraction=self.config.fraction,
+                block_tokens=self.source.context_length,
+                replicates=self.config.replicates if judged.control is None else 0,
+                seed=self.config.seed,
+            )
+            self.bar.advance(task)
+
+    def probing(self) -> None:
+        """k-sparse probes on labelled text."""
+        settings = self.config.probing
+        probed = [judged for judged in self.judged if judged.has_own_features]
+        scores = {judged.name: {} for judged in probed}
+        task = self.bar.add_task("probing tasks", total=len(settings.tasks))
+        for file in settings.tasks:
+            activations, labels = task_activations(self.source.model, file, settings)
+            for site, x_BD in enumerate(activations):
+                here = {judged.name: judged.sae for judged in probed if judged.site == site}
+                found = probe_task(here, x_BD.to(self.device), labels, settings.train)
+                for name in here:
+                    scores[name][file] = {"activations": found["activations"], name: found[name]}
+            self.bar.advance(task)
+        for judged in probed:
+            judged.report["probing"] = summarise_probing(scores[judged.name], judged.name, self.config.seed)
+
+    def absorption(self) -> dict[str, str]:
+        """First-letter absorption; returns site -> reason for the sites where no letters can be read.
+
+        Raises:
+            EvaluationError: the model cannot spell, or its tokenizer has no words.
+        """
+        task = self.bar.add_task("first letters", total=None)
+        spelling = read_spelling(
+            self.source.model,
+            self.config.spelling,
+            self.config.seed,
+            on_prompts=lambda done, total: self.bar.update(task, completed=done, total=total),
+        )
+        refused = {}
+        for site, where in enumerate(self.source.sites):
+            here = [judged for judged in self.judged if judged.site == site]
+            if not here:
+                continue
+            try:
+                letters = Letters(spelling, site)
+            except EvaluationError as problem:
+                refused[str(where)] = str(problem)
+                continue
+            task = self.bar.add_task(f"absorption at {where}", total=len(here))
+            for judged in here:
+                judged.report["absorption"] = absorption_scores(letters, judged.sae, self.config.seed)
+                self.bar.advance(task)
+        return refused
+
+
+def _keep_codes(judged: Judged) -> Callable[[Tensor], None]:
+    def keep(f_BN: Tensor) -> None:
+        codes = Codes.from_dense(f_BN.cpu())
+        # A bare copy: the original remembers its sorted pattern, several times its size.
+        judged.codes.append(Codes(codes.offsets, codes.indices, codes.values, codes.n_features))
+
+    return keep
