@@ -37,7 +37,7 @@ def train(sae: SAE, steps: int, lr: float = 1e-3, lambda1: float = 0.04, rows: i
 def test_no_weight_starts_at_zero_and_the_seed_decides_them_all(name):
     sae, again, other = make(name), make(name), make(name, seed=1)
     assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-6
-    assert torch.equal(sae.W_enc, sae.W_dec.T) and (sae.W_dec != 0).all()
+    assert (sae.encoder_ND.norm(dim=1) > 0.01).all() and (sae.W_dec != 0).all()
     for key, tensor in sae.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key])
     assert not torch.equal(sae.W_dec, other.W_dec)
@@ -48,6 +48,20 @@ def test_the_decoder_bias_starts_at_the_mean_and_the_encoder_at_a_multiple_of_th
     sae = build(config, D, torch.Generator().manual_seed(0), mean_D=torch.arange(D, dtype=torch.float64))
     assert sae.b_dec.tolist() == list(range(D)) and sae.b_dec.dtype == torch.float32
     torch.testing.assert_close(sae.encoder_ND, 0.25 * sae.W_dec)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "matryoshka"])
+def test_the_encoder_starts_at_the_multiple_of_the_decoder_that_reconstructs_best(name):
+    config = SAEConfig(architecture=name, n_features=1024, k=32, initial_threshold=1e-6, corruption=0.0)
+    x_BD = torch.randn(256, 128, generator=torch.Generator().manual_seed(1)) / 128**0.5
+
+    def loss(factor: float) -> float:
+        sae = build(config, 128, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            sae.encoder_ND *= factor
+        return sae.training_forward(x_BD, generator=torch.Generator()).reconstruction.item()
+
+    assert loss(1.0) < min(loss(0.8), loss(1.25))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -98,12 +112,14 @@ def test_training_lowers_the_loss_and_keeps_decoder_rows_on_the_unit_sphere(name
     sae = make(name)
     losses = []
     optimiser = SAEOptimiser(sae, OptimiserConfig())
+    truth_ND = torch.eye(D).roll(1, 1)[: D // 2]
     for step in range(60):
-        out = sae.training_forward(batch(128, step % 4), None, torch.Generator().manual_seed(step))
+        x_BD = batch(128, step).relu()[:, : D // 2] @ truth_ND
+        out = sae.training_forward(x_BD, None, torch.Generator().manual_seed(step))
         losses.append(out.reconstruction.item())
         optimiser.zero_grad()
         (out.reconstruction + 0.01 * out.sparsity + out.auxiliary).backward()
-        optimiser.step(3e-3)
+        optimiser.step(1e-2)
         assert (sae.W_dec.norm(dim=1) - 1).abs().max() <= 1e-5
     assert losses[-1] < 0.6 * losses[0]
 

@@ -98,10 +98,18 @@ class SAE(nn.Module):
         self.shard = shard
         self.n_features = shard.width
         W_dec = random_unit_rows(shard, d_in, generator)
-        self.encoder_ND = nn.Parameter(W_dec * config.decoder_init_norm)
+        self.encoder_ND = nn.Parameter(W_dec * (config.decoder_init_norm or self.initial_encoder_norm()))
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_in) if mean_D is None else mean_D.detach().float().cpu().clone())
         self.add_biases()
+
+    def initial_encoder_norm(self) -> float:
+        """The multiple c of random unit rows with which c * sum_n f_n w_n comes closest to x.
+
+        With f from unit rows, E<x, x_hat> = s ||x||^2 and E||x_hat||^2 = (s + s^2) ||x||^2 for s = E||f||^2 / ||x||^2,
+        so c = 1 / (1 + s). Half the features fire on random rows, each with E f^2 = ||x||^2 / D: s = N / 2D.
+        """
+        return 1 / (1 + self.config.n_features / (2 * self.d_in))
 
     def add_biases(self) -> None:
         """Register what stands between the product and the codes."""

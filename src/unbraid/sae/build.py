@@ -38,7 +38,7 @@ def build(
     mean_D: Tensor | None = None,
     shard: Shard | None = None,
 ) -> SAE:
-    """A fresh SAE: decoder rows random of unit norm, encoder their transpose times `decoder_init_norm`, biases zero.
+    """A fresh SAE: decoder rows random of unit norm, encoder a multiple of their transpose, biases zero.
 
     Args:
         config: architecture, width and sparsity.

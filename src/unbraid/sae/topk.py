@@ -1,5 +1,7 @@
 """TopK (Gao et al. 2024, arXiv 2406.04093): the k largest pre-activations of each token, after a ReLU."""
 
+from statistics import NormalDist
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,14 @@ class TopKSAE(SAE):
     """f keeps the k largest entries of relu(pre) in each row."""
 
     architecture = "topk"
+
+    def initial_encoder_norm(self) -> float:
+        """As for ReLU, with the k largest of N normal numbers active: E[z^2 | z > t] = 1 + t pdf(t) / P(z > t)."""
+        share = min(0.5, self.config.k / self.config.n_features)
+        normal = NormalDist()
+        cut = normal.inv_cdf(1 - share)
+        s = self.config.n_features * (share + cut * normal.pdf(cut)) / self.d_in
+        return 1 / (1 + s)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes, `[..., N]`."""
