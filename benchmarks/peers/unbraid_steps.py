@@ -1,0 +1,57 @@
+"""Steps of unbraid, as its own training loop takes them (without decorrelation, which no peer has)."""
+
+import itertools
+
+import torch
+from feed import Feed, bias_for_l0, settings_from_arguments
+
+from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
+from unbraid.decorrelation.build import build as build_decorrelation
+from unbraid.sae import Codes
+from unbraid.sae.build import build
+from unbraid.training.loop import Trainee, train_step
+from unbraid.training.optimiser import SAEOptimiser
+
+settings = settings_from_arguments()
+config = VariantConfig(
+    seed=settings["seed"],
+    sae=SAEConfig(
+        architecture=settings["architecture"],
+        n_features=settings["n_features"],
+        k=settings["k"],
+        lambda1=settings["lambda1"],
+        **settings.get("sae", {}),
+    ),
+    decorrelation=DecorrelationConfig(method="none", lambda2=0.0),
+    optimiser=OptimiserConfig(lr=settings["lr"], warmup_steps=0),
+)
+generator = torch.Generator().manual_seed(settings["seed"])
+
+
+def score(x):
+    out = sae.training_forward(x, None, torch.Generator().manual_seed(0))
+    return out.x_hat_BD, out.codes.to_dense() if isinstance(out.codes, Codes) else out.codes
+
+
+feed = Feed(settings, score)
+sae = build(config.sae, settings["d_in"], generator, feed.batches[0].mean(0))
+if settings["l0"]:
+    with torch.no_grad():
+        bias = sae.b_gate if settings["architecture"] == "gated" else sae.b_enc
+        bias += bias_for_l0(sae.preactivations(feed.batches[0][:256]), settings["l0"])
+if settings["path"] != "auto":
+    forward = sae.training_forward
+    sae.training_forward = lambda x, dead, chance: forward(x, dead, chance, path=settings["path"])
+trainee = Trainee(
+    name="benchmark",
+    site=0,
+    config=config,
+    scale=1.0,
+    sae=sae,
+    optimiser=SAEOptimiser(sae, config.optimiser),
+    decorrelate=build_decorrelation(config.decorrelation, sae.n_features, sae.d_in, 0),
+    generator=generator,
+    tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long),
+)
+for step, x in zip(itertools.count(), feed, strict=False):
+    train_step(trainee, x, step, settings["lr"], log=False)

@@ -1,0 +1,189 @@
+"""Time a training step of every architecture against one bare encoder product, our own dense path, and the peers.
+
+    make peers                                # once: the other libraries, in an environment of their own
+    python benchmarks/step.py                 # everything; about half an hour on two cores
+    python benchmarks/step.py --architectures topk --shapes large --rounds 10
+
+Every contender lives in a process of its own, trains on the same batches and is timed from one request for a batch to
+the next. Contenders take turns, a few steps each, so that whatever else the machine does falls on all of them; reported
+are medians over all rounds with the spread between quartiles, CPU time beside wall time (on a busy machine compare by
+CPU), and the held-out loss after equal steps, so that no speed is bought with a worse step. `--losses` trains longer,
+for the loss alone.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SHAPES = {
+    "large": {"d_in": 512, "n_features": 8192, "batch": 2048, "k": 32},
+    "small": {"d_in": 256, "n_features": 4096, "batch": 1024, "k": 32},
+}
+# l0: what the ReLU-like architectures start at (their encoder biases are set so), since that is what a trained one has.
+ARCHITECTURES = {
+    "topk": {"l0": 0},
+    "batch_topk": {"l0": 0},
+    "relu": {"l0": 60, "lambda1": 0.05},
+    "jumprelu": {"l0": 60, "lambda1": 1e-4, "sae": {"initial_threshold": 0.001, "bandwidth": 0.01}},
+    "gated": {"l0": 60, "lambda1": 0.05},
+    "matryoshka": {"l0": 0},
+}
+PEERS = {
+    "sae-lens": set(ARCHITECTURES),
+    "dictionary-learning": set(ARCHITECTURES),
+    "eai-sparsify": {"topk"},
+}
+DRIVERS = {
+    "unbraid": "unbraid_steps.py",
+    "unbraid, dense": "unbraid_steps.py",
+    "product": "product_steps.py",
+    "product, reused memory": "product_steps.py",
+    "sae-lens": "sae_lens_steps.py",
+    "dictionary-learning": "dictionary_learning_steps.py",
+    "eai-sparsify": "sparsify_steps.py",
+}
+
+
+@dataclass
+class Contender:
+    """A process that takes steps when told to."""
+
+    name: str
+    process: subprocess.Popen
+    answers: TextIO
+    log: str
+    wall_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+
+    def ask(self, order: dict) -> dict:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        line = self.answers.readline()
+        if not line:
+            raise SystemExit(f"{self.name} stopped; its last words are in {self.log}")
+        return json.loads(line)
+
+    def train(self, steps: int, keep: bool) -> None:
+        answer = self.ask({"steps": steps})
+        if keep:
+            self.wall_ms += answer["wall_ms"]
+            self.cpu_ms += answer["cpu_ms"]
+        self.peak_mib = answer["peak_mib"]
+
+
+def start(name: str, settings: dict, peers_python: Path) -> Contender:
+    python = peers_python if name in PEERS else Path(sys.executable)
+    readable, writable = os.pipe()
+    settings = settings | {"path": "dense" if name == "unbraid, dense" else "auto", "reuse": "reused" in name}
+    settings["answers"] = writable
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(settings["threads"]),
+        "WANDB_MODE": "disabled",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [str(python), str(HERE / "peers" / DRIVERS[name]), json.dumps(settings)]
+    log = tempfile.NamedTemporaryFile("w", prefix="unbraid-benchmark-", suffix=".log", delete=False)  # noqa: SIM115
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, env=environment, pass_fds=[writable]
+    )
+    os.close(writable)
+    return Contender(name, process, os.fdopen(readable), log.name)
+
+
+def spread(values: list[float]) -> list[float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return [round(value, 2) for value in (middle, low, high)]
+
+
+def run_cell(architecture: str, shape: str, arguments: argparse.Namespace) -> dict:
+    """All contenders on one architecture and shape."""
+    settings = SHAPES[shape] | {"sae": {}, "lambda1": 0.0} | ARCHITECTURES[architecture]
+    settings |= {"architecture": architecture, "threads": arguments.threads, "seed": 0, "lr": arguments.lr}
+    settings |= {"distinct_batches": arguments.distinct_batches}
+    names = ["unbraid", "unbraid, dense", "product", "product, reused memory"]
+    names += [name for name in PEERS if architecture in PEERS[name] and arguments.peers_python.exists()]
+    if arguments.losses:
+        names = [name for name in names if name not in ("unbraid, dense", "product", "product, reused memory")]
+    contenders = [start(name, settings, arguments.peers_python) for name in names if name not in arguments.without]
+    for contender in contenders:
+        contender.train(arguments.warmup, keep=False)
+    for _ in range(arguments.rounds):
+        for contender in contenders:
+            contender.train(arguments.steps, keep=True)
+    results = {}
+    for contender in contenders:
+        held_out = {} if contender.name.startswith("product") else contender.ask({"score": True})
+        wall, cpu = spread(contender.wall_ms), spread(contender.cpu_ms)
+        results[contender.name] = {
+            "wall_ms": wall,
+            "cpu_ms": cpu,
+            "rows_per_second": round(settings["batch"] / wall[0] * 1e3),
+            "peak_mib": round(contender.peak_mib),
+            "held_out": held_out,
+        }
+        assert contender.process.stdin
+        contender.process.stdin.close()
+        contender.process.wait()
+        os.unlink(contender.log)
+    return {"architecture": architecture, "shape": shape, "settings": settings, "results": results}
+
+
+def show(cell: dict) -> None:
+    ours = cell["results"]["unbraid"]
+    print(f"\n{cell['architecture']}, {cell['shape']}: {json.dumps(cell['settings'])}")
+    print(f"{'':24s}{'wall ms (quartiles)':>28s}{'CPU ms':>10s}{'x ours, wall':>14s}{'CPU':>8s}{'loss':>10s}{'L0':>8s}")
+    for name, result in cell["results"].items():
+        wall, cpu, score = result["wall_ms"], result["cpu_ms"], result["held_out"]
+        print(
+            f"{name:24s}{wall[0]:>12.1f} ({wall[1]:.1f}-{wall[2]:.1f}){cpu[0]:>12.1f}"
+            f"{wall[0] / ours['wall_ms'][0]:>12.2f}{cpu[0] / ours['cpu_ms'][0]:>10.2f}"
+            + (f"{score['reconstruction']:>11.4f}{score['l0']:>8.1f}" if score else "")
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4, help="steps a contender takes in each round")
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--distinct-batches", type=int, default=16)
+    parser.add_argument("--losses", action="store_true", help="train longer on fresh batches, for the loss alone")
+    parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out")
+    parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file; default benchmarks/results/step.json")
+    arguments = parser.parse_args()
+    if not arguments.peers_python.exists():
+        print(f"{arguments.peers_python} is missing, so no peer is timed; `make peers` makes it")
+    cells = []
+    for shape in arguments.shapes:
+        for architecture in arguments.architectures:
+            cells.append(run_cell(architecture, shape, arguments))
+            show(cells[-1])
+            out = arguments.out or HERE / "results" / ("losses.json" if arguments.losses else "step.json")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
+            options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+            out.write_text(json.dumps({"machine": machine, "options": options, "cells": cells}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
