@@ -7,8 +7,8 @@
 Every contender lives in a process of its own, trains on the same batches and is timed from one request for a batch to
 the next. Contenders take turns, a few steps each, so that whatever else the machine does falls on all of them; reported
 are medians over all rounds with the spread between quartiles, CPU time beside wall time (on a busy machine compare by
-CPU), and the held-out loss after equal steps, so that no speed is bought with a worse step. `--losses` trains longer,
-for the loss alone.
+CPU), and the held-out loss after equal steps, so that no speed is bought with a worse step. `--losses` trains longer on
+fresh batches of the tiny shape, for the loss alone.
 """
 
 import argparse
@@ -28,15 +28,18 @@ ROOT = HERE.parent
 SHAPES = {
     "large": {"d_in": 512, "n_features": 8192, "batch": 2048, "k": 32},
     "small": {"d_in": 256, "n_features": 4096, "batch": 1024, "k": 32},
+    "tiny": {"d_in": 128, "n_features": 2048, "batch": 512, "k": 16},
 }
-# l0: what the ReLU-like architectures start at (their encoder biases are set so), since that is what a trained one has.
+# l0: what the ReLU-like architectures are timed at, since that is what a trained one has: their encoder biases are set
+# so, and the learning rate is too small to leave it. Their losses come from `--losses`, which trains them from scratch.
+HELD = {"l0": 60, "lr": 1e-7}
 ARCHITECTURES = {
-    "topk": {"l0": 0},
-    "batch_topk": {"l0": 0},
-    "relu": {"l0": 60, "lambda1": 0.05},
-    "jumprelu": {"l0": 60, "lambda1": 1e-4, "sae": {"initial_threshold": 0.001, "bandwidth": 0.01}},
-    "gated": {"l0": 60, "lambda1": 0.05},
-    "matryoshka": {"l0": 0},
+    "topk": {},
+    "batch_topk": {},
+    "relu": HELD | {"lambda1": 0.05},
+    "jumprelu": HELD | {"lambda1": 1e-4, "sae": {"initial_threshold": 0.001, "bandwidth": 0.01}},
+    "gated": HELD | {"lambda1": 0.05},
+    "matryoshka": {},
 }
 PEERS = {
     "sae-lens": set(ARCHITECTURES),
@@ -112,9 +115,11 @@ def spread(values: list[float]) -> list[float]:
 
 def run_cell(architecture: str, shape: str, arguments: argparse.Namespace) -> dict:
     """All contenders on one architecture and shape."""
-    settings = SHAPES[shape] | {"sae": {}, "lambda1": 0.0} | ARCHITECTURES[architecture]
-    settings |= {"architecture": architecture, "threads": arguments.threads, "seed": 0, "lr": arguments.lr}
+    settings = SHAPES[shape] | {"sae": {}, "lambda1": 0.0, "l0": 0, "lr": arguments.lr} | ARCHITECTURES[architecture]
+    settings |= {"architecture": architecture, "threads": arguments.threads, "seed": 0}
     settings |= {"distinct_batches": arguments.distinct_batches}
+    if arguments.losses:
+        settings |= {"l0": 0, "lr": arguments.lr}
     names = ["unbraid", "unbraid, dense", "product", "product, reused memory"]
     names += [name for name in PEERS if architecture in PEERS[name] and arguments.peers_python.exists()]
     if arguments.losses:
@@ -144,16 +149,17 @@ def run_cell(architecture: str, shape: str, arguments: argparse.Namespace) -> di
 
 
 def show(cell: dict) -> None:
-    ours = cell["results"]["unbraid"]
-    print(f"\n{cell['architecture']}, {cell['shape']}: {json.dumps(cell['settings'])}")
-    print(f"{'':24s}{'wall ms (quartiles)':>28s}{'CPU ms':>10s}{'x ours, wall':>14s}{'CPU':>8s}{'loss':>10s}{'L0':>8s}")
+    """The cell as a markdown table."""
+    settings, ours = cell["settings"], cell["results"]["unbraid"]
+    print(f"\n**{cell['architecture']}, {settings['d_in']} x {settings['n_features']}, B = {settings['batch']}**\n")
+    print("| | wall ms (quartiles) | CPU ms | ours is faster, wall | CPU | held-out loss | L0 | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, result in cell["results"].items():
         wall, cpu, score = result["wall_ms"], result["cpu_ms"], result["held_out"]
-        print(
-            f"{name:24s}{wall[0]:>12.1f} ({wall[1]:.1f}-{wall[2]:.1f}){cpu[0]:>12.1f}"
-            f"{wall[0] / ours['wall_ms'][0]:>12.2f}{cpu[0] / ours['cpu_ms'][0]:>10.2f}"
-            + (f"{score['reconstruction']:>11.4f}{score['l0']:>8.1f}" if score else "")
-        )
+        loss, l0 = (f"{score['objective']:.4f}", f"{score['l0']:.1f}") if score else ("", "")
+        ratios = f"{wall[0] / ours['wall_ms'][0]:.2f} | {cpu[0] / ours['cpu_ms'][0]:.2f}"
+        peak = result["peak_mib"]
+        print(f"| {name} | {wall[0]:.0f} ({wall[1]:.0f}-{wall[2]:.0f}) | {cpu[0]:.0f} | {ratios} | {loss} | {l0} | {peak} |")
 
 
 def main() -> None:

@@ -20,6 +20,10 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("unbraid", "beartype.beartype")
 
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run on CPU tensors; Triton reads it when it is imported
+
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)

@@ -82,10 +82,13 @@ class Feed:
     def _held_out(self) -> dict[str, float]:
         x = activations(self.settings["d_in"], self.settings["n_features"], HELD_OUT_ROWS, seed=3)
         x_hat, f = self.score(x)
+        reconstruction, l1 = (x - x_hat).square().sum(1).mean().item(), f.sum(1).mean().item()
+        l1_weight = self.settings["lambda1"] if self.settings["architecture"] in ("relu", "gated") else 0.0
         return {
-            "reconstruction": (x - x_hat).square().sum(1).mean().item(),
+            "objective": reconstruction + l1_weight * l1,
+            "reconstruction": reconstruction,
+            "l1": l1,
             "l0": (f != 0).float().sum(1).mean().item(),
-            "l1": f.sum(1).mean().item(),
             "steps": self.asked,
         }
 

@@ -1,7 +1,5 @@
 """The Triton kernels against plain loops: interpreted on CPU tensors here, compiled where there is a GPU."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +9,6 @@ from unbraid.kernels import reference
 from unbraid.kernels.pattern import Pattern
 
 pytest.importorskip("triton")
-if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton was imported without TRITON_INTERPRET=1; tests/conftest.py sets it", allow_module_level=True)
-
 from unbraid.kernels import products_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
