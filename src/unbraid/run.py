@@ -31,6 +31,7 @@ from unbraid.formats.sae_lens import hook_name
 from unbraid.training.checkpoint import steps_done
 from unbraid.training.loggers import check_loggers, open_loggers
 from unbraid.training.loop import Trained, TrainingInterrupted, train_saes
+from unbraid.training.precision import matrix_products
 from unbraid.training.progress import RunProgress
 from unbraid.training.run_folder import RunFolder
 
@@ -169,7 +170,8 @@ def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
             overlap = config.buffer.overlap == "on" or (config.buffer.overlap == "auto" and device.type == "cuda")
             refill = config.buffer.contexts // 2 // config.model.batch_contexts
             feed = Ahead(source, refill) if overlap else source
-            trained = train_saes(folder, config, feed, device, progress, stop)
+            with matrix_products(config.training.tf32):
+                trained = train_saes(folder, config, feed, device, progress, stop)
         say(f"measuring on {config.training.held_out_tokens:,} held-out tokens")
         summary = _finish(folder, config, source, trained, device)
         loggers.summary(summary)

@@ -228,6 +228,9 @@ class OptimiserConfig(Section):
     """Steps over which lambda2 rises linearly."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Clip the global gradient norm of each SAE; none leaves it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the encoder's product, by far the largest of a step; weights, gradients and Adam's state stay float32.
+    bfloat16 is slower than float32 on most CPUs."""
 
 
 class TrainingConfig(Section):
@@ -253,6 +256,8 @@ class TrainingConfig(Section):
     """auto, cpu, cuda, cuda:1, ..."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; none leaves torch's choice."""
+    tf32: bool = False
+    """Let float32 matrix products, the language model's too, go by TF32 on GPUs that have it."""
 
 
 def _read_variants(text: str) -> dict[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ from unbraid.sae import SAE, Codes
 from unbraid.sae.build import build as build_sae
 from unbraid.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
 from unbraid.training.optimiser import SAEOptimiser
+from unbraid.training.precision import encoder_autocast
 from unbraid.training.run_folder import JsonLines, RunFolder
 from unbraid.training.schedules import learning_rate, warm_up
 
@@ -215,7 +216,8 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
     lambda2 = settings.decorrelation.lambda2 * warm_up(step, settings.optimiser.decorrelation_warmup_steps)
 
     dead_N = trainee.tokens_since_fired >= settings.sae.dead_after_tokens
-    out = sae.training_forward(x_BD, dead_N, trainee.generator)
+    with encoder_autocast(settings.optimiser.precision, x_BD.device):
+        out = sae.training_forward(x_BD, dead_N, trainee.generator)
     loss = out.reconstruction + lambda1 * out.sparsity + out.auxiliary
     if not loss.isfinite():
         raise TrainingError(
