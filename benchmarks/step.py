@@ -158,8 +158,8 @@ def show(cell: dict) -> None:
         wall, cpu, score = result["wall_ms"], result["cpu_ms"], result["held_out"]
         loss, l0 = (f"{score['objective']:.4f}", f"{score['l0']:.1f}") if score else ("", "")
         ratios = f"{wall[0] / ours['wall_ms'][0]:.2f} | {cpu[0] / ours['cpu_ms'][0]:.2f}"
-        peak = result["peak_mib"]
-        print(f"| {name} | {wall[0]:.0f} ({wall[1]:.0f}-{wall[2]:.0f}) | {cpu[0]:.0f} | {ratios} | {loss} | {l0} | {peak} |")
+        times = f"{wall[0]:.0f} ({wall[1]:.0f}-{wall[2]:.0f}) | {cpu[0]:.0f}"
+        print(f"| {name} | {times} | {ratios} | {loss} | {l0} | {result['peak_mib']} |")
 
 
 def main() -> None:
