@@ -3,12 +3,12 @@
     make peers                                # once: the other libraries, in an environment of their own
     python benchmarks/step.py                 # everything; about half an hour on two cores
     python benchmarks/step.py --architectures topk --shapes large --rounds 10
+    python benchmarks/step.py --losses        # no timing: 500 steps each on fresh batches of the tiny shape
 
 Every contender lives in a process of its own, trains on the same batches and is timed from one request for a batch to
 the next. Contenders take turns, a few steps each, so that whatever else the machine does falls on all of them; reported
 are medians over all rounds with the spread between quartiles, CPU time beside wall time (on a busy machine compare by
-CPU), and the held-out loss after equal steps, so that no speed is bought with a worse step. `--losses` trains longer on
-fresh batches of the tiny shape, for the loss alone.
+CPU), and the held-out loss after equal steps, so that no speed is bought with a worse step.
 """
 
 import argparse
@@ -30,6 +30,7 @@ SHAPES = {
     "small": {"d_in": 256, "n_features": 4096, "batch": 1024, "k": 32},
     "tiny": {"d_in": 128, "n_features": 2048, "batch": 512, "k": 16},
 }
+LOSSES = {"shapes": ["tiny"], "rounds": 1, "steps": 500, "warmup": 1, "distinct_batches": 501, "lr": 1e-3}
 # l0: what the ReLU-like architectures are timed at, since that is what a trained one has: their encoder biases are set
 # so, and the learning rate is too small to leave it. Their losses come from `--losses`, which trains them from scratch.
 HELD = {"l0": 60, "lr": 1e-7}
@@ -165,7 +166,7 @@ def show(cell: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["large", "small"])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=4, help="steps a contender takes in each round")
     parser.add_argument("--warmup", type=int, default=4)
@@ -176,6 +177,8 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
     parser.add_argument("--out", type=Path, default=None, help="JSON file; default benchmarks/results/step.json")
+    if parser.parse_known_args()[0].losses:
+        parser.set_defaults(**LOSSES)
     arguments = parser.parse_args()
     if not arguments.peers_python.exists():
         print(f"{arguments.peers_python} is missing, so no peer is timed; `make peers` makes it")
