@@ -55,7 +55,7 @@ class Ranks:
         """Whether the flag is set on some rank."""
         return bool(self.sum(torch.tensor(int(flag)))) if self.size > 1 else flag
 
-    def total(self, *numbers: float) -> list[float]:
+    def total(self, *numbers: int | float) -> list[float]:
         """Sums of numbers over all ranks, in float64."""
         return list(numbers) if self.size == 1 else self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
