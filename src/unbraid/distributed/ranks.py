@@ -57,7 +57,7 @@ class Ranks:
 
     def total(self, *numbers: int | float) -> list[float]:
         """Sums of numbers over all ranks, in float64."""
-        return [float(n) for n in numbers] if self.size == 1 else self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, all of one shape."""
