@@ -76,13 +76,24 @@ def test_lists_hold_every_features_nearest_rows_after_one_rotation():
 def test_selection_from_full_lists_is_the_exact_one():
     decoder_ND = clustered_rows(400, 24)
     decorrelate = SelectiveDecorrelation(0.002, window=8, space="decoder", scan_rows=50, neighbours=12, refresh=8)
-    for _ in range(9):
+    for _ in range(8):
         _, stats = decorrelate(decoder=decoder_ND)
     exact = decorrelate.exact_selection(decoder_ND)
     assert stats.path == "neighbours" and stats.refreshed
     expected = sorted((exact.first * 400 + exact.second).tolist())
     assert (stats.pairs[:, 0] * 400 + stats.pairs[:, 1]).tolist() == expected
     assert (stats.mean, stats.std) == pytest.approx((exact.mean, exact.std), abs=1e-12)
+
+
+def test_no_selection_from_half_filled_lists_stays_in_force():
+    decoder_ND = clustered_rows(200, 24)
+    decoder_ND[-1] = decoder_ND[-2]
+    decorrelate = SelectiveDecorrelation(0.002, space="decoder", scan_rows=50, refresh=1000)
+    for _ in range(5):
+        _, stats = decorrelate(decoder=decoder_ND)
+    exact = decorrelate.exact_selection(decoder_ND)
+    assert stats.pairs.tolist() == sorted(map(list, zip(exact.first.tolist(), exact.second.tolist(), strict=True)))
+    assert [198, 199] in stats.pairs.tolist() and not stats.refreshed
 
 
 def test_lists_keep_up_with_a_decoder_that_trains():

@@ -34,6 +34,11 @@ class NeighbourLists(ElasticState):
         self.register_buffer("cosines", torch.empty(0, n_neighbours))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def complete(self) -> bool:
+        """Whether every feature has been looked at."""
+        return bool((self.cosines[-1:] > UNKNOWN).any())
+
     def scan(self, unit_ND: Float[Tensor, "N D"]) -> None:
         """Look at the next chunk of rows."""
         n_rows = unit_ND.shape[0]

@@ -201,9 +201,12 @@ class SelectiveDecorrelation(Penalty):
         path = "tiled" if self.lists is None else "neighbours"
         if self.training:
             self.selection.age()
+            due = not self.selection.known or self.selection.calls_since >= self.refresh
             if self.lists is not None:
+                # A selection from lists that are not full yet must not stay in force for `refresh` steps.
+                due = due or not self.lists.complete
                 self.lists.scan(rows.unit_ND)
-            refreshed = acts and (not self.selection.known or self.selection.calls_since >= self.refresh)
+            refreshed = acts and due
         if refreshed:
             wanted = self.config.fraction, self.config.max_pairs_per_feature
             found = self.lists.select(rows, *wanted) if self.lists else select_exactly(rows.unit_ND, *wanted)
