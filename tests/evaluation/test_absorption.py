@@ -98,8 +98,8 @@ class Model:
         letter = torch.zeros_like(tokens)
         for row, ids in enumerate(tokens.tolist()):
             for at in range(1, len(ids)):
-                word = self.tokenizer.decode([ids[at - 1]])
-                letter[row, at] = ord(word[0]) - ord("a") if word in Tokenizer.words else 0
+                word = self.tokenizer.decode([ids[at - 1]]).strip().lower()
+                letter[row, at] = ord(word[0]) - ord("a") if word.isalpha() else 0
         first_answer = len(Tokenizer.words) + Tokenizer.extra.index(" A")
         return torch.nn.functional.one_hot(first_answer + letter, len(self.tokenizer)).float()
 

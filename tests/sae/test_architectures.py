@@ -50,16 +50,16 @@ def test_the_decoder_bias_starts_at_the_mean_and_the_encoder_at_a_multiple_of_th
     torch.testing.assert_close(sae.encoder_ND, 0.25 * sae.W_dec)
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "matryoshka"])
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
 def test_the_encoder_starts_at_the_multiple_of_the_decoder_that_reconstructs_best(name):
-    config = SAEConfig(architecture=name, n_features=1024, k=32, initial_threshold=1e-6, corruption=0.0)
+    config = SAEConfig(architecture=name, n_features=1024, k=32)
     x_BD = torch.randn(256, 128, generator=torch.Generator().manual_seed(1)) / 128**0.5
 
     def loss(factor: float) -> float:
         sae = build(config, 128, torch.Generator().manual_seed(0))
         with torch.no_grad():
             sae.encoder_ND *= factor
-        return sae.training_forward(x_BD, generator=torch.Generator()).reconstruction.item()
+        return sae.training_forward(x_BD).reconstruction.item()
 
     assert loss(1.0) < min(loss(0.8), loss(1.25))
 

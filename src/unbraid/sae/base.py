@@ -104,12 +104,8 @@ class SAE(nn.Module):
         self.add_biases()
 
     def initial_encoder_norm(self) -> float:
-        """The multiple c of random unit rows with which c * sum_n f_n w_n comes closest to x.
-
-        With f from unit rows, E<x, x_hat> = s ||x||^2 and E||x_hat||^2 = (s + s^2) ||x||^2 for s = E||f||^2 / ||x||^2,
-        so c = 1 / (1 + s). Half the features fire on random rows, each with E f^2 = ||x||^2 / D: s = N / 2D.
-        """
-        return 1 / (1 + self.config.n_features / (2 * self.d_in))
+        """What the encoder's columns start at as a multiple of the decoder's unit rows, unless the settings say."""
+        return 1.0
 
     def add_biases(self) -> None:
         """Register what stands between the product and the codes."""

@@ -18,7 +18,12 @@ class TopKSAE(SAE):
     architecture = "topk"
 
     def initial_encoder_norm(self) -> float:
-        """As for ReLU, with the k largest of N normal numbers active: E[z^2 | z > t] = 1 + t pdf(t) / P(z > t)."""
+        """The multiple c of random unit rows with which c * sum_n f_n w_n comes closest to x.
+
+        With f from unit rows, E<x, x_hat> = s ||x||^2 and E||x_hat||^2 = (s + s^2) ||x||^2 for s = E||f||^2 / ||x||^2,
+        so c = 1 / (1 + s). On random rows pre-activations are normal with variance ||x||^2 / D, and the k largest of N
+        are active: E[z^2 | z > t] = 1 + t pdf(t) / P(z > t).
+        """
         share = min(0.5, self.config.k / self.config.n_features)
         normal = NormalDist()
         cut = normal.inv_cdf(1 - share)
