@@ -112,14 +112,16 @@ def seldom(device: str, seeds: int, steps: int) -> dict[str, Any]:
     world = build_world("small", device)
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(seeds):
-        for name, changes in forms.items():
-            settings = VariantConfig(
+        variants = [
+            VariantConfig(
                 seed=seed,
                 sae=SAEConfig(architecture="batch_topk", n_features=128, k=5),
                 optimiser=OptimiserConfig(lr=3e-3, warmup_steps=50),
                 decorrelation=DecorrelationConfig(**changes),
             )
-            sae = train_on_world(world, settings, steps * 1024)
+            for changes in forms.values()
+        ]
+        for name, sae in zip(forms, train_on_world(world, variants, steps * 1024), strict=True):
             judged = evaluate_ground_truth(sae, world, 65_536).to_dict()
             x_BD, _ = world.sample(16_384, torch.Generator(device).manual_seed(seed))
             _, stats = SelectiveDecorrelation()(sae.encode(x_BD))

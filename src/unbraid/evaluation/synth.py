@@ -1,6 +1,6 @@
 """`unbraid synth`: train architectures on a world whose features are known, and print what they found.
 
-Every row is trained on the same number of fresh samples, by the trainer that trains on language models, and judged on
+Every row of a seed is trained on the same fresh samples, by the trainer that trains on language models, and judged on
 the same tokens; controls stand below. With several seeds a number is a mean with its standard deviation over seeds.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from unbraid.config import OptimiserConfig, SAEConfig, SynthConfig, VariantConfig
+from unbraid.config import Architecture, OptimiserConfig, SAEConfig, SynthConfig, VariantConfig
 from unbraid.device import pick_device
 from unbraid.evaluation.controls import controls_of
 from unbraid.evaluation.geometry import max_cosines
@@ -56,19 +56,15 @@ def run_synth(config: SynthConfig, *, console: Console | None = None, out: Path 
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with Progress(console=console) as bar:
         for seed in config.seeds:
-            sae: Any = None
-            for architecture in config.architectures:
-                settings = VariantConfig(
-                    seed=seed,
-                    sae=SAEConfig(architecture=architecture, n_features=width, k=k, lambda1=config.lambda1),
-                    decorrelation=config.decorrelation,
-                    optimiser=OptimiserConfig(lr=config.lr, warmup_steps=samples // config.batch // WARMUP_SHARE),
-                )
-                task = bar.add_task(f"{architecture}, seed {seed}", total=samples // config.batch)
-                advance = lambda done, task=task: bar.update(task, completed=done)  # noqa: E731
-                sae = train_on_world(world, settings, samples, config.batch, advance)
+            variants = [
+                _settings(config, architecture, seed, width, k, samples) for architecture in config.architectures
+            ]
+            task = bar.add_task(f"{len(variants)} SAEs, seed {seed}", total=samples // config.batch)
+            advance = lambda done, task=task: bar.update(task, completed=done)  # noqa: E731
+            saes = train_on_world(world, variants, samples, config.batch, advance)
+            for architecture, sae in zip(config.architectures, saes, strict=True):
                 rows[architecture].append(_judged(sae, world, config))
-            for name, control in controls_of(sae, x_BD, generator(seed, "synth control")).items():
+            for name, control in controls_of(saes[-1], x_BD, generator(seed, "synth control")).items():
                 rows[f"{CONTROL}{name}"].append(_judged(control, world, config))
     report = {
         "world": config.world,
@@ -85,6 +81,17 @@ def run_synth(config: SynthConfig, *, console: Console | None = None, out: Path 
     if out is not None:
         write_json(out, report)
     return report
+
+
+def _settings(
+    config: SynthConfig, architecture: Architecture, seed: int, width: int, k: int, samples: int
+) -> VariantConfig:
+    return VariantConfig(
+        seed=seed,
+        sae=SAEConfig(architecture=architecture, n_features=width, k=k, lambda1=config.lambda1),
+        decorrelation=config.decorrelation,
+        optimiser=OptimiserConfig(lr=config.lr, warmup_steps=samples // config.batch // WARMUP_SHARE),
+    )
 
 
 def _judged(sae: Any, world: World, config: SynthConfig) -> dict[str, Any]:

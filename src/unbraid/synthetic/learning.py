@@ -1,10 +1,11 @@
-"""Training an SAE on a synthetic world: the run's own training step, fed with samples instead of a language model.
+"""Training SAEs on a synthetic world: the run's own training step, fed with samples instead of a language model.
 
-The SAE learns on activations scaled to E||x||^2 = 1 and comes back acting on raw ones, as a run's SAEs do, so what is
-found on a world holds for the trainer that is used on language models.
+The SAEs learn on activations scaled to E||x||^2 = 1 and come back acting on raw ones, as a run's SAEs do, so what is
+found on a world holds for the trainer that is used on language models. SAEs trained together see the same samples, as
+the variants of a run do: drawing them costs more than a small SAE's step, and the comparison is paired.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,32 +25,57 @@ SCALE_SAMPLES = 16_384
 
 def train_on_world(
     world: World,
-    settings: VariantConfig,
+    variants: Sequence[VariantConfig],
     samples: int,
     batch: int = 1024,
     on_step: Callable[[int], None] | None = None,
-) -> SAE:
-    """An SAE trained on `samples` fresh samples of `world`, on the world's device; it acts on raw activations.
+) -> list[SAE]:
+    """An SAE for each of `variants`, all trained on the same `samples` fresh samples of `world`, on its device.
+
+    An SAE trained beside others is the one trained alone. They act on raw activations.
 
     Args:
         world: where activations come from.
-        settings: architecture, penalty, optimiser and seed; the seed decides the first weights and the samples.
+        variants: architecture, penalty and optimiser of each, and the seed they share, which decides the samples and,
+            where widths agree, the first directions.
         samples: how many; `samples // batch` steps.
         batch: samples per step.
         on_step: called with the number of steps done.
 
     Raises:
-        TrainingError: there is no step to make, or the loss is not finite.
+        TrainingError: there is no step to make, the seeds differ, or a loss is not finite.
     """
     steps = samples // batch
     if steps < 1:
         raise TrainingError(f"{samples} samples // {batch} a step gives no step; expected at least 1; raise samples")
-    seed = derive_seed(settings.seed, "world")
+    seeds = {settings.seed for settings in variants}
+    if len(seeds) != 1:
+        raise TrainingError(
+            f"variants have the seeds {sorted(seeds)}; expected one seed, because they share their samples; train each "
+            "seed by itself"
+        )
+    seed = derive_seed(seeds.pop(), "world")
     x_BD, _ = world.sample(SCALE_SAMPLES, generator(seed, "scale", device=world.device))
     scale = float(x_BD.double().square().sum(1).mean().rsqrt())
     mean_D = (x_BD.double().mean(0) * scale).float()
-    sae = build_sae(settings.sae, world.d_model, generator(seed, "init"), mean_D).to(world.device)
-    trainee = Trainee(
+    trainees = [_new_trainee(settings, seed, scale, mean_D, world.device) for settings in variants]
+    stream = world.batches(batch, generator(seed, "samples", device=world.device))
+    for step in range(steps):
+        x_BD = next(stream) * scale
+        for trainee in trainees:
+            train_step(trainee, x_BD, step, learning_rate(trainee.config.optimiser, step, steps), log=False)
+        if on_step is not None:
+            on_step(step + 1)
+    for trainee in trainees:
+        trainee.sae.fold_scale(scale)
+    return [trainee.sae.requires_grad_(False) for trainee in trainees]
+
+
+def _new_trainee(
+    settings: VariantConfig, seed: int, scale: float, mean_D: torch.Tensor, device: torch.device
+) -> Trainee:
+    sae = build_sae(settings.sae, len(mean_D), generator(seed, "init"), mean_D).to(device)
+    return Trainee(
         name=settings.sae.architecture,
         site=0,
         config=settings,
@@ -58,14 +84,7 @@ def train_on_world(
         optimiser=SAEOptimiser(sae, settings.optimiser),
         decorrelate=build_decorrelation(
             settings.decorrelation, sae.n_features, sae.d_in, derive_seed(seed, "pairs")
-        ).to(world.device),
-        generator=generator(seed, "training", device=world.device),
-        tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=world.device),
+        ).to(device),
+        generator=generator(seed, "training", device=device),
+        tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),
     )
-    stream = world.batches(batch, generator(seed, "samples", device=world.device))
-    for step in range(steps):
-        train_step(trainee, next(stream) * scale, step, learning_rate(settings.optimiser, step, steps), log=False)
-        if on_step is not None:
-            on_step(step + 1)
-    sae.fold_scale(scale)
-    return sae.requires_grad_(False)

@@ -1,0 +1,38 @@
+"""Training on worlds: the same SAE again, alone or beside others."""
+
+import pytest
+import torch
+
+from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
+from unbraid.errors import TrainingError
+from unbraid.synthetic import build_world
+from unbraid.synthetic.learning import train_on_world
+
+
+def variant(seed: int = 3, architecture: str = "topk", lambda2: float = 0.1) -> VariantConfig:
+    return VariantConfig(
+        seed=seed,
+        sae=SAEConfig.model_validate({"architecture": architecture, "n_features": 16, "k": 2}),
+        decorrelation=DecorrelationConfig(lambda2=lambda2, space="decoder"),
+        optimiser=OptimiserConfig(lr=3e-3, warmup_steps=2),
+    )
+
+
+def test_an_sae_trained_beside_others_is_the_one_trained_alone():
+    world = build_world("unit")
+    variants = [variant(lambda2=0.0), variant(architecture="relu"), variant()]
+    beside = train_on_world(world, variants, samples=2048, batch=256)
+    for settings, sae in zip(variants, beside, strict=True):
+        (alone,) = train_on_world(world, [settings], samples=2048, batch=256)
+        assert all(torch.equal(sae.state_dict()[name], value) for name, value in alone.state_dict().items())
+    assert not torch.equal(beside[0].W_dec, beside[2].W_dec)
+    x_BD, _ = world.sample(64, torch.Generator().manual_seed(0))
+    assert beside[0].encode(x_BD).shape == (64, 16)
+
+
+def test_training_on_a_world_refuses_no_step_and_seeds_that_differ():
+    world = build_world("unit")
+    with pytest.raises(TrainingError, match="gives no step"):
+        train_on_world(world, [variant()], samples=10, batch=256)
+    with pytest.raises(TrainingError, match=r"seeds \[3, 4\]"):
+        train_on_world(world, [variant(), variant(seed=4)], samples=2048, batch=256)
