@@ -113,21 +113,22 @@ class Illiterate(Model):
 
 def test_a_model_that_names_the_wrong_letters_is_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setattr(Illiterate, "activations", lambda self, tokens: pytest.fail("was read"))
-    with pytest.raises(EvaluationError, match=r"names \d% rightly; absorption needs 50%"):
-        read_spelling(Illiterate(), SpellingConfig(train=4, test=2, asked=2))
+    with pytest.raises(EvaluationError, match=r"names \d% rightly; absorption needs 25%"):
+        read_spelling(Illiterate(), SpellingConfig(train=4, test=2))
 
 
-def test_prompts_end_at_the_word_and_hold_solved_examples(tmp_path, monkeypatch):
+def test_words_are_read_where_they_stand_behind_solved_examples(tmp_path, monkeypatch):
     monkeypatch.setenv("UNBRAID_CACHE", str(tmp_path))
     seen = []
     model = Model()
-    monkeypatch.setattr(Model, "activations", lambda self, t: seen.append(t) or [torch.zeros(*t.shape, 2)])
+    read = Model.activations
+    monkeypatch.setattr(Model, "activations", lambda self, tokens: seen.append(tokens) or read(self, tokens))
     spelling = read_spelling(model, SpellingConfig(train=4, test=2, examples=3))
     assert spelling.accuracy == 1.0
     assert spelling.is_test.sum() == 52 and len(spelling.letters) == 156
-    row = seen[0][0].tolist()
-    text = "".join(model.tokenizer.decode([token]) for token in row)
-    assert text.startswith("<bos>\n") and text.count("has the first letter") == 3
-    example = text.split("\n")[1]
-    assert example[0].upper() == example[-1]
-    assert row[-1] < len(Tokenizer.words)
+    words = [model.tokenizer.decode([token]) for token in spelling.activations[0].argmax(1).tolist()]
+    assert [word.strip()[0].lower() for word in words] == [chr(97 + i) for i in spelling.letters]
+    assert len(set(words)) == 156
+    lines = "".join(model.tokenizer.decode([token]) for token in seen[0][-1].tolist()).split("\n")
+    assert lines[0] == "<bos>" and len(lines) == 1 + 3 + 15
+    assert all(line[2:-1] == " has the first letter: " and line.strip()[0].upper() == line[-1] for line in lines[1:])

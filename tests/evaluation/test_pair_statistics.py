@@ -78,7 +78,7 @@ def test_the_tail_stays_exact_when_it_is_pruned_on_the_way():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "TILE_ENTRIES", 200)
         patch.setattr(pairs._Tail, "SLACK", 0)
-        statistics = pairs.pair_statistics(pairs.stack_codes([f], 120), keep=0.01)
+        (statistics,) = pairs.pair_statistics(pairs.stack_codes([f], 120), [pairs.View()], keep=0.01)
     np.testing.assert_allclose(statistics.values, expected[: len(statistics.values)], atol=1e-12)
     assert statistics.quantile(0.995) == pytest.approx(expected[len(expected) - int(np.ceil(0.995 * len(expected)))])
 

@@ -122,14 +122,14 @@ class ProbingConfig(Section):
 class SpellingConfig(Section):
     """First-letter absorption: how many words the model is asked about."""
 
-    train: int = Field(default=24, ge=4)
+    train: int = Field(default=80, ge=4)
     """Words a letter that probes are fitted on (fewer where the vocabulary has fewer)."""
-    test: int = Field(default=12, ge=2)
+    test: int = Field(default=20, ge=2)
     """Held-out words a letter."""
     examples: int = Field(default=5, ge=1)
-    """Solved examples before each word."""
-    asked: int = Field(default=4, ge=1)
-    """Held-out words a letter whose first letter the model must name, to see whether it can spell at all."""
+    """Solved examples before the first word of a prompt."""
+    asked: int = Field(default=105, ge=1)
+    """Words whose first letter the model must name, to see whether it can spell at all; in whole prompts of 15."""
 
 
 class EvaluationConfig(Section):

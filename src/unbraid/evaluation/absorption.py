@@ -3,11 +3,13 @@
 A model that can spell holds the first letter of a word at the word's token. Where a probe reads the letter but the
 SAE's letter features stay silent, and another feature aligned with the probe carries it ("short" instead of "starts
 with S"), the letter has been absorbed. Without a model that can spell there is nothing to measure: a model that names
-fewer than half of the letters when asked is refused, and so is a site where fewer than 20 can be read, as in SAEBench.
+fewer than a quarter of the letters when asked is refused, and so is a site where fewer than 20 can be read, as in
+SAEBench.
 
-What differs from SAEBench is size and speed, not the formula: a few dozen words a letter instead of the whole
-vocabulary, the prompt ends at the word (nothing after it can matter to a causal model), and codes are taken times the
-norm of their decoder rows, so a folded decoder gives the same numbers.
+What differs from SAEBench is size and speed, not the formula: some hundred words a letter instead of the whole
+vocabulary, a prompt that goes on to ask about the next word (each is read behind the solved ones before it, and nothing
+after it can matter to a causal model), and codes taken times the norm of their decoder rows, so that a folded decoder
+gives the same numbers.
 """
 
 import string
@@ -28,9 +30,10 @@ from unbraid.evaluation.probes import Probe, f1_score, fit_probe
 from unbraid.evaluation.prompts import cached_activations, prompt_batches
 from unbraid.randomness import generator
 
-SUFFIX = " has the first letter:"
-LEAST_ACCURACY = 0.5
+QUESTION = " has the first letter:"
+LEAST_ACCURACY = 0.25  # six times chance; what a site holds is judged letter by letter below
 LEAST_PROBE_F1, LEAST_LETTERS = 0.6, 20
+WORDS_A_PROMPT = 15
 ASKED_AT_ONCE = 4
 LARGEST_K, F1_JUMP = 10, 0.03
 L1_DECAY, L1_STEPS, L1_LR, L1_END_LR = 0.01, 300, 0.01, 1e-5
@@ -79,64 +82,74 @@ def read_spelling(
         # A letter with few words gives the same share of them to the test.
         n_test = len(order) * settings.test // (settings.train + settings.test)
         chosen += [(ids[index], letter, place < n_test) for place, index in enumerate(order)]
+    chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=chance).tolist()]
     practice = [(token, letter) for token, letter, is_test in chosen if not is_test]
-    encode = _Encoder(model.tokenizer)
-    prompts = []
-    for token, _, _ in chosen:
-        picks = torch.randperm(len(practice), generator=chance)[: settings.examples + 1].tolist()
-        examples = [practice[i] for i in picks if practice[i][0] != token][: settings.examples]
-        prompts.append(encode.prompt(examples, token))
     letters = np.array([letter for _, letter, _ in chosen])
-    is_test = np.array([is_test for _, _, is_test in chosen])
-    asked = _first_of_each(letters, is_test, settings.asked)
-    total = len(asked) + len(prompts)
+    format = _Format(model.tokenizer)
+    prompts, places = [], []
+    for first in range(0, len(chosen), WORDS_A_PROMPT):
+        picks = torch.randperm(len(practice), generator=chance)[: settings.examples].tolist()
+        read = [(token, letter) for token, letter, _ in chosen[first : first + WORDS_A_PROMPT]]
+        prompt, at = format.prompt([practice[i] for i in picks] + read)
+        prompts.append(prompt)
+        places.append(at[-len(read) :])
+    n_asked = min(len(prompts), -(-settings.asked // WORDS_A_PROMPT))
+    total = n_asked + len(prompts)
     accuracy = _accuracy(
-        model, [prompts[i] + encode.suffix for i in asked], letters[asked], encode, lambda done: on_prompts(done, total)
+        model, prompts[:n_asked], places[:n_asked], letters, format, lambda done: on_prompts(done, total)
     )
     if accuracy < LEAST_ACCURACY:
         raise EvaluationError(
-            f"the model cannot spell: asked for the first letter of {len(asked)} words it names {accuracy:.0%} "
-            f"rightly; absorption needs {LEAST_ACCURACY:.0%}; use a larger model"
+            f"the model cannot spell: asked for the first letter of words it names {accuracy:.0%} rightly; absorption "
+            f"needs {LEAST_ACCURACY:.0%}; use a larger model"
         )
-    activations = cached_activations(model, prompts, lambda done: on_prompts(len(asked) + done, total))
+    activations = cached_activations(model, prompts, places, lambda done: on_prompts(n_asked + done, total))
     on_prompts(total, total)
-    return Spelling(activations, letters, is_test, accuracy)
-
-
-def _first_of_each(letters: np.ndarray, is_test: np.ndarray, n: int) -> np.ndarray:
-    """Places of the first `n` held-out words of every letter."""
-    return np.concatenate([np.flatnonzero(is_test & (letters == letter))[:n] for letter in range(26)])
+    return Spelling(activations, letters, np.array([is_test for _, _, is_test in chosen]), accuracy)
 
 
 def _accuracy(
-    model: Any, prompts: list[list[int]], letters: np.ndarray, encode: "_Encoder", on_prompts: Callable[[int], None]
+    model: Any,
+    prompts: list[list[int]],
+    places: list[list[int]],
+    letters: np.ndarray,
+    format: "_Format",
+    on_prompts: Callable[[int], None],
 ) -> float:
-    """How often the right one of the 26 answers has the highest logit."""
-    answers = torch.tensor([ids[0] for ids in encode.answers])
+    """How often the right one of the 26 answers has the highest logit at the end of the question."""
+    answers = torch.tensor([ids[0] for ids in format.answers])
     right = done = 0
-    for batch, tokens_CT, last_C in prompt_batches(prompts, ASKED_AT_ONCE):
-        logits_CV = model.logits(tokens_CT)[torch.arange(len(batch)), last_C].cpu()
-        right += int((logits_CV[:, answers].argmax(1) == torch.from_numpy(letters[batch])).sum())
+    for batch, tokens_CT in prompt_batches(prompts, ASKED_AT_ONCE):
+        logits_CTV = model.logits(tokens_CT).cpu()
+        for row, i in enumerate(batch):
+            ends = torch.tensor(places[i]) + len(format.question)
+            named = logits_CTV[row, ends][:, answers].argmax(1)
+            first = i * WORDS_A_PROMPT
+            right += int((named == torch.from_numpy(letters[first : first + len(ends)])).sum())
         done += len(batch)
         on_prompts(done)
-    return right / len(prompts)
+    return right / sum(map(len, places))
 
 
-class _Encoder:
+class _Format:
+    """`WORD has the first letter: W`, a line a word."""
+
     def __init__(self, tokenizer: Any):
         self.start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self.newline, self.suffix = self._ids(tokenizer, "\n"), self._ids(tokenizer, SUFFIX)
+        self.newline, self.question = self._ids(tokenizer, "\n"), self._ids(tokenizer, QUESTION)
         self.answers = [self._ids(tokenizer, f" {letter}") for letter in string.ascii_uppercase]
 
     @staticmethod
     def _ids(tokenizer: Any, text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def prompt(self, examples: list[tuple[int, int]], token: int) -> list[int]:
-        ids = list(self.start)
-        for word, letter in examples:
-            ids += [*self.newline, word, *self.suffix, *self.answers[letter]]
-        return [*ids, *self.newline, token]
+    def prompt(self, words: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Token ids, and where the words are."""
+        ids, places = list(self.start), []
+        for token, letter in words:
+            ids += [*self.newline, token, *self.question, *self.answers[letter]]
+            places.append(len(ids) - 1 - len(self.question) - len(self.answers[letter]))
+        return ids, places
 
 
 def _words_by_letter(tokenizer: Any) -> list[list[int]]:
@@ -167,11 +180,14 @@ class Letters:
         x = self.x.numpy()
         self.probes: list[Probe] = []
         self.f1: list[float] = []
+        self.found: list[np.ndarray] = []  # the held-out words in which the probe rightly sees the letter
         for letter in range(26):
             is_letter = self.letters == letter
             probe = fit_probe(x[~self.is_test], is_letter[~self.is_test].astype(np.int64), balanced=True)
+            predicted = probe.scores(x[self.is_test]) > 0
             self.probes.append(probe)
-            self.f1.append(f1_score(probe.scores(x[self.is_test]) > 0, is_letter[self.is_test]))
+            self.f1.append(f1_score(predicted, is_letter[self.is_test]))
+            self.found.append(np.flatnonzero(self.is_test)[predicted & is_letter[self.is_test]])
         self.readable = [letter for letter in range(26) if self.f1[letter] > LEAST_PROBE_F1]
         if len(self.readable) < LEAST_LETTERS:
             raise EvaluationError(
@@ -198,11 +214,10 @@ def absorption_scores(letters: Letters, sae: Autoencoder, seed: int = 0) -> dict
         main = _main_features(f_BN.numpy(), letters, letter, weights[letter])
         probe = letters.probes[letter]
         direction = F.normalize(torch.from_numpy(probe.weights / probe.scale).float(), dim=0)
-        found = letters.is_test & (letters.letters == letter) & (probe.scores(letters.x.numpy()) > 0)
         cosines = F.normalize(W_dec, dim=1) @ direction
         outcomes = [
             _absorbed(f_BN[word] * cosines, f_BN[word], cosines, float(letters.x[word] @ direction), main)
-            for word in np.flatnonzero(found)
+            for word in letters.found[letter]
         ]
         fractions, full = (np.array([outcome[i] for outcome in outcomes], dtype=float) for i in (0, 1))
         if len(outcomes):
@@ -238,21 +253,21 @@ def _means(details: list[Mapping[str, Any]], seed: int) -> dict[str, Any]:
 
 def _l1_probe(f_BN: Tensor, letters: np.ndarray) -> Tensor:
     """`[26, N]` weights of one-vs-rest probes with an L1 penalty, on codes of unit overall root mean square."""
-    f_BN = f_BN / f_BN.square().mean().sqrt().clamp(min=1e-12)
+    codes = (f_BN / f_BN.square().mean().sqrt().clamp(min=1e-12)).to_sparse_csr()
+    transposed = codes.to_dense().T.to_sparse_csr()
     targets = F.one_hot(torch.from_numpy(letters), 26).float()
-    importance = (len(targets) - targets.sum(0)) / targets.sum(0).clamp(min=1)
-    weights = torch.zeros(26, f_BN.shape[1], requires_grad=True)
-    bias = torch.zeros(26, requires_grad=True)
+    importance = (len(targets) - targets.sum(0)) / targets.sum(0).clamp(min=1)  # of a positive, beside a negative
+    weights, bias = torch.zeros(f_BN.shape[1], 26), torch.zeros(26)
     optimiser = torch.optim.Adam([weights, bias], lr=L1_LR, weight_decay=1e-6)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, (L1_END_LR / L1_LR) ** (1 / L1_STEPS))
     for _ in range(L1_STEPS):
-        optimiser.zero_grad()
-        logits = F.linear(f_BN, weights, bias)
-        loss = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=importance)
-        (loss + L1_DECAY * weights.abs().sum(1).mean()).backward()
+        positive = torch.sigmoid(codes @ weights + bias)
+        slope = (positive * (1 - targets) - (1 - positive) * targets * importance) / targets.numel()
+        weights.grad = transposed @ slope + L1_DECAY / 26 * weights.sign()
+        bias.grad = slope.sum(0)
         optimiser.step()
         schedule.step()
-    return weights.detach()
+    return weights.T
 
 
 def _main_features(f_BN: np.ndarray, letters: Letters, letter: int, weights: Tensor) -> list[int]:
@@ -261,8 +276,9 @@ def _main_features(f_BN: np.ndarray, letters: Letters, letter: int, weights: Ten
     best, main = -100.0, []
     for k in range(1, min(LARGEST_K, len(weights)) + 1):
         columns = weights.topk(k).indices.numpy()
-        probe = fit_probe(f_BN[~test], is_letter[~test].astype(np.int64), columns, balanced=True)
-        score = f1_score(probe.scores(f_BN[test]) > 0, is_letter[test])
+        chosen = f_BN[:, columns]
+        probe = fit_probe(chosen[~test], is_letter[~test].astype(np.int64), balanced=True)
+        score = f1_score(probe.scores(chosen[test]) > 0, is_letter[test])
         if score <= best + F1_JUMP:
             break
         best, main = score, columns.tolist()

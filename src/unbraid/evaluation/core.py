@@ -194,8 +194,8 @@ class _Sums:
         self._total("l2_norm_out", norm_out)
         self._total("l2_ratio", norm_out / torch.where(norm_in < SMALLEST_NORM, 1.0, norm_in))
         self._total("cossim", product_B / (norm_in * norm_out).clamp(min=1e-30))
-        self._total("l0", f_BN != 0)
-        self._total("l1", f_BN)
+        self._total("l0", (f_BN != 0).float().sum(1))
+        self._total("l1", f_BN.float().sum(1))
         return {
             "residual": residual_B.sum().item(),
             "square_out": norm_out.square().sum().item(),
@@ -203,8 +203,8 @@ class _Sums:
         }
 
     def _count_firings(self, f_CTN: Tensor, keep_CT: Tensor) -> None:
-        fires_CTN = (f_CTN > 0) & keep_CT.unsqueeze(2)
-        firings, contexts = fires_CTN.sum((0, 1)), fires_CTN.any(1).sum(0)
+        firings_CN = torch.einsum("ctn,ct->cn", (f_CTN > 0).float(), keep_CT.float()).long()
+        firings, contexts = firings_CN.sum(0), (firings_CN > 0).sum(0)
         self.firings = firings + (0 if self.firings is None else self.firings)
         self.contexts_fired_in = contexts + (0 if self.contexts_fired_in is None else self.contexts_fired_in)
 

@@ -1,13 +1,13 @@
 """How entangled are the features: the paper's correlation statistics on held-out tokens.
 
-`correlation_summary` is the short form written at the end of a run; `evaluate_correlation` the full one, with tails,
-intervals and the comparison with a twin. The numbers are exact over all pairs of live features (see `pairs.py`), in the
+`correlation_summary` is the short form written at the end of a run; `measure_correlation` the full one, with tails and
+intervals, of which two can be compared. The numbers are exact over all pairs of live features (see `pairs.py`), in the
 terms of Eq. 2-4: mean mu, spread sigma, tau = mu + sigma, and the mean of the selected top pairs. Intervals draw groups
 of contexts again, because neighbouring tokens are not independent, and are centred on the estimate: a bootstrap sample
 repeats tokens, which by itself raises the correlation of rare features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from unbraid.evaluation.intervals import mean_interval
-from unbraid.evaluation.pairs import Measure, PairStatistics, pair_statistics, stack_codes
-from unbraid.evaluation.resampling import View, resampled
+from unbraid.evaluation.pairs import Measure, PairStatistics, View, pair_statistics, stack_codes
+from unbraid.evaluation.resampling import resampled
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def correlation_summary(
         measure: cosine, the paper's Eq. 2, or pearson.
         min_support: features that fire on fewer tokens are left out.
     """
-    statistics = pair_statistics(stack_codes(codes, n_features), measure, keep=fraction, min_support=min_support)
+    (statistics,) = pair_statistics(stack_codes(codes, n_features), [View(measure, min_support)], keep=fraction)
     return summarise(statistics, fraction)
 
 
@@ -83,66 +83,72 @@ VIEWS = {"cosine": View("cosine", 1), "pearson": View("pearson", 1), "cosine_sup
 """The last leaves out features that fire so rarely that their correlations are small-sample noise."""
 
 
-def evaluate_correlation(
+@dataclass(frozen=True)
+class CorrelationMeasured:
+    """All correlation statistics of one SAE on held-out tokens.
+
+    Attributes:
+        report: for each view (cosine, pearson, cosine_supported) mean, std, tau, top, q99, q999, q9999, entangled
+            (pairs above 0.5), n_live, n_pairs, and NAME_interval of mean, std, top and the quantiles; `windows`: mean,
+            std and top averaged over windows, with intervals over windows.
+        samples: for each view, what each bootstrap sample gives for mean, std, top and the quantiles.
+    """
+
+    report: dict[str, dict[str, Any]]
+    samples: dict[str, dict[str, np.ndarray]]
+
+    def reduction(self, twin: "CorrelationMeasured") -> dict[str, dict[str, Any]]:
+        """By view: 1 - own / twin of mean, std and top, with intervals from the samples both have in common.
+
+        Args:
+            twin: the SAE trained without the penalty, measured on the same tokens with the same seed.
+        """
+        return {
+            name: _reduction(self.report[name], twin.report[name], self.samples[name], twin.samples[name])
+            for name in VIEWS
+        }
+
+
+def measure_correlation(
     codes: Iterable[Any],
     n_features: int,
     *,
-    twin: Iterable[Any] | None = None,
     fraction: float = FRACTION,
     block_tokens: int = 128,
     window_tokens: int = WINDOW_TOKENS,
     replicates: int = 30,
     seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """All correlation statistics of one SAE on held-out tokens, and against a twin.
+) -> CorrelationMeasured:
+    """All correlation statistics of one SAE.
 
     Args:
         codes: chunks of codes, dense or sparse, in the order of the text.
         n_features: N.
-        twin: codes of the SAE it is compared with (trained without the penalty), on the same tokens.
         fraction: share of live pairs that counts as the top.
         block_tokens: tokens the bootstrap never separates: a context.
         window_tokens: the statistics are also taken per window of this many tokens, as training sees them.
         replicates: bootstrap samples behind each interval; 0 leaves the intervals out.
         seed: of the bootstrap.
-
-    Returns:
-        For each view (cosine, pearson, cosine_supported): mean, std, tau, top, q99, q999, q9999, entangled (pairs above
-        0.5), n_live, n_pairs, and NAME_interval of mean, std, top and the quantiles; `windows`: mean, std and top
-        averaged over windows, with intervals over windows; with a twin `reduction`: 1 - own / twin of mean, std and
-        top, with intervals from paired samples.
     """
-    own = stack_codes(codes, n_features)
-    other = None if twin is None else stack_codes(twin, n_features)
-    blocks = -(-own.shape[0] // block_tokens)
-    n_groups = min(GROUPS, blocks)
-    group_of_row = (np.arange(own.shape[0]) // block_tokens) * n_groups // blocks
-    draws = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=replicates)
-    views = _distinct_views([own] if other is None else [own, other])
-    report = {name: _statistics(own, view, fraction) for name, view in views.items()}
-    samples = _samples(own, report, views, group_of_row, draws, fraction)
+    stacked = stack_codes(codes, n_features)
+    views = _distinct_views(stacked)
+    report = dict(zip(views, _statistics(stacked, list(views.values()), fraction), strict=True))
+    samples = _samples(stacked, report, views, block_tokens, fraction, replicates, seed)
     for name, sample in samples.items():
         for key, values in sample.items():
             report[name][f"{key}_interval"] = _around(report[name][key], values)
-    report["windows"] = _over_windows(own, window_tokens, fraction, seed)
-    if other is not None:
-        against = {name: _statistics(other, view, fraction) for name, view in views.items()}
-        paired = _samples(other, against, views, group_of_row, draws, fraction)
-        report["reduction"] = {
-            name: _reduction(report[name], against[name], samples[name], paired[name]) for name in views
-        }
-    for table in (report, report.get("reduction", {})):
-        if table:
-            table.setdefault("cosine_supported", table["cosine"])
-    return report
+    for name in VIEWS:
+        report.setdefault(name, report["cosine"])
+        samples.setdefault(name, samples["cosine"])
+    report["windows"] = _over_windows(stacked, window_tokens, fraction, seed)
+    return CorrelationMeasured(report, samples)
 
 
-def _distinct_views(all_codes: list[Any]) -> dict[str, View]:
+def _distinct_views(codes: Any) -> dict[str, View]:
     """Without the last one where every feature that fires does so often enough, so that it is the first again."""
-    for codes in all_codes:
-        support = np.bincount(codes.indices)
-        if ((support > 0) & (support < WELL_SUPPORTED)).any():
-            return VIEWS
+    support = np.bincount(codes.indices)
+    if ((support > 0) & (support < WELL_SUPPORTED)).any():
+        return VIEWS
     return {name: view for name, view in VIEWS.items() if name != "cosine_supported"}
 
 
@@ -150,30 +156,39 @@ def _samples(
     codes: Any,
     estimates: dict[str, dict[str, Any]],
     views: dict[str, View],
-    group_of_row: np.ndarray,
-    draws: np.ndarray,
+    block_tokens: int,
     fraction: float,
+    replicates: int,
+    seed: int,
 ) -> dict[str, dict[str, np.ndarray]]:
-    if min(draws.shape) < 2:
+    blocks = -(-codes.shape[0] // block_tokens)
+    n_groups = min(GROUPS, blocks)
+    if min(replicates, n_groups) < 2:
         return {name: {} for name in views}
+    group_of_row = (np.arange(codes.shape[0]) // block_tokens) * n_groups // blocks
+    draws = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=replicates)
     floors = [FLOOR * min(estimates[name]["q99"], estimates[name]["top"]) for name in views]
     samples = resampled(codes, group_of_row, draws, list(views.values()), floors, fraction, QUANTILES)
     return dict(zip(views, samples, strict=True))
 
 
-def _statistics(codes: Any, view: View, fraction: float) -> dict[str, Any]:
-    pairs = pair_statistics(codes, view.measure, max(fraction, KEPT_TAIL), view.min_support)
-    summary = summarise(pairs, fraction)
-    return {
-        "mean": summary.mean,
-        "std": summary.std,
-        "tau": summary.tau,
-        "top": summary.top,
-        **{name: pairs.quantile(q) for name, q in QUANTILES.items()},
-        "entangled": pairs.above,
-        "n_live": summary.n_live,
-        "n_pairs": summary.n_pairs,
-    }
+def _statistics(codes: Any, views: Sequence[View], fraction: float) -> list[dict[str, Any]]:
+    found = []
+    for pairs in pair_statistics(codes, views, max(fraction, KEPT_TAIL)):
+        summary = summarise(pairs, fraction)
+        found.append(
+            {
+                "mean": summary.mean,
+                "std": summary.std,
+                "tau": summary.tau,
+                "top": summary.top,
+                **{name: pairs.quantile(q) for name, q in QUANTILES.items()},
+                "entangled": pairs.above,
+                "n_live": summary.n_live,
+                "n_pairs": summary.n_pairs,
+            }
+        )
+    return found
 
 
 def _around(estimate: float, samples: np.ndarray) -> tuple[float, float]:
@@ -194,7 +209,8 @@ def _reduction(own: dict[str, Any], twin: dict[str, Any], own_samples: Any, twin
 
 def _over_windows(codes: Any, window_tokens: int, fraction: float, seed: int) -> dict[str, Any]:
     starts = range(0, codes.shape[0] - window_tokens + 1, window_tokens)
-    tables = [_statistics(codes[start : start + window_tokens], VIEWS["cosine"], fraction) for start in starts]
+    view = [VIEWS["cosine"]]
+    tables = [_statistics(codes[start : start + window_tokens], view, fraction)[0] for start in starts]
     result: dict[str, Any] = {"window_tokens": window_tokens, "n_windows": len(tables)}
     for name in INTERVALS if tables else ():
         values = np.array([table[name] for table in tables])

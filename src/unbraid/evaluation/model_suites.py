@@ -18,7 +18,7 @@ from unbraid.config import EvaluationConfig, RunConfig
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.absorption import Letters, absorption_scores, read_spelling
 from unbraid.evaluation.core import CoreMeter
-from unbraid.evaluation.correlation import evaluate_correlation
+from unbraid.evaluation.correlation import CorrelationMeasured, measure_correlation
 from unbraid.evaluation.probing import probe_task, summarise_probing, task_activations
 from unbraid.evaluation.splice import preservation
 from unbraid.evaluation.subjects import Judged
@@ -124,20 +124,24 @@ class ModelSuites:
 
     def correlation(self) -> None:
         """The paper's correlation reduction, on the codes that `read_held_out` kept."""
-        with_codes = {judged.name: judged for judged in self.judged if judged.codes}
+        with_codes = [judged for judged in self.judged if judged.codes]
         task = self.bar.add_task("correlation", total=len(with_codes))
-        for judged in with_codes.values():
-            twin = with_codes.get(judged.twin or "")
-            judged.report["correlation"] = evaluate_correlation(
+        measured: dict[str | None, CorrelationMeasured] = {}
+        for judged in with_codes:
+            measured[judged.name] = measure_correlation(
                 judged.codes,
                 judged.codes[0].n_features,
-                twin=None if twin is None else twin.codes,
                 fraction=self.config.fraction,
                 block_tokens=self.source.context_length,
                 replicates=self.config.replicates if judged.control is None else 0,
                 seed=self.config.seed,
             )
+            judged.codes.clear()
             self.bar.advance(task)
+        for judged in with_codes:
+            judged.report["correlation"] = measured[judged.name].report
+            if judged.twin in measured:
+                judged.report["correlation"]["reduction"] = measured[judged.name].reduction(measured[judged.twin])
 
     def probing(self) -> None:
         """k-sparse probes on labelled text."""

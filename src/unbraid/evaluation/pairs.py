@@ -6,7 +6,7 @@ walked in tiles of its upper triangle, so memory grows with the firings and with
 are enumerated: all others have cosine zero, and a Pearson correlation that follows from their means alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,9 +21,15 @@ Csr = Any  # scipy.sparse.csr_array, whose annotations say less than nothing to 
 Measure = Literal["cosine", "pearson"]
 TILE_ENTRIES = 1 << 24
 ENTANGLED = 0.5
-DENSE_TILE_SPEEDUP = (
-    40  # a dense multiply-add costs about this many times less than a co-activation of a sparse product
-)
+DENSE_TILE_SPEEDUP = 400  # a dense multiply-add costs so many times less than one of a sparse product (two threads)
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to look at pairs: the measure, and on how many tokens a feature must fire to count (to be live)."""
+
+    measure: Measure = "cosine"
+    min_support: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,71 +98,77 @@ def _rows_of(chunk: Any, n_features: int) -> tuple[np.ndarray, np.ndarray, np.nd
     return lengths.cpu().numpy(), columns.to(torch.int32).cpu().numpy(), numbers.double().cpu().numpy()
 
 
-def pair_statistics(
-    codes: Csr,
-    measure: Measure = "cosine",
-    keep: float = 0.01,
-    min_support: int = 1,
-) -> PairStatistics:
-    """Exact mean, spread and upper tail of the correlation over all live pairs.
+def pair_statistics(codes: Csr, views: Sequence[View], keep: float = 0.01) -> list[PairStatistics]:
+    """Exact mean, spread and upper tail of the correlation over all live pairs, for every view, in one walk.
 
     Args:
         codes: [T, N] non-negative.
-        measure: cosine (Eq. 2), or pearson, which centres each feature first.
+        views: the measures, and the supports below which a feature is not live.
         keep: share of the live pairs whose correlations are kept, largest first (at least one pair).
-        min_support: features that fire on fewer tokens are not live.
     """
-    live = np.flatnonzero(np.bincount(codes.indices, minlength=codes.shape[1]) >= min_support)
-    n_pairs = len(live) * (len(live) - 1) // 2
-    if n_pairs == 0:
-        return PairStatistics(0.0, 0.0, len(live), 0, 0, np.zeros(0), np.zeros((0, 2), dtype=np.int64))
-    scaled, shift = _scaled(codes[:, live], measure)
-    tail = _Tail(max(1, round(keep * n_pairs)))
-    total = np.zeros(2)
-    above = 0
-    for rows, columns, products in _tiles(scaled):
-        common = shift[rows] * shift[columns]
+    support = np.bincount(codes.indices, minlength=codes.shape[1])
+    fires = np.flatnonzero(support)
+    codes, support = codes[:, fires], support[fires]
+    gathered = [_Gathered(codes, support, view, keep) for view in views]
+    for rows, columns, products in _tiles(codes):
+        for view in gathered:
+            view.add(rows, columns, products)
+    return [view.statistics(fires) for view in gathered]
+
+
+class _Gathered:
+    """Running sums and the upper tail of one view, in which C_ij = product_ij scale_i scale_j - shift_i shift_j."""
+
+    def __init__(self, codes: Csr, support: np.ndarray, view: View, keep: float):
+        n_tokens, self.n_features = codes.shape
+        live = support >= view.min_support
+        self.n_live = int(live.sum())
+        self.n_pairs = self.n_live * (self.n_live - 1) // 2
+        spread = squares = np.asarray((codes**2).sum(axis=0)).ravel()
+        means = np.zeros(self.n_features)
+        if view.measure == "pearson":
+            means = np.asarray(codes.sum(axis=0)).ravel() / n_tokens
+            spread = squares - n_tokens * means**2
+        varies = live & (spread > 1e-12 * squares)  # a feature that never varies correlates with nothing
+        self.scale = np.where(varies, 1 / np.sqrt(np.where(varies, spread, 1.0)), 0.0)
+        self.shift = shift = means * np.sqrt(n_tokens) * self.scale
+        # Pairs that are never co-active have the product 0 and the correlation -shift_i shift_j.
+        self.total = -(shift.sum() ** 2 - (shift**2).sum()) / 2
+        self.total_squares = ((shift**2).sum() ** 2 - (shift**4).sum()) / 2
+        self.above = 0
+        self.tail = _Tail(max(1, round(keep * self.n_pairs)))
+
+    def add(self, rows: np.ndarray, columns: np.ndarray, products: np.ndarray) -> None:
+        products = products * self.scale[rows] * self.scale[columns]
+        common = self.shift[rows] * self.shift[columns]
         correlations = products - common
-        above += int((correlations > ENTANGLED).sum())
-        total += products.sum(), (products**2 - 2 * products * common).sum()
-        tail.add(correlations, rows * len(live) + columns)
-    # Pairs that are never co-active have the product 0 and the correlation -shift_i shift_j.
-    total += -(shift.sum() ** 2 - (shift**2).sum()) / 2, ((shift**2).sum() ** 2 - (shift**4).sum()) / 2
-    mean = total[0] / n_pairs
-    values, ids = tail.sorted()
-    pairs = live[np.stack(np.divmod(ids, len(live)), axis=1)]
-    std = float(np.sqrt(max(0.0, total[1] / n_pairs - mean**2)))
-    return PairStatistics(float(mean), std, len(live), n_pairs, above, values, pairs)
+        self.above += int((correlations > ENTANGLED).sum())
+        self.total += products.sum()
+        self.total_squares += (products * (products - 2 * common)).sum()
+        self.tail.add(correlations, rows * self.n_features + columns)
+
+    def statistics(self, features: np.ndarray) -> PairStatistics:
+        """What was gathered; `features` are the ids of the columns."""
+        pairs = max(1, self.n_pairs)
+        mean = float(self.total) / pairs
+        std = float(np.sqrt(max(0.0, self.total_squares / pairs - mean**2)))
+        values, ids = self.tail.sorted()
+        pairs = features[np.stack(np.divmod(ids, max(1, self.n_features)), axis=1)]
+        return PairStatistics(mean, std, self.n_live, self.n_pairs, self.above, values, pairs)
 
 
-def _scaled(codes: Csr, measure: Measure) -> tuple[Csr, np.ndarray]:
-    """Columns scaled so that C_ij = (column_i . column_j) - shift_i shift_j."""
-    n_tokens = codes.shape[0]
-    squares = np.asarray((codes**2).sum(axis=0)).ravel()
-    shift = np.zeros(codes.shape[1])
-    if measure == "pearson":
-        means = np.asarray(codes.sum(axis=0)).ravel() / n_tokens
-        centred = squares - n_tokens * means**2
-        varies = centred > 1e-12 * squares  # a feature that never varies correlates with nothing
-        shift = np.where(varies, means * np.sqrt(n_tokens / np.where(varies, centred, 1.0)), 0.0)
-        scale = np.where(varies, 1 / np.sqrt(np.where(varies, centred, 1.0)), 0.0)
-    else:
-        scale = 1 / np.sqrt(squares)
-    return sparse.csr_array((codes.data * scale[codes.indices], codes.indices, codes.indptr), shape=codes.shape), shift
-
-
-def _tiles(scaled: Csr):
+def _tiles(codes: Csr) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (rows, columns, products): every co-active pair rows < columns once, tile by tile."""
-    n_tokens, n_features = scaled.shape
-    lengths = np.diff(scaled.indptr).astype(np.float64)
+    n_tokens, n_features = codes.shape
+    lengths = np.diff(codes.indptr).astype(np.float64)
     dense = DENSE_TILE_SPEEDUP * (lengths**2).sum() > n_tokens * n_features**2
-    step = max(1, TILE_ENTRIES // n_features)
-    transposed = scaled.T.tocsr()
-    by_column = scaled.tocsc()
+    step = max(1, TILE_ENTRIES // max(1, n_features))
+    transposed = codes.T.tocsr()
+    by_column = codes.tocsc()
     for start in range(0, n_features, step):
         stop = min(n_features, start + step)
         if dense:
-            tile = _dense_tile(scaled, start, stop)
+            tile = _dense_tile(codes, start, stop)
             rows, columns = np.nonzero(np.triu(tile, k=1))
             products = tile[rows, columns]
         else:
@@ -166,11 +178,11 @@ def _tiles(scaled: Csr):
         yield rows.astype(np.int64) + start, columns.astype(np.int64) + start, products
 
 
-def _dense_tile(scaled: Csr, start: int, stop: int) -> np.ndarray:
-    tile = np.zeros((stop - start, scaled.shape[1] - start))
-    step = max(1, TILE_ENTRIES // scaled.shape[1])
-    for first in range(0, scaled.shape[0], step):
-        block = scaled[first : first + step].toarray()[:, start:]
+def _dense_tile(codes: Csr, start: int, stop: int) -> np.ndarray:
+    tile = np.zeros((stop - start, codes.shape[1] - start))
+    step = max(1, TILE_ENTRIES // codes.shape[1])
+    for first in range(0, codes.shape[0], step):
+        block = codes[first : first + step].toarray()[:, start:]
         tile += block[:, : stop - start].T @ block
     return tile
 

@@ -50,6 +50,8 @@ def fit_probe(x: np.ndarray, y: np.ndarray, columns: np.ndarray | None = None, b
     scale = np.sqrt((chosen**2).mean(axis=0))
     scale[scale == 0] = 1.0
     chosen = chosen / scale
+    mean = chosen.mean(axis=0)  # the bias is free, so this changes nothing but the number of steps
+    chosen -= mean
     signs = 2.0 * y - 1
     share = np.where(y == 1, y.mean(), 1 - y.mean())
     importance = 0.5 / share if balanced else np.ones(len(y))
@@ -61,7 +63,7 @@ def fit_probe(x: np.ndarray, y: np.ndarray, columns: np.ndarray | None = None, b
         return float((importance * np.logaddexp(0, -margins)).sum() + PENALTY * (theta[:-1] ** 2).sum() / 2), gradient
 
     theta = minimize(loss, np.zeros(len(columns) + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000}).x
-    return Probe(columns, scale, theta[:-1], float(theta[-1]))
+    return Probe(columns, scale, theta[:-1], float(theta[-1] - mean @ theta[:-1]))
 
 
 def top_columns(x: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:

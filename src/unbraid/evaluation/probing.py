@@ -71,7 +71,8 @@ def task_activations(model: Any, file: str, settings: ProbingConfig) -> tuple[li
     texts, labels = load_task(file, settings.train + settings.test)
     start = [] if model.tokenizer.bos_token_id is None else [model.tokenizer.bos_token_id]
     ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return cached_activations(model, [(start + row)[: settings.max_tokens] for row in ids]), labels
+    prompts = [(start + row)[: settings.max_tokens] for row in ids]
+    return cached_activations(model, prompts, [[len(prompt) - 1] for prompt in prompts]), labels
 
 
 @torch.no_grad()

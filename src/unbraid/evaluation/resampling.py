@@ -6,25 +6,16 @@ from a fine histogram above a floor: what is wanted from it is a spread, not a v
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unbraid.evaluation.pairs import DENSE_TILE_SPEEDUP, Csr, Measure
+from unbraid.evaluation.pairs import DENSE_TILE_SPEEDUP, Csr, View
 
 STACK_ENTRIES = 1 << 24
 BINS = 4000
-
-
-@dataclass(frozen=True)
-class View:
-    """One way to look at pairs: the measure, and how often a feature must fire to count."""
-
-    measure: Measure
-    min_support: int
 
 
 def resampled(
@@ -91,12 +82,13 @@ class _Gathered:
         for sample, products in enumerate(samples):
             scale, shift = self.scale[sample], self.shift[sample]
             correlation = products * scale[start:stop, None] * scale[None, start:]
-            self.total[sample] += float(correlation.sum(dtype=torch.float64))
-            self.total_squares[sample] += float(correlation.square().sum(dtype=torch.float64))
+            self.total[sample] += _sum(correlation)
             if self.centred:
                 common = shift[start:stop, None] * shift[None, start:]
-                self.total_squares[sample] -= 2 * float((correlation * common).sum(dtype=torch.float64))
+                self.total_squares[sample] += _sum(correlation * (correlation - 2 * common))
                 correlation -= common
+            else:
+                self.total_squares[sample] += _sum(correlation.square())
             high = correlation[correlation > self.floor]
             bins = (high * BINS).long().clamp_(max=BINS - 1)
             self.counts[sample] += torch.bincount(bins, minlength=BINS).numpy()
@@ -117,11 +109,16 @@ class _Gathered:
         return result
 
 
+def _sum(entries: Tensor) -> float:
+    """Short rows in float32, their sums in float64."""
+    return float(entries.sum(1).sum(dtype=torch.float64))
+
+
 def _tiles(groups: list[Csr]) -> Iterator[tuple[int, Tensor]]:
     """Yields (first feature, `[groups, rows, columns]`): every group's Gram matrix above the diagonal, in strips."""
     n_features = groups[0].shape[1]
     step = max(1, STACK_ENTRIES // (n_features * len(groups)))
-    columns_of = [group.tocsc() for group in groups]
+    columns_of = [group.astype(np.float32).tocsc() for group in groups]
     for start in range(0, n_features, step):
         stop = min(n_features, start + step)
         yield start, torch.stack([_gram(group, start, stop) for group in columns_of]).triu_(1)
@@ -131,6 +128,5 @@ def _gram(codes: Any, start: int, stop: int) -> Tensor:
     own, others = codes[:, start:stop], codes[:, start:]
     density = codes.nnz / max(1, codes.shape[0] * codes.shape[1])
     if DENSE_TILE_SPEEDUP * density**2 > 1:
-        own, others = (torch.from_numpy(part.astype(np.float32).toarray()) for part in (own, others))
-        return own.T @ others
-    return torch.from_numpy((own.T @ others).astype(np.float32).toarray())
+        return torch.from_numpy(own.toarray()).T @ torch.from_numpy(others.toarray())
+    return torch.from_numpy((own.T @ others).toarray())

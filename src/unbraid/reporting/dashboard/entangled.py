@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unbraid.evaluation.pairs import pair_statistics
+from unbraid.evaluation.pairs import View, pair_statistics
 from unbraid.reporting.dashboard.features import Excerpt, Firing, excerpt, firing
 from unbraid.reporting.dashboard.passes import Csc, HeldOutPass
 
@@ -54,7 +54,7 @@ def entangled_pairs(codes: Csc, W_dec: Tensor, twin_codes: Csc | None, twin_W_de
     if live < 2:
         return []
     share = min(1.0, PAIRS / (live * (live - 1) / 2))
-    statistics = pair_statistics(codes.tocsr(), keep=share, min_support=MIN_SUPPORT)
+    (statistics,) = pair_statistics(codes.tocsr(), [View(min_support=MIN_SUPPORT)], keep=share)
     unit_ND = nn.functional.normalize(W_dec.float(), dim=1)
     counterpart_N, match_N = _counterparts(unit_ND, twin_W_dec)
     found: list[Pair] = []
