@@ -34,8 +34,8 @@ from unbraid.decorrelation.build import build as build_decorrelation
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.recipes import SPARING
 from unbraid.sae.build import build as build_sae
-from unbraid.training.loop import Trainee, train_step
 from unbraid.training.optimiser import SAEOptimiser
+from unbraid.training.trainee import Trainee, train_step
 
 HERE = Path(__file__).parent
 

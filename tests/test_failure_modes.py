@@ -17,7 +17,7 @@ from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.errors import ConfigError, ModelError
 from unbraid.randomness import generator
 from unbraid.sae import build
-from unbraid.training.loop import _new_trainee, train_step
+from unbraid.training.trainee import new_trainee, train_step
 
 
 def changed(config: RunConfig, **settings: object) -> RunConfig:
@@ -97,7 +97,7 @@ def test_every_site_and_variant_has_a_file_of_its_own(tiny):
 def test_the_loss_is_equations_one_to_four_by_hand():
     """Squared error summed over D, averaged over tokens; lambda1 L1; lambda2 R with every pair counted once."""
     config = changed(recipes.tiny(), optimiser__warmup_steps=0)
-    trainee = _new_trainee(config, config.sites[0], 0, "decorrelated", 1.0, torch.zeros(16), torch.device("cpu"))
+    trainee = new_trainee(config, 0, "decorrelated", 1.0, torch.zeros(16), torch.device("cpu"))
     x_BD = torch.randn(64, 16, generator=generator(0, "x"))
     f_BN = trainee.sae.encode(x_BD).detach().double()
     error_BD = x_BD.double() - f_BN @ trainee.sae.W_dec.detach().double() - trainee.sae.b_dec.detach().double()

@@ -9,8 +9,8 @@ from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, Vari
 from unbraid.decorrelation.build import build as build_decorrelation
 from unbraid.sae import Codes
 from unbraid.sae.build import build
-from unbraid.training.loop import Trainee, train_step
 from unbraid.training.optimiser import SAEOptimiser
+from unbraid.training.trainee import Trainee, train_step
 
 settings = settings_from_arguments()
 config = VariantConfig(

@@ -7,6 +7,7 @@ are parsed from the very models of `config`, so every setting has a flag and a h
 import dataclasses
 import difflib
 import errno
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from unbraid.config import EvaluationConfig, RunConfig, SynthConfig, load_config, validated
 from unbraid.config.checks import complaints
+from unbraid.distributed.launch import Launch, execute
 from unbraid.errors import ConfigError, UnbraidError
 from unbraid.recipes import RECIPES
 from unbraid.reporting.commands import compare, dashboard, export
@@ -104,6 +106,19 @@ def figure(arguments: list[str]) -> None:
         console.print(str(path), highlight=False)
 
 
+def launch(arguments: list[str]) -> None:
+    """launch [--ranks N] [--nodes N] [--max-restarts N] [--run] train|resume ...: the same on many processes; prints
+    the torchrun line, or executes it with --run."""
+    at = next((place for place, word in enumerate(arguments) if word in ("train", "resume")), len(arguments))
+    options = tyro.cli(Launch, args=arguments[:at], prog="unbraid launch")
+    if at == len(arguments):
+        raise ConfigError("launch needs a command; such as `unbraid launch --ranks 4 train tiny --run runs/tiny`")
+    words = options.torchrun(arguments[at:])
+    if options.run:
+        execute(words)
+    print(shlex.join(words))
+
+
 @dataclasses.dataclass
 class _Evaluate:
     path: tyro.conf.Positional[Path]
@@ -150,6 +165,7 @@ def doctor(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "resume": resume,
+    "launch": launch,
     "harvest": harvest,
     "eval": evaluate,
     "figure": figure,
@@ -201,7 +217,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UnbraidError as error:
         if debug:
             raise
-        print(f"unbraid: {error}", file=sys.stderr)
+        if not error.silent:
+            print(f"unbraid: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         if debug:

@@ -6,7 +6,13 @@ The command line prints such a message without a traceback; anything that is not
 
 
 class UnbraidError(Exception):
-    """Base of every error unbraid raises on purpose."""
+    """Base of every error unbraid raises on purpose.
+
+    Attributes:
+        silent: another process of the run says why it ended.
+    """
+
+    silent: bool = False
 
 
 class ConfigError(UnbraidError):

@@ -2,7 +2,8 @@
 
 This is what `unbraid train` and `unbraid.train` do. Rooms that only read SAEs (evaluation, formats, reporting) are
 brought together with training here and nowhere else. Every part that can be redone from the last checkpoint is, so a
-run killed at any moment, even while it exports, is finished by `resume`.
+run killed at any moment, even while it exports, is finished by `resume`. Under `torchrun` every process runs this; each
+trains, measures and exports the SAEs of its cell, and the first one writes what belongs to the whole run.
 """
 
 import signal
@@ -24,12 +25,14 @@ from unbraid.activations.live import LiveActivations
 from unbraid.activations.rows import RowFilter
 from unbraid.config import RunConfig
 from unbraid.device import pick_device
+from unbraid.distributed.mesh import joined, lay_out, restarted
+from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import ConfigError, TextError
 from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.files import write_json
 from unbraid.formats.sae_lens import hook_name
 from unbraid.training.checkpoint import steps_done
-from unbraid.training.loggers import check_loggers, open_loggers
+from unbraid.training.loggers import Loggers, check_loggers, open_loggers
 from unbraid.training.loop import Trained, TrainingInterrupted, train_saes
 from unbraid.training.precision import matrix_products
 from unbraid.training.progress import RunProgress
@@ -84,8 +87,12 @@ def train(config: RunConfig, path: Path | str | None = None, *, console: Console
     """
     check_steps(config)
     check_loggers(config)
-    folder = RunFolder.create(path or Path("runs") / config.name, config)
-    return _run(folder, config, console or Console(quiet=True))
+    path = Path(path or Path("runs") / config.name)
+    with joined() as everyone:
+        if everyone.first and not (restarted() and (path / "config.json").is_file()):
+            RunFolder.create(path, config)
+        everyone.wait()
+        return _run(RunFolder(path), console or Console(quiet=True), everyone)
 
 
 def resume(path: Path | str, *, console: Console | None = None) -> Run:
@@ -94,16 +101,17 @@ def resume(path: Path | str, *, console: Console | None = None) -> Run:
     Raises:
         UnbraidError: the folder holds no run, is in use, or its newest checkpoint is damaged.
     """
-    folder, console = RunFolder(path), console or Console(quiet=True)
-    if folder.summary.is_file():
-        console.print(f"run {folder.path} is complete; see {folder.summary}", highlight=False)
-        return Run(folder.path)
-    return _run(folder, folder.config, console)
+    with joined() as everyone:
+        return _run(RunFolder(path), console or Console(quiet=True), everyone)
 
 
-def open_activations(config: RunConfig, device: torch.device) -> LiveActivations | CachedActivations:
-    """The model, or the cache the run trains from."""
-    return LiveActivations(config, device) if config.cache is None else CachedActivations(config, Path(config.cache))
+def open_activations(
+    config: RunConfig, device: torch.device, ranks: Ranks = ALONE
+) -> LiveActivations | CachedActivations:
+    """The model, its passes shared among `ranks`, or the cache the run trains from."""
+    if config.cache is not None:
+        return CachedActivations(config, Path(config.cache))
+    return LiveActivations(config, device, ranks)
 
 
 def fill_cache(config: RunConfig, cache: Path | str, *, console: Console | None = None) -> None:
@@ -142,26 +150,33 @@ def check_steps(config: RunConfig) -> None:
         )
 
 
-def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
-    say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
-    with folder.lock(), stop_on_signals() as stop, open_loggers(folder, config) as loggers:
-        start = steps_done(folder.checkpoints)
-        names = [config.sae_name(site, variant) for site in config.sites for variant in config.variants]
+def _run(folder: RunFolder, console: Console, everyone: Ranks) -> Run:
+    if folder.summary.is_file():
+        if everyone.first:
+            console.print(f"run {folder.path} is complete; see {folder.summary}", highlight=False)
+        return Run(folder.path)
+    with _voice(folder, console, everyone) as (console, loggers), stop_on_signals() as stop:
+        say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
+        config, start = folder.config, steps_done(folder.checkpoints)
+        mesh = lay_out(everyone, len(config.sae_names), config.training.feature_shards)
         say(
             f"plan: {config.steps:,} steps of {config.training.batch_tokens:,} tokens "
             f"({config.steps * config.training.batch_tokens:,} "
-            f"tokens) for {len(names)} SAEs: {', '.join(names)}"
+            f"tokens) for {len(config.sae_names)} SAEs: {', '.join(config.sae_names)}"
         )
+        if everyone.size > 1:
+            say(f"{everyone.size} ranks: {mesh.cells} cells, each SAE split over {mesh.shards.size} ranks of its cell")
         if config.training.threads is not None:
             torch.set_num_threads(config.training.threads)
         device = pick_device(config.training.device)
-        with console.status("loading the language model (the first time, converting it and the text)"):
-            source = open_activations(config, device)
+        status = console.status("loading the language model (the first time, converting it and the text)")
+        with status, everyone.first_ahead():
+            source = open_activations(config, device, everyone)
         say(
             f"model: {config.model.name} on {device}, {source.d_model} wide, read at "
             f"{', '.join(map(str, config.sites))}"
         )
-        if start < config.steps:
+        if start < config.steps and everyone.first:
             with console.status("counting the text"):
                 check_text(config, source)
         if start:
@@ -169,16 +184,27 @@ def _run(folder: RunFolder, config: RunConfig, console: Console) -> Run:
         with RunProgress(config, console, start, loggers.step) as progress:
             overlap = config.buffer.overlap == "on" or (config.buffer.overlap == "auto" and device.type == "cuda")
             refill = config.buffer.contexts // 2 // config.model.batch_contexts
-            feed = Ahead(source, refill) if overlap else source
+            # Not among ranks: what a thread exchanges would meet the exchanges of a training step on another rank.
+            feed = Ahead(source, refill) if overlap and everyone.size == 1 else source
             with matrix_products(config.training.tf32):
-                trained = train_saes(folder, config, feed, device, progress, stop)
+                trained = train_saes(folder, config, feed, device, progress, stop, mesh)
         say(f"measuring on {config.training.held_out_tokens:,} held-out tokens")
-        summary = _finish(folder, config, source, trained, device)
+        summary = _finish(folder, config, source, trained, device, everyone)
         loggers.summary(summary)
         for warning in warnings_of(summary, config):
             say(f"warning: {warning}")
         say(f"done: results in {folder.path} (summary.json, saes/, figures/figure1.png)")
     return Run(folder.path)
+
+
+@contextmanager
+def _voice(folder: RunFolder, console: Console, everyone: Ranks) -> Iterator[tuple[Console, Loggers]]:
+    """The run's console and loggers, behind its lock; among ranks the first one speaks, the others are silent."""
+    if not everyone.first:
+        yield Console(quiet=True), Loggers([])
+        return
+    with folder.lock(), open_loggers(folder, folder.config) as loggers:
+        yield console, loggers
 
 
 def check_text(config: RunConfig, source: LiveActivations | CachedActivations) -> None:
@@ -210,39 +236,30 @@ def _finish(
     source: LiveActivations | CachedActivations,
     trained: Trained,
     device: torch.device,
+    everyone: Ranks,
 ) -> dict[str, Any]:
     """Held-out metrics, exported SAEs, Figure 1 and, last of all, `summary.json`."""
     from unbraid.reporting.figures import draw_training
 
+    tokens = config.steps * config.training.batch_tokens
     held_out = list(_held_out_rows(config, source, trained.buffer.filter))
     metrics: dict[str, HeldOutMetrics] = {}
     for trainee in trained.trainees:
         rows = (batch[trainee.site].to(device, torch.float32) * trainee.scale for batch in held_out)
         metrics[trainee.name] = held_out_metrics(trainee.sae, rows, config.decorrelation.fraction)
-    twins = config.twins
     assert trained.buffer.position is not None
     seconds = trained.seconds["buffer"] + trained.seconds["training"]
-    summary: dict[str, Any] = {
-        "recipe": config.name,
-        "steps": {"planned": config.steps, "executed": min(trainee.updates for trainee in trained.trainees)},
-        "tokens": config.steps * config.training.batch_tokens,
-        "held_out_tokens": sum(len(batch[0]) for batch in held_out),
-        "documents": trained.buffer.position["counts"],
-        "rows": {"kept": trained.buffer.filter.kept, "dropped": trained.buffer.filter.dropped},
-        "seconds": trained.seconds,
-        "saes": {
-            trainee.name: metrics[trainee.name].as_dict()
-            | {
-                "correlation_reduction": _reduction(trainee.name, twins, metrics),
-                "updates_per_second": trainee.updates / seconds if seconds else None,
-                "dead_fraction": float(
-                    (trainee.tokens_since_fired >= trainee.config.sae.dead_after_tokens).double().mean()
-                ),
-                "steps": {"planned": config.steps, "executed": trainee.updates},
-                "scale": trainee.scale,
-            }
-            for trainee in trained.trainees
-        },
+    measured = {
+        trainee.name: metrics[trainee.name].as_dict()
+        | {
+            "updates_per_second": trainee.updates / seconds if seconds else None,
+            "dead_fraction": float(
+                (trainee.tokens_since_fired >= trainee.config.sae.dead_after_tokens).double().mean()
+            ),
+            "steps": {"planned": config.steps, "executed": trainee.updates},
+            "scale": trainee.scale,
+        }
+        for trainee in trained.trainees
     }
     for trainee in trained.trainees:
         site = config.sites[trainee.site]
@@ -252,13 +269,29 @@ def _finish(
             "hook_layer": site.layer,
             "context_size": config.text.context_length,
             "prepend_bos": source.prepends_bos,
-            "training_tokens": summary["tokens"],
+            "training_tokens": tokens,
         }
         trainee.sae.fold_scale(trainee.scale)
         frequency_N = metrics[trainee.name].frequency_N
         formats.save(trainee.sae, folder.saes / trainee.name, metadata=metadata, frequency_N=frequency_N)
-    draw_training(folder.path)
-    write_json(folder.summary, summary)
+    measured = everyone.united(measured)
+    summary: dict[str, Any] = {
+        "recipe": config.name,
+        "steps": {"planned": config.steps, "executed": min(sae["steps"]["executed"] for sae in measured.values())},
+        "tokens": tokens,
+        "held_out_tokens": sum(len(batch[0]) for batch in held_out),
+        "documents": trained.buffer.position["counts"],
+        "rows": {"kept": trained.buffer.filter.kept, "dropped": trained.buffer.filter.dropped},
+        "seconds": trained.seconds,
+        "saes": {
+            name: measured[name] | {"correlation_reduction": _reduction(name, config.twins, measured)}
+            for name in config.sae_names
+        },
+    }
+    if everyone.first:
+        draw_training(folder.path)
+        write_json(folder.summary, summary)
+    everyone.wait()
     return summary
 
 
@@ -283,12 +316,12 @@ def _held_out_rows(
         )
 
 
-def _reduction(name: str, twins: dict[str, str], metrics: dict[str, HeldOutMetrics]) -> float | None:
+def _reduction(name: str, twins: dict[str, str], measured: dict[str, dict[str, Any]]) -> float | None:
     """1 - top correlation / the twin's; None without a twin."""
     if name not in twins:
         return None
-    twin = metrics[twins[name]].correlation_top
-    return 1 - metrics[name].correlation_top / twin if twin > 0 else None
+    twin = measured[twins[name]]["correlation_top"]
+    return 1 - measured[name]["correlation_top"] / twin if twin > 0 else None
 
 
 def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
@@ -334,7 +367,7 @@ def stop_on_signals() -> Iterator[Any]:
     try:
         yield lambda: bool(asked)
     except TrainingInterrupted as interrupted:
-        interrupted.exit_code = 128 + asked[0]
+        interrupted.exit_code = 128 + (asked[0] if asked else signal.SIGTERM)  # another rank may have been asked
         raise
     finally:
         for number, handler in previous.items():

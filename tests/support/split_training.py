@@ -1,16 +1,27 @@
 """What ranks do in the tests of split SAEs; importable by the processes they run in."""
 
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from fake_source import FakeSource
 
-from unbraid.config import OptimiserConfig, SAEConfig
+from unbraid import recipes
+from unbraid.activations.live import LiveActivations
+from unbraid.config import OptimiserConfig, RunConfig, SAEConfig
+from unbraid.decorrelation.base import Penalty
+from unbraid.distributed.mesh import Mesh, lay_out
 from unbraid.distributed.ranks import Ranks
 from unbraid.distributed.shard import Shard, among_top, among_top_k
 from unbraid.randomness import generator
+from unbraid.sae import Codes
 from unbraid.sae.build import build
+from unbraid.training.loop import TrainingInterrupted, train_saes
 from unbraid.training.optimiser import SAEOptimiser
+from unbraid.training.run_folder import RunFolder
+from unbraid.training.trainee import new_trainee, train_step
 
 D, ROWS = 12, 48
 
@@ -76,3 +87,117 @@ def top_of_all(ranks: Ranks, values: np.ndarray, count: int) -> np.ndarray:
     mine = torch.arange(ranks.rank, len(values), ranks.size)
     kept = among_top(torch.from_numpy(values)[mine], mine, count, ranks)
     return torch.cat(ranks.gather_ragged(mine[kept])).sort().values.numpy()
+
+
+SPLIT = {"steps": 50, "D": 16, "N": 60}
+
+
+def run_config(settings: dict[str, Any], variants: dict[str, dict] | None = None, **training: Any) -> RunConfig:
+    """A run on the fake source: 50 steps of two SAEs with decorrelation on."""
+    data: dict[str, Any] = {
+        "model": {"sites": ["resid_post.0"], "batch_contexts": 4},
+        "buffer": {"contexts": 32},
+        "sae": {"n_features": SPLIT["N"], "dead_after_tokens": 800, "lambda1": 0.02, "k": 4} | settings,
+        "decorrelation": {"lambda2": 0.3, "fraction": 0.01},
+        "optimiser": {"lr": 3e-3, "warmup_steps": 4},
+        "training": {"tokens": SPLIT["steps"] * 32, "batch_tokens": 32, "log_every": 5, "checkpoint_every": 10},
+        "variants": variants or {"each": {}, "window": {"decorrelation.window": 4, "decorrelation.measure": "pearson"}},
+    }
+    data["training"] |= training
+    return RunConfig.model_validate(data)
+
+
+class Silent:
+    """Progress nobody looks at."""
+
+    def filling(self, rows: int, capacity: int) -> None:
+        """Nothing."""
+
+    def step(self, step: int, record: dict[str, Any] | None) -> None:
+        """Nothing."""
+
+
+def train_run(ranks: Ranks, folder: str, config: RunConfig, steps: int | None = None) -> dict[str, Any]:
+    """Train (or go on with) a run on a mesh; weights of the whole SAEs this rank answers for, pairs of every step.
+
+    Args:
+        ranks: all ranks.
+        folder: the run.
+        config: its settings.
+        steps: stop after so many.
+    """
+    mesh = lay_out(ranks, len(config.sites) * len(config.variants), config.training.feature_shards)
+    if ranks.first and not (Path(folder) / "config.json").exists():
+        RunFolder.create(folder, config)
+    ranks.wait()
+    pairs: dict[str, list] = {}
+    listen = _Listener(pairs)
+    with listen:
+        try:
+            trained = train_saes(
+                RunFolder(folder),
+                config,
+                FakeSource(1200, d_model=SPLIT["D"]),
+                torch.device("cpu"),
+                listen,
+                should_stop=lambda: steps is not None and ranks.first and listen.steps >= steps,
+                mesh=mesh,
+            )
+        except TrainingInterrupted:
+            return {"pairs": pairs}
+    weights = {
+        f"{t.name}.{name}": tensor.detach().numpy()
+        for t in trained.trainees
+        for name, tensor in t.sae.state_dict().items()
+    }
+    return {"weights": weights, "pairs": pairs, "payload": dict(mesh.shards.payload)}
+
+
+def payload_of_a_step(ranks: Ranks, settings: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Bytes handed over in one step that is not logged, and the active entries of each rank in it."""
+    config = run_config(settings, {"each": {}})
+    mesh = Mesh(ranks, ranks)
+    start = torch.zeros(SPLIT["D"])
+    trainee = new_trainee(config, 0, "each", 1.0, start, torch.device("cpu"), mesh)
+    x_BD = torch.randn(rows, SPLIT["D"], generator=generator(1, "rows"))
+    train_step(trainee, x_BD, 0, 1e-3, log=False)
+    codes = trainee.sae.training_forward(x_BD).codes
+    active = codes.values.numel() if isinstance(codes, Codes) else int((codes > 0).sum())
+    before = ranks.payload.copy()
+    train_step(trainee, x_BD, 1, 1e-3, log=False)
+    return {"payload": dict(ranks.payload - before), "active": active}
+
+
+def chunks_of_tiny(ranks: Ranks, count: int) -> list[tuple]:
+    """The first chunks of the tiny recipe's text, model passes shared; some again from a position in the middle."""
+    source = LiveActivations(recipes.tiny(), torch.device("cpu"), ranks)
+    chunks = list(islice(source.chunks(None), count))
+    chunks += islice(source.chunks(chunks[count // 2].position), 2)
+    return [(c.tokens_BT.numpy(), [x.numpy() for x in c.activations], c.position) for c in chunks]
+
+
+class _Listener(Silent):
+    """Counts steps and notes the pairs every penalty selects."""
+
+    def __init__(self, pairs: dict[str, list]):
+        self.pairs, self.steps = pairs, 0
+
+    def __enter__(self) -> "_Listener":
+        self.forward = Penalty.forward
+        Penalty.forward = self.listening(Penalty.forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Penalty.forward = self.forward
+
+    def listening(self, forward: Any) -> Any:
+        def listened(penalty: Any, *arguments: Any, **named: Any) -> Any:
+            value, stats = forward(penalty, *arguments, **named)
+            whole = stats if penalty.shard is None else stats.from_all(penalty.shard.ranks)
+            self.pairs.setdefault(str(penalty.seed), []).append(whole.pairs.tolist())
+            return value, stats
+
+        return listened
+
+    def step(self, step: int, record: dict[str, Any] | None) -> None:
+        self.steps += 1

@@ -179,19 +179,19 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path
 
     from unbraid.training import loop
 
-    original = loop._new_trainee
+    original = loop.new_trainee
 
     def remember(*args):
         trainee = original(*args)
         bias["sae"] = trainee.sae
         return trainee
 
-    loop._new_trainee, restore = remember, original
+    loop.new_trainee, restore = remember, original
     try:
         with pytest.raises(TrainingError, match=r"loss of resid_post\.\d became nan at step 7.*lower optimiser.lr"):
             train_saes(RunFolder.create(tmp_path / "run", config), config, make_source(), CPU, Poison())
     finally:
-        loop._new_trainee = restore
+        loop.new_trainee = restore
 
 
 def test_activations_are_scaled_so_that_their_mean_square_norm_is_one(tmp_path):

@@ -259,6 +259,9 @@ class TrainingConfig(Section):
     """CPU threads; none leaves torch's choice."""
     tf32: bool = False
     """Let float32 matrix products, the language model's too, go by TF32 on GPUs that have it."""
+    feature_shards: int | None = Field(default=None, ge=1)
+    """Under `torchrun`: over how many ranks each SAE's features are split (at most; it must divide their number); none
+    splits no further than needed to give every rank an SAE."""
 
 
 def _read_variants(text: str) -> dict[str, dict[str, Any]]:
@@ -340,6 +343,11 @@ class RunConfig(Section):
         for path, value in self.variants[name].items():
             set_by_path(data, path, value, f"variants.{name}")
         return validated(VariantConfig, data, f"variants.{name}")
+
+    @property
+    def sae_names(self) -> list[str]:
+        """Names of all SAEs: sites x variants, in the order of the settings."""
+        return [self.sae_name(site, variant) for site in self.sites for variant in self.variants]
 
     def sae_name(self, site: Site, variant: str) -> str:
         """Folder and metric name of one SAE: `resid_post.6_twin`, or the bare site for an unnamed variant."""

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.config import DecorrelationConfig
+from unbraid.decorrelation.across import gathered
 from unbraid.decorrelation.coactive import Evaluation
 from unbraid.decorrelation.decoder_rows import require_decoder
 from unbraid.decorrelation.entries import Batch, SparseCodes
 from unbraid.decorrelation.gradient import attached
 from unbraid.decorrelation.stats import DecorrelationStats
+from unbraid.distributed.shard import Shard
 
 DEFAULTS = DecorrelationConfig()
 
@@ -25,9 +27,14 @@ class Penalty(nn.Module, ABC):
         seed: of everything random.
         space: what is penalised; "codes", "decoder" (which does not look at the codes), or "co-active" (both).
         counts_calls: whether the number of calls matters even when interval is 1, so that it belongs to the state.
+
+    Attributes:
+        shard: set where codes come from an SAE split by features: the slice they are of. Stats then name the pairs
+            whose first feature is in it.
     """
 
     step: Tensor
+    shard: Shard | None = None
 
     def __init__(self, interval: int, seed: int, space: str, *, counts_calls: bool = False):
         super().__init__()
@@ -66,12 +73,17 @@ class Penalty(nn.Module, ABC):
         if self.training:
             self.step += 1
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-            found, stats = self.find(batch, decoder, acts)
+            everything = None
+            if batch is not None and self.shard is not None:
+                everything = gathered(batch.entries, self.shard)
+            found, stats = self.find(Batch(codes=everything.entries) if everything else batch, decoder, acts)
+            stats = stats if self.shard is None else stats.of(self.shard)
         if found is None or not acts:
             return attached(target, 0.0, None), stats
-        if batch is not None and self.space == "codes" and found.gradient.shape != target.shape:
+        gradient = found.gradient if everything is None else found.gradient[everything.own]
+        if batch is not None and self.space == "codes" and gradient.shape != target.shape:
             target = batch.entries.values
-        return attached(target, self.interval * found.penalty, self.interval * found.gradient), stats
+        return attached(target, self.interval * found.penalty, self.interval * gradient), stats
 
     @abstractmethod
     def find(

@@ -14,6 +14,7 @@ from torch import Tensor
 from unbraid.decorrelation.entries import Entries
 from unbraid.decorrelation.measure import Measure, Scaled, scaled
 from unbraid.decorrelation.selection import Selection, TopPairs, live_pairs, moments, nominal_pairs, steps_per_unit
+from unbraid.distributed.shard import Shard
 from unbraid.kernels.co_activation import CoActivations, co_activations
 from unbraid.kernels.pattern import Pattern
 
@@ -30,15 +31,26 @@ class Evaluation:
     """[P] of the pairs, float64."""
 
 
-def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_feature: int | None = None) -> Selection:
-    """S, mu and sigma (Eq. 3, 4) from every co-activation of `entries`."""
+def select(
+    entries: Entries,
+    fraction: float,
+    measure: Measure,
+    max_pairs_per_feature: int | None = None,
+    shard: Shard | None = None,
+) -> Selection:
+    """S, mu and sigma (Eq. 3, 4) from every co-activation of `entries`.
+
+    With a shard, each rank goes through the pairs whose first feature is its own and keeps those of S.
+    """
+    shard = shard or Shard(entries.n_features)
     n_live = int((entries.support > 0).sum())
     wanted, limit = nominal_pairs(n_live, fraction, max_pairs_per_feature)
     z = scaled(entries, measure)
     total, squares = sums_without_meeting(z)
-    found = top_pairs(entries.pattern, z, z.values, wanted, entries.values.dtype)
-    mean, std = moments(total + found.total, squares + found.squares, live_pairs(n_live))
-    limit = "co-activation" if found.first.numel() < wanted else limit
+    found = top_pairs(entries.pattern, z, z.values, wanted, entries.values.dtype, shard)
+    met, met_squares, chosen = shard.ranks.total(found.total, found.squares, found.first.numel())
+    mean, std = moments(total + met, squares + met_squares, live_pairs(n_live))
+    limit = "co-activation" if chosen < wanted else limit
     low = low_support(entries.support, found.first, found.second)
     return Selection(found.first, found.second, found.correlations, wanted, mean, std, n_live, limit, low)
 
@@ -74,16 +86,19 @@ class Found(NamedTuple):
     squares: float
 
 
-def top_pairs(pattern: Pattern, z: Scaled, z_values: Tensor, wanted: int, dtype: torch.dtype) -> Found:
+def top_pairs(
+    pattern: Pattern, z: Scaled, z_values: Tensor, wanted: int, dtype: torch.dtype, shard: Shard | None = None
+) -> Found:
     """Go through all co-activations of `pattern`, whose entries are `z_values`, in at least float32."""
+    shard = shard or Shard(pattern.n_features)
     values = z_values.to(torch.promote_types(dtype, torch.float32))
     top = TopPairs(wanted, pattern.n_features, values.dtype, values.device)
     total = squares = 0.0
-    for chunk in co_activations(pattern, values):
+    for chunk in co_activations(pattern, values, first_features=(shard.start, shard.end)):
         correlations, chunk_total, chunk_squares = correlations_of(chunk, z)
         total, squares = total + chunk_total, squares + chunk_squares
         top.add(correlations, chunk)
-    return Found(*top.result(), total, squares)
+    return Found(*top.result(shard.ranks), total, squares)
 
 
 def low_support(support: Tensor, first: Tensor, second: Tensor) -> float:

@@ -101,7 +101,7 @@ class RandomPairs(SelectiveDecorrelation):
         numbers = distinct_numbers(live_pairs(live.numel()), selection.nominal, draw).to(live.device)
         first, second = pairs_of_numbers(numbers)
         first, second = live[first], live[second]
-        return dataclasses.replace(
+        drawn = dataclasses.replace(
             selection,
             first=first,
             second=second,
@@ -109,6 +109,7 @@ class RandomPairs(SelectiveDecorrelation):
             limit="fraction",
             low_support=coactive.low_support(entries.support, first, second),
         )
+        return drawn if self.shard is None else drawn.of(self.shard)
 
 
 class OrthogonalDecoder(Penalty):

@@ -61,6 +61,11 @@ class Entries:
         return self.pattern.n_features
 
     @property
+    def offsets(self) -> Tensor:
+        """[B + 1] row starts."""
+        return self.pattern.offsets
+
+    @property
     def indices(self) -> Tensor:
         """[nnz] feature of every entry."""
         return self.pattern.indices

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unbraid.config import DecorrelationConfig, Floor, validated
 from unbraid.decorrelation import coactive, naive, tiled
+from unbraid.decorrelation.across import completed
 from unbraid.decorrelation.base import DEFAULTS, Penalty
 from unbraid.decorrelation.blocks import Blocks
 from unbraid.decorrelation.coactive import Evaluation
@@ -122,6 +123,8 @@ class SelectiveDecorrelation(Penalty):
             found = evaluate_rows(rows, *chosen.penalised)
         else:
             found = EXACT_PATHS[path].evaluate(batch.entries, *chosen.penalised, self.config.measure)
+        if self.shard is not None:
+            found = completed(found, self.shard.ranks, batch.entries.values.dtype)
         return found, self._stats(path, batch, chosen, found)
 
     def path_for(self, batch: Batch) -> str:
@@ -133,9 +136,10 @@ class SelectiveDecorrelation(Penalty):
     def select(self, entries: Entries, path: str) -> Selection:
         """S of some codes, by an exact path."""
         supported = entries.detach().supported(self.config.min_support)
-        return EXACT_PATHS[path].select(
-            supported, self.config.fraction, self.config.measure, self.config.max_pairs_per_feature
-        )
+        wanted = self.config.fraction, self.config.measure, self.config.max_pairs_per_feature
+        if self.shard is not None:
+            return coactive.select(supported, *wanted, self.shard)
+        return EXACT_PATHS[path].select(supported, *wanted)
 
     def _choose(self, entries: Entries, rows: UnitRows | None, path: str, acts: bool) -> Chosen | None:
         """S for this call: of this batch, or the one in force after looking whether a new one is due."""

@@ -6,11 +6,15 @@ in; ties then go to the lowest pair id i * N + j, and a pair within one step of 
 pairs above zero are chosen: the others are not entangled.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from unbraid.distributed.ranks import ALONE, Ranks
+from unbraid.distributed.shard import Shard, cut_of
 
 BINS = 4098
 """Of the coarse histogram: 4096 to C = 1, and room for rounding above it."""
@@ -38,6 +42,14 @@ class Selection:
     """What bounds |S|: fraction, max_pairs_per_feature, or co-activation (fewer pairs than asked for have C > 0)."""
     low_support: float = 0.0
     """Share of S in which a feature fired at most 4 times."""
+
+    def of(self, shard: Shard) -> "Selection":
+        """The pairs whose first feature belongs to the shard."""
+        if shard.whole:
+            return self
+        own = (self.first >= shard.start) & (self.first < shard.end)
+        first, second, correlations = self.first[own], self.second[own], self.correlations[own]
+        return dataclasses.replace(self, first=first, second=second, correlations=correlations)
 
     @property
     def cut(self) -> float:
@@ -123,15 +135,31 @@ class TopPairs:
         reached = self._histogram.flip(0).cumsum(0).flip(0) >= self.wanted
         self._bar = max(1, (int(reached.sum()) - 1) << self.bin_bits)
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Features i < j of the chosen pairs, and their correlations."""
+    def result(self, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor, Tensor]:
+        """Features i < j of the chosen pairs, and their correlations.
+
+        Among ranks these are its own of the best anywhere; first features must ascend from rank to rank.
+        """
         first, second, correlations = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        if ranks.size > 1:
+            chosen = self._best_of_all(grid(correlations).long(), first * self.n_features + second, ranks)
+            return first[chosen], second[chosen], correlations[chosen]
         if correlations.numel() <= self.wanted:
             return first, second, correlations
-        ranks = grid(correlations)
-        sure = (ranks >= self._bar + (1 << self.bin_bits)).nonzero().squeeze(1)
-        contested = ((ranks >= self._bar) & (ranks < self._bar + (1 << self.bin_bits))).nonzero().squeeze(1)
+        levels = grid(correlations)
+        sure = (levels >= self._bar + (1 << self.bin_bits)).nonzero().squeeze(1)
+        contested = ((levels >= self._bar) & (levels < self._bar + (1 << self.bin_bits))).nonzero().squeeze(1)
         contested = contested[torch.sort(first[contested] * self.n_features + second[contested])[1]]
-        contested = contested[torch.sort(ranks[contested], descending=True, stable=True)[1]]
+        contested = contested[torch.sort(levels[contested], descending=True, stable=True)[1]]
         chosen = torch.cat([sure, contested[: max(self.wanted - sure.numel(), 0)]])
         return first[chosen], second[chosen], correlations[chosen]
+
+    def _best_of_all(self, integers: Tensor, ids: Tensor, ranks: Ranks) -> Tensor:
+        """Positions of this rank's pairs that are among the best of all ranks."""
+        if self.wanted == 0:
+            return integers.new_empty(0)
+        cut, seats = cut_of(integers, self.wanted, self.steps.bit_length() + 1, ranks)
+        ties = (integers == cut).nonzero().squeeze(1)
+        ties = ties[torch.sort(ids[ties])[1]]
+        seats -= sum(int(count) for count in ranks.gather(torch.tensor([ties.numel()]))[: ranks.rank])
+        return torch.cat([(integers > cut).nonzero().squeeze(1), ties[: max(seats, 0)]])

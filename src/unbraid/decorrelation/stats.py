@@ -1,6 +1,6 @@
 """What a penalty says about itself: enough to draw Figure 1 and to see whether S is signal or noise."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from unbraid.decorrelation.coactive import Evaluation
 from unbraid.decorrelation.selection import Selection
+from unbraid.distributed.ranks import Ranks
+from unbraid.distributed.shard import Shard
 
 
 class PairsFound(NamedTuple):
@@ -77,6 +79,28 @@ class DecorrelationStats:
     def correlations(self) -> Float[Tensor, " P"]:
         """Correlations of `pairs`: on this batch, or of the decoder rows; as selected where nothing is penalised."""
         return self.found.correlations[self._order]
+
+    def of(self, shard: Shard) -> "DecorrelationStats":
+        """The same with only the pairs whose first feature belongs to the shard."""
+        own = (self.found.first >= shard.start) & (self.found.first < shard.end)
+        return replace(self, found=PairsFound(*(part[own] for part in self.found)))
+
+    def from_all(self, ranks: Ranks) -> "DecorrelationStats":
+        """The stats of all ranks as one, from each rank's pairs."""
+        if ranks.size == 1:
+            return self
+        found = PairsFound(*(torch.cat(ranks.gather_ragged(part)) for part in self.found))
+        pairs, overlap = self.found.first.numel(), self.overlap or 0.0
+        remembered = ranks.any(self.overlap is not None)
+        total, low, overlapping = ranks.total(pairs, pairs * self.low_support, pairs * overlap)
+        cut = float(ranks.min(torch.tensor(self.cut if pairs else torch.inf, dtype=torch.float64)))
+        return replace(
+            self,
+            found=found,
+            cut=cut if total else 0.0,
+            low_support=low / max(total, 1),
+            overlap=overlapping / max(total, 1) if remembered else None,
+        )
 
     def overlap_with(self, previous: "DecorrelationStats") -> float:
         """Share of this S that was also in `previous`'s."""

@@ -81,8 +81,11 @@ class Ranks:
         """Every rank's plain data."""
         if self.size == 1:
             return [data]
-        text = torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8)
-        return [json.loads(bytes(part.tolist())) for part in self.gather_ragged(text)]
+        return [_from_bytes(part) for part in self.gather_ragged(_as_bytes(data))]
+
+    def united(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Every rank's entries in one dict."""
+        return {key: value for rank in self.gather_json(data) for key, value in rank.items()}
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """The tensor of rank `source`, in place."""
@@ -92,9 +95,26 @@ class Ranks:
                 dist.broadcast(tensor, dist.get_global_rank(self._group, source), group=self._group)
         return tensor
 
+    def broadcast_json(self, data: Any) -> Any:
+        """The first rank's plain data."""
+        if self.size == 1:
+            return data
+        text = _as_bytes(data) if self.first else torch.empty(0, dtype=torch.uint8)
+        length = self.broadcast(torch.tensor([text.numel()]), 0)
+        return _from_bytes(self.broadcast(text if self.first else text.new_empty(int(length)), 0))
+
     def wait(self) -> None:
         """Return when every rank has come here."""
         self.any(False)
+
+    @contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """The first rank goes through the block before the others do: what it leaves on disk, they find done."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
 
     def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
         if self.size > 1:
@@ -116,6 +136,14 @@ class Ranks:
 
 ALONE = Ranks()
 """A process by itself."""
+
+
+def _as_bytes(data: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(text: Tensor) -> Any:
+    return json.loads(text.numpy().tobytes())
 
 
 class _Summed(torch.autograd.Function):

@@ -49,7 +49,11 @@ class CoActivations:
 
 
 def co_activations(
-    pattern: Pattern, values: Float[Tensor, " nnz"], *, by_listing: bool | None = None
+    pattern: Pattern,
+    values: Float[Tensor, " nnz"],
+    *,
+    by_listing: bool | None = None,
+    first_features: tuple[int, int] | None = None,
 ) -> Iterator[CoActivations]:
     """Every co-active pair of a pattern, chunk by chunk, in a fixed order; the dots are of `values`.
 
@@ -57,7 +61,9 @@ def co_activations(
         pattern: where the entries are.
         values: [nnz].
         by_listing: list and sort the pairs; none does so where the device has no MKL sparse product.
+        first_features: only pairs whose first feature is in start..end; none asks for all.
     """
+    start, end = first_features or (0, pattern.n_features)
     if by_listing is None:
         by_listing = values.device.type != "cpu" or not torch.backends.mkl.is_available()
     later = pattern.offsets[1:][pattern.rows] - 1 - torch.arange(values.numel(), device=values.device)
@@ -66,27 +72,28 @@ def co_activations(
     if values.numel() == 0 or int(work[-1]) == 0:
         return
     if by_listing:
-        yield from _listed(pattern, values, later, work)
+        yield from _listed(pattern, values, later, work, start, end)
     else:
-        yield from _Products(pattern, values, int(work[-1])).triangle()
+        yield from _Products(pattern, values, int(work[-1]), start, end).triangle()
 
 
 class _Products:
-    """The upper triangle of F^T F, from sparse products of one range of features with another."""
+    """Rows start..end of the upper triangle of F^T F, from sparse products of one range of features with another."""
 
-    def __init__(self, pattern: Pattern, values: Tensor, work: int):
-        self.pattern = pattern
+    def __init__(self, pattern: Pattern, values: Tensor, work: int, start: int, end: int):
+        self.pattern, self.end = pattern, end
         by_feature = pattern.by_feature
         n_ranges = math.ceil(2 * math.sqrt(work / PAIRS_PER_CHUNK))
         cuts = torch.arange(1, n_ranges) * values.numel() // n_ranges
         edges = torch.searchsorted(by_feature.offsets, cuts, right=True) - 1
-        self.edges = sorted({0, *edges.tolist(), pattern.n_features})
+        self.edges = sorted({start, end, *(edge for edge in edges.tolist() if edge > start), pattern.n_features})
         self.rows, self.values = by_feature.rows.int(), values[by_feature.order]
         self.ranges = [self._features(start, end) for start, end in itertools.pairwise(self.edges)]
 
     def triangle(self) -> Iterator[CoActivations]:
         """Chunks in a fixed order, as many worked out at once as there are threads; torch rests meanwhile."""
         jobs = itertools.combinations_with_replacement(range(len(self.ranges)), 2)
+        jobs = itertools.takewhile(lambda job: self.edges[job[0]] < self.end, jobs)
         n_threads = torch.get_num_threads()
         with ThreadPoolExecutor(n_threads) as threads:
             while some := list(itertools.islice(jobs, n_threads)):
@@ -119,12 +126,15 @@ class _Products:
         return CoActivations(dots, offsets, columns, start, self.edges[column])
 
 
-def _listed(pattern: Pattern, values: Tensor, later: Tensor, work: Tensor) -> Iterator[CoActivations]:
+def _listed(
+    pattern: Pattern, values: Tensor, later: Tensor, work: Tensor, lowest: int, highest: int
+) -> Iterator[CoActivations]:
     """Pairs by range of first features: list each co-activation, sort by pair, sum the runs."""
     n_features, total, indices = pattern.n_features, int(work[-1]), pattern.indices
     n_chunks = max(1, total // PAIRS_PER_CHUNK)
     targets = torch.arange(1, n_chunks, device=work.device) * total // n_chunks
-    bounds = sorted({0, *torch.searchsorted(work, targets, right=True).tolist(), n_features})
+    cuts = torch.searchsorted(work, targets, right=True).tolist()
+    bounds = sorted({lowest, *(cut for cut in cuts if lowest < cut < highest), highest})
     for start, end in itertools.pairwise(bounds):
         leading = ((indices >= start) & (indices < end)).nonzero().squeeze(1)
         followers = later[leading]

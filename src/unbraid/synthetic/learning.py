@@ -16,9 +16,9 @@ from unbraid.randomness import derive_seed, generator
 from unbraid.sae import SAE
 from unbraid.sae.build import build as build_sae
 from unbraid.synthetic.world import World
-from unbraid.training.loop import Trainee, train_step
 from unbraid.training.optimiser import SAEOptimiser
 from unbraid.training.schedules import learning_rate
+from unbraid.training.trainee import Trainee, train_step
 
 SCALE_SAMPLES = 16_384
 

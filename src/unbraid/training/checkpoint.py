@@ -3,11 +3,14 @@
 A checkpoint is a folder `step_N` of safetensors files, a `state.json`, and a `manifest.json` with the format version
 and a checksum of every other file. It is written beside its final place, synced to disk, then renamed; a crash at any
 instant leaves either the old set of checkpoints or the old set plus a complete new one. Nothing is ever unpickled.
+Among many ranks each writes its own files, and the first one, when all are on disk, the manifest that makes them one
+checkpoint.
 """
 
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import CheckpointError
 from unbraid.files import checksum, discard, free_bytes, sync
 
@@ -26,42 +30,58 @@ CheckpointTensors = dict[str, dict[str, Tensor]]
 """File stem -> tensor name -> tensor."""
 
 
-def write_checkpoint(folder: Path, step: int, tensors: CheckpointTensors, state: dict[str, Any], keep: int) -> Path:
+def write_checkpoint(
+    folder: Path, step: int, tensors: CheckpointTensors, state: dict[str, Any], keep: int, ranks: Ranks = ALONE
+) -> Path:
     """Write `folder/step_{step}` atomically, then delete all but the newest `keep` checkpoints.
 
     A checkpoint of that step that is there already is left alone: the same step of the same run holds the same state.
+
+    Args:
+        folder: where checkpoints go; the same for every rank.
+        step: steps done.
+        tensors: the files this rank writes; no two ranks share a stem.
+        state: JSON data, taken from the first rank.
+        keep: checkpoints kept.
+        ranks: who writes together.
 
     Raises:
         CheckpointError: the disk has too little room, or the write failed; earlier checkpoints are untouched.
     """
     final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
-    if final.exists():
+    if ranks.any(final.exists()):
         return final
-    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + SPARE_BYTES
+    (together,) = ranks.total(sum(tensor.nbytes for group in tensors.values() for tensor in group.values()))
+    needed = together + SPARE_BYTES
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _discard_leftovers(folder)
-        free = free_bytes(folder)
-        if free < needed:
-            raise CheckpointError(
-                f"checkpoint of step {step} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has "
-                f"{free / 2**20:,.0f} MiB free; "
-                "free some room (earlier checkpoints are intact) and run `unbraid resume` on this run"
-            )
-        partial.mkdir()
-        for stem, group in tensors.items():
-            safetensors.torch.save_file(
-                {k: v.detach().cpu().contiguous() for k, v in group.items()}, partial / f"{stem}.safetensors"
-            )
-        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        checksums = {path.name: checksum(path) for path in sorted(partial.iterdir())}
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "checksums": checksums}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in partial.iterdir():
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            _discard_leftovers(folder)
+            free = free_bytes(folder)
+            if free < needed:
+                raise CheckpointError(
+                    f"checkpoint of step {step} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has "
+                    f"{free / 2**20:,.0f} MiB free; "
+                    "free some room (earlier checkpoints are intact) and run `unbraid resume` on this run"
+                )
+            partial.mkdir()
+        ranks.wait()
+        own_files = [partial / f"{stem}.safetensors" for stem in tensors]
+        for path, group in zip(own_files, tensors.values(), strict=True):
+            safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, path)
+        if ranks.first:
+            own_files.append(partial / "state.json")
+            own_files[-1].write_text(json.dumps(state), encoding="utf-8")
+        for path in own_files:
             sync(path)
-        sync(partial)
-        partial.rename(final)
-        sync(folder)
+        checksums = ranks.united({path.name: checksum(path) for path in sorted(own_files)})
+        if ranks.first:
+            manifest = {"format_version": FORMAT_VERSION, "step": step, "checksums": checksums}
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            sync(partial / "manifest.json")
+            sync(partial)
+            partial.rename(final)
+            sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -69,8 +89,10 @@ def write_checkpoint(folder: Path, step: int, tensors: CheckpointTensors, state:
             "intact; "
             "make the folder writable or free some room, then run `unbraid resume` on this run"
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        discard(old)
+    if ranks.first:
+        for old in list_checkpoints(folder)[:-keep]:
+            discard(old)
+    ranks.wait()
     return final
 
 
@@ -86,8 +108,17 @@ def steps_done(folder: Path) -> int:
     return int(saved[-1].name.removeprefix("step_")) if saved else 0
 
 
-def read_checkpoint(path: Path) -> tuple[CheckpointTensors, dict[str, Any]]:
-    """Tensors and state of one checkpoint, after its checksums have been checked.
+def every_file(stem: str) -> bool:
+    """The default answer to "is this file wanted?"."""
+    return True
+
+
+def read_checkpoint(path: Path, wanted: Callable[[str], bool] = every_file) -> tuple[CheckpointTensors, dict[str, Any]]:
+    """Tensors and state of one checkpoint, after the checksums of what is read have been checked.
+
+    Args:
+        path: the checkpoint.
+        wanted: says by their stems which files of tensors are read.
 
     Raises:
         CheckpointError: a file is missing, altered or truncated, or the format is newer than this version reads.
@@ -100,12 +131,13 @@ def read_checkpoint(path: Path) -> tuple[CheckpointTensors, dict[str, Any]]:
                 f"checkpoint {str(path)!r} has format version {version}; this unbraid reads up to {FORMAT_VERSION}; "
                 "upgrade unbraid"
             )
-        for name, expected in checksums.items():
-            if checksum(path / name) != expected:
+        stems = [name.removesuffix(".safetensors") for name in checksums if name.endswith(".safetensors")]
+        stems = [stem for stem in stems if wanted(stem)]
+        for name in ("state.json", *(f"{stem}.safetensors" for stem in stems)):
+            if checksum(path / name) != checksums[name]:
                 raise CheckpointError(_damaged(path, f"{name} does not match its checksum"))
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        names = [name for name in checksums if name.endswith(".safetensors")]
-        return {name.removesuffix(".safetensors"): safetensors.torch.load_file(path / name) for name in names}, state
+        return {stem: safetensors.torch.load_file(path / f"{stem}.safetensors") for stem in stems}, state
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise CheckpointError(_damaged(path, f"{type(error).__name__}: {error}")) from error
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.config import RunConfig, load_config
+from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import TrainingError
 from unbraid.files import held, holds_nothing, write_json
 
@@ -132,12 +133,16 @@ class JsonLines:
     Args:
         path: the file.
         offset: bytes to keep of what is there; none keeps all.
+        ranks: who logs the same; only the first writes.
 
     Raises:
         TrainingError: lines that a checkpoint counts on are gone.
     """
 
-    def __init__(self, path: Path, offset: int | None = None):
+    def __init__(self, path: Path, offset: int | None = None, ranks: Ranks = ALONE):
+        self._file = None
+        if not ranks.first:
+            return
         if offset is not None:
             size = path.stat().st_size if path.exists() else 0
             if size < offset:
@@ -151,11 +156,14 @@ class JsonLines:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line and hand it to the operating system at once."""
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> int:
-        """Force the log to disk; its length in bytes."""
+        """Force the log to disk; its length in bytes, 0 where another rank writes it."""
+        if self._file is None:
+            return 0
         os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -163,7 +171,8 @@ class JsonLines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,207 @@
+"""One SAE in training: its state, its first weights, and the step that changes them.
+
+Each SAE of a run (a *trainee*) has its own parameters, optimiser, decorrelation state and generators, all derived from
+the seed and its settings, never from its neighbours: trained beside others it ends with the same bytes as trained
+alone. Split by features over ranks, a trainee is one slice, and its step exchanges what the slices must agree on.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.config import RunConfig, VariantConfig
+from unbraid.decorrelation.build import build as build_decorrelation
+from unbraid.decorrelation.stats import DecorrelationStats
+from unbraid.distributed.mesh import SINGLE, Mesh
+from unbraid.distributed.shard import Shard
+from unbraid.errors import TrainingError
+from unbraid.randomness import derive_seed, generator
+from unbraid.sae import SAE, Codes
+from unbraid.sae.build import build as build_sae
+from unbraid.training.optimiser import SAEOptimiser
+from unbraid.training.precision import encoder_autocast
+from unbraid.training.schedules import warm_up
+
+
+@dataclass
+class Trainee:
+    """One SAE in training.
+
+    Attributes:
+        name: folder and metric name.
+        site: index of its site among the run's sites.
+        scale: activations are multiplied by this so that E||x||^2 = 1.
+        tokens_since_fired: [N] int64, of the features held here.
+        updates: successful optimiser steps so far.
+    """
+
+    name: str
+    site: int
+    config: VariantConfig
+    scale: float
+    sae: SAE
+    optimiser: SAEOptimiser
+    decorrelate: nn.Module
+    generator: torch.Generator
+    tokens_since_fired: Tensor
+    updates: int = 0
+
+    @property
+    def shard(self) -> Shard:
+        """The features held here."""
+        return self.sae.shard
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint must hold of this trainee, under flat names."""
+        groups = {
+            "sae": dict(self.sae.state_dict()),
+            "optimiser": self.optimiser.state_tensors(),
+            "decorrelate": dict(self.decorrelate.state_dict()),
+            "trainee": {"generator": self.generator.get_state(), "tokens_since_fired": self.tokens_since_fired},
+        }
+        return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from `tensors()`."""
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {
+                name.removeprefix(f"{prefix}."): value
+                for name, value in tensors.items()
+                if name.startswith(f"{prefix}.")
+            }
+
+        self.sae.load_state_dict(group("sae"))
+        self.optimiser.load_state_tensors(group("optimiser"))
+        self.decorrelate.load_state_dict(group("decorrelate"))
+        own = group("trainee")
+        self.generator.set_state(own["generator"])
+        self.tokens_since_fired.copy_(own["tokens_since_fired"])
+
+
+def new_trainee(
+    config: RunConfig,
+    site: int,
+    variant: str,
+    scale: float,
+    mean_D: Tensor,
+    device: torch.device,
+    mesh: Mesh = SINGLE,
+) -> Trainee:
+    """A trainee before its first step, or the slice of it that lives on this rank.
+
+    Args:
+        config: the run.
+        site: index of where its activations are read among the run's sites.
+        variant: name of its variant.
+        scale: activations are multiplied by this.
+        mean_D: where b_dec starts.
+        device: where it is trained.
+        mesh: who else trains it.
+    """
+    settings, place = config.variant(variant), config.sites[site]
+    seed = derive_seed(settings.seed, str(place))
+    shard = mesh.shard(settings.sae.n_features)
+    sae = build_sae(settings.sae, len(mean_D), generator(seed, "init"), mean_D, shard).to(device)
+    return Trainee(
+        name=config.sae_name(place, variant),
+        site=site,
+        config=settings,
+        scale=scale,
+        sae=sae,
+        optimiser=SAEOptimiser(sae, settings.optimiser),
+        decorrelate=build_decorrelation(
+            settings.decorrelation, shard.n_features, sae.d_in, derive_seed(seed, "pairs"), shard
+        ).to(device),
+        generator=generator(seed, "training", device=device),
+        tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),
+    )
+
+
+def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) -> dict[str, Any] | None:
+    """One update of one SAE: forward, Eq. 1, backward, Adam, unit rows; its line of metrics when `log`.
+
+    Raises:
+        TrainingError: the loss or its gradient is not finite; the weights are as they were.
+    """
+    sae, settings = trainee.sae, trainee.config
+    lambda1 = settings.sae.lambda1 * warm_up(step, settings.optimiser.sparsity_warmup_steps)
+    lambda2 = settings.decorrelation.lambda2 * warm_up(step, settings.optimiser.decorrelation_warmup_steps)
+
+    dead_N = trainee.tokens_since_fired >= settings.sae.dead_after_tokens
+    with encoder_autocast(settings.optimiser.precision, x_BD.device):
+        out = sae.training_forward(x_BD, dead_N, trainee.generator)
+    loss = out.reconstruction + lambda1 * out.sparsity + out.auxiliary
+    if not loss.isfinite():
+        raise TrainingError(
+            f"the loss of {trainee.name} became {loss.item()} at step {step + 1}; expected a finite number; its "
+            "weights are as "
+            "after the last good step; lower optimiser.lr, set optimiser.clip_norm, or lower decorrelation.lambda2"
+        )
+    penalty, stats = None, None
+    if lambda2 > 0 or log:
+        with torch.set_grad_enabled(lambda2 > 0):
+            penalty, stats = _decorrelate(trainee.decorrelate, out.codes, sae.W_dec)
+    if penalty is not None and lambda2 > 0:
+        loss = loss + lambda2 * penalty
+    trainee.optimiser.zero_grad()
+    loss.backward()
+    gradient_norm = trainee.optimiser.step(lr)
+    trainee.updates += 1
+    _note_firing(trainee, out.codes, len(x_BD))
+    if not log:
+        return None
+    with torch.no_grad():
+        ranks = trainee.shard.ranks
+        variance = (x_BD - x_BD.mean(0)).double().square().sum()
+        active = out.codes.values.numel() if isinstance(out.codes, Codes) else int((out.codes != 0).sum())
+        dead = int((trainee.tokens_since_fired >= settings.sae.dead_after_tokens).sum())
+        active, dead = ranks.total(active, dead)
+        record = {
+            "loss": loss.item(),
+            "reconstruction": out.reconstruction.item(),
+            "sparsity": out.sparsity.item(),
+            "auxiliary": out.auxiliary.item(),
+            "penalty": penalty.item() if penalty is not None else None,
+            "l0": active / len(x_BD),
+            "r2": 1 - ((x_BD - out.x_hat_BD).double().square().sum() / variance).item(),
+            "dead_fraction": dead / trainee.shard.n_features,
+            "grad_norm": float(gradient_norm),
+            "updates": trainee.updates,
+            "path": out.path,
+            "lr": lr,
+            "lambda1": lambda1,
+            "lambda2": lambda2,
+        }
+        return record | (correlation_record(stats.from_all(ranks)) if stats is not None else {})
+
+
+def correlation_record(stats: DecorrelationStats) -> dict[str, Any]:
+    """What metrics.jsonl says about correlation; `correlation_top` is the mean over the nominal |S|."""
+    return {
+        "tau": stats.tau,
+        "correlation_mean": stats.mean,
+        "correlation_std": stats.std,
+        "correlation_top": float(stats.correlations.double().sum()) / max(1, stats.nominal),
+        "pairs": len(stats.pairs),
+        "decorrelation": stats.scalars(),
+    }
+
+
+def _decorrelate(decorrelate: nn.Module, codes: Codes | Tensor, W_dec: Tensor) -> tuple[Tensor, DecorrelationStats]:
+    if isinstance(codes, Codes):
+        return decorrelate(codes=codes, decoder=W_dec)
+    return decorrelate(codes, decoder=W_dec)
+
+
+@torch.no_grad()
+def _note_firing(trainee: Trainee, codes: Codes | Tensor, tokens: int) -> None:
+    fired_N = torch.zeros_like(trainee.tokens_since_fired, dtype=torch.bool)
+    if isinstance(codes, Codes):
+        fired_N[codes.indices] = True
+    else:
+        fired_N = (codes > 0).any(0)
+    trainee.tokens_since_fired += tokens
+    trainee.tokens_since_fired[fired_N] = 0
