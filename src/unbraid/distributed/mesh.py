@@ -56,7 +56,7 @@ def lay_out(everyone: Ranks, n_saes: int, most: int | None) -> Mesh:
     cell, cells = everyone.rank // shards, everyone.size // shards
     if shards == 1:
         return Mesh(everyone, ALONE, cell, cells)
-    groups = [dist.new_group(list(range(first, first + shards))) for first in range(0, everyone.size, shards)]
+    groups: list[Any] = [dist.new_group(list(range(first, first + shards))) for first in range(0, everyone.size, shards)]
     return Mesh(everyone, Ranks(groups[cell]), cell, cells)
 
 
