@@ -6,6 +6,7 @@ import split_training
 from gloo import on_ranks
 
 from unbraid.distributed.mesh import shards_per_sae
+from unbraid.distributed.ranks import ALONE
 
 
 def assert_same_run(found: list[dict], expected: dict) -> None:
@@ -19,15 +20,22 @@ def assert_same_run(found: list[dict], expected: dict) -> None:
     assert all(len(steps) == split_training.SPLIT["steps"] for steps in pairs.values())
 
 
-@pytest.mark.parametrize("architecture", ["relu", "topk", "batch_topk"])
-def test_one_to_four_ranks_learn_the_same_weights_and_select_the_same_pairs(tmp_path, architecture):
-    config = split_training.run_config({"architecture": architecture}, feature_shards=4)
-    (alone,) = on_ranks(1, split_training.train_run, str(tmp_path / "1"), config)
-    assert sum(len(pairs) for steps in alone["pairs"].values() for pairs in steps) > 500
-    log = (tmp_path / "1" / "metrics.jsonl").read_text()
-    for size in (2, 3, 4):
-        assert_same_run(on_ranks(size, split_training.train_run, str(tmp_path / str(size)), config), alone)
-        assert len((tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()) == len(log.splitlines())
+ARCHITECTURES = ("relu", "topk", "batch_topk")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> list[dict]:
+    """Runs of one process, an architecture each."""
+    return split_training.train_runs(ALONE, str(tmp_path_factory.mktemp("alone")), ARCHITECTURES)
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_any_number_of_ranks_learns_the_same_weights_and_selects_the_same_pairs(size, alone, tmp_path):
+    found = on_ranks(size, split_training.train_runs, str(tmp_path), ARCHITECTURES)
+    for runs, expected in zip(zip(*found, strict=True), alone, strict=True):
+        assert sum(len(pairs) for steps in expected["pairs"].values() for pairs in steps) > 500
+        assert_same_run(list(runs), expected)
+        assert all(run["log lines"] == split_training.SPLIT["steps"] // 5 + 1 for run in (expected, runs[0]))
 
 
 def test_trained_on_four_resumed_on_two_then_on_one_is_trained_on_one(tmp_path):
@@ -70,7 +78,8 @@ def test_model_passes_are_shared_and_every_rank_gets_the_same_chunks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size, saes, most, shards", [(1, 6, None, 1), (4, 6, None, 2), (4, 1, None, 4), (4, 6, 4, 4), (6, 1, 4, 3)]
+    "size, saes, most, shards",
+    [(1, 6, None, 1), (4, 6, None, 1), (4, 2, None, 2), (4, 1, None, 4), (4, 6, 4, 4), (6, 1, 4, 3)],
 )
 def test_the_grid_is_filled_before_saes_are_split(size, saes, most, shards):
     assert shards_per_sae(size, saes, most) == shards

@@ -61,6 +61,7 @@ def shell(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             words += ["--tokens", "2048"]
         large = words[0] in ("train", "harvest") and words[1] in RECIPES and words[1] != "tiny"
         with monkeypatch.context() as patch:
+            patch.setattr(cli, "execute", lambda words: None)
             if large:
                 patch.setattr(run, "train", lambda config, path, console: None)
                 patch.setattr(run, "fill_cache", lambda config, path, console: None)

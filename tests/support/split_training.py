@@ -153,6 +153,16 @@ def train_run(ranks: Ranks, folder: str, config: RunConfig, steps: int | None = 
     return {"weights": weights, "pairs": pairs, "payload": dict(mesh.shards.payload)}
 
 
+def train_runs(ranks: Ranks, folder: str, architectures: tuple[str, ...]) -> list[dict[str, Any]]:
+    """`train_run` for each architecture, split over all ranks, and how many lines it logged."""
+    found = []
+    for architecture in architectures:
+        run = f"{folder}/{architecture}"
+        trained = train_run(ranks, run, run_config({"architecture": architecture}, feature_shards=ranks.size))
+        found.append(trained | {"log lines": len((Path(run) / "metrics.jsonl").read_text().splitlines())})
+    return found
+
+
 def payload_of_a_step(ranks: Ranks, settings: dict[str, Any], rows: int) -> dict[str, Any]:
     """Bytes handed over in one step that is not logged, and the active entries of each rank in it."""
     config = run_config(settings, {"each": {}})
@@ -194,7 +204,8 @@ class _Listener(Silent):
         def listened(penalty: Any, *arguments: Any, **named: Any) -> Any:
             value, stats = forward(penalty, *arguments, **named)
             whole = stats if penalty.shard is None else stats.from_all(penalty.shard.ranks)
-            self.pairs.setdefault(str(penalty.seed), []).append(whole.pairs.tolist())
+            name = f"seed {penalty.seed}, window {penalty.config.window}"
+            self.pairs.setdefault(name, []).append(whole.pairs.tolist())
             return value, stats
 
         return listened

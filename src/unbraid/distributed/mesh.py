@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.distributed.shard import Shard
@@ -56,8 +57,9 @@ def lay_out(everyone: Ranks, n_saes: int, most: int | None) -> Mesh:
     cell, cells = everyone.rank // shards, everyone.size // shards
     if shards == 1:
         return Mesh(everyone, ALONE, cell, cells)
-    groups: list[Any] = [dist.new_group(list(range(first, first + shards))) for first in range(0, everyone.size, shards)]
-    return Mesh(everyone, Ranks(groups[cell]), cell, cells)
+    own, _ = dist.new_subgroups(shards)
+    assert isinstance(own, dist.ProcessGroup)
+    return Mesh(everyone, Ranks(own), cell, cells)
 
 
 def launched() -> bool:
@@ -82,7 +84,7 @@ def joined() -> Iterator[Ranks]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(rendezvous("env://"))
     dist.init_process_group(store=store, rank=rank, world_size=size)
     try:
         yield Ranks(dist.group.WORLD)
