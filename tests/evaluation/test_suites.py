@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from rich.console import Console
 
 from unbraid import formats
@@ -122,6 +123,36 @@ def test_directions_alone_are_judged_beside_random_ones_without_a_model(run_path
     report = run_suites(run_path, quick, out=tmp_path)
     assert set(report["controls"]) == {"resid_post.0: random", "resid_post.1: random"}
     assert set(report["seconds"]) == {"controls", "geometry"}
+
+
+def test_suites_of_earlier_evaluations_stay_until_they_are_run_again_or_the_weights_change(run_path, tmp_path):
+    run = shutil.copytree(run_path, tmp_path / "run")
+    core = run_suites(run, QUICK.model_copy(update={"suites": ["core", "ground-truth"]}))
+    shown = io.StringIO()
+    geometry = QUICK.model_copy(update={"suites": ["geometry"]})
+    both = run_suites(run, geometry, console=Console(file=shown, width=80))
+    assert "kept there from an earlier evaluation: core, ground-truth" in shown.getvalue()
+    assert "core: the reconstruction" not in shown.getvalue()
+    assert json.loads((run / "evaluation.json").read_text()) == both
+    for name, sae in both["saes"].items():
+        assert list(sae) == ["site", "core", "geometry"] and sae["core"] == core["saes"][name]["core"]
+    assert set(both["controls"]["resid_post.0: pca"]) == {"site", "core"}
+    assert set(both["settings"]) == {"core", "geometry", "ground-truth"} and "ground-truth" in both["skipped"]
+    again = run_suites(run, QUICK.model_copy(update={"suites": ["geometry"], "meta_steps": 6, "controls": False}))
+    assert again["saes"]["resid_post.0_twin"]["geometry"]["composition_steps"] == 6
+    assert set(again["controls"]["resid_post.0: random"]) == {"site", "core"}
+
+    sae = formats.load(run / "saes" / "resid_post.0_twin")
+    with torch.no_grad():
+        sae.b_dec += 1
+    shutil.rmtree(run / "saes" / "resid_post.0_twin")
+    formats.save(sae, run / "saes" / "resid_post.0_twin")
+    fresh = run_suites(run, geometry)
+    assert all(set(sae) == {"site", "geometry"} for sae in fresh["saes"].values())
+    assert set(fresh["settings"]) == {"geometry"} and not (run / "evaluation_features.safetensors").exists()
+    (run / "evaluation.json").write_text("{")
+    with pytest.raises(EvaluationError, match="is not JSON"):
+        run_suites(run, geometry)
 
 
 def test_an_sae_of_a_world_is_judged_by_its_truth_and_needs_no_model(tmp_path):

@@ -100,7 +100,7 @@ class ProbingConfig(Section):
     """Texts per task a probe is fitted on, half of them positive."""
     test: int = Field(default=64, ge=4)
     """Texts per task it is scored on."""
-    max_tokens: int = Field(default=64, ge=2)
+    max_tokens: int = Field(default=48, ge=2)
     """A text is cut to its beginning of this many tokens, BOS included."""
     tasks: list[str] = [
         "158_code_C",
@@ -145,7 +145,7 @@ class EvaluationConfig(Section):
     """Share of live pairs that counts as the top of the correlations."""
     replicates: int = Field(default=20, ge=2)
     """Bootstrap samples behind each interval of the correlation suite."""
-    meta_steps: int = Field(default=300, ge=1)
+    meta_steps: int = Field(default=200, ge=1)
     """Training steps of the meta-SAE behind the composition rate; SAEBench takes 1500. Compare only at equal steps."""
     probing: ProbingConfig = ProbingConfig()
     spelling: SpellingConfig = SpellingConfig()

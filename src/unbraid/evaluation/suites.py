@@ -1,44 +1,42 @@
 """All suites on all SAEs of a run (or one SAE folder), controls beside them: `unbraid eval`.
 
-A suite that does not apply is skipped and the report says why. What needs the language model is in `model_suites.py`.
+A suite that does not apply is skipped and the report says why. What needs the language model is in `model_suites.py`,
+how results of several evaluations come together in `evaluation_file.py`.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unbraid.config import EvaluationConfig
 from unbraid.device import pick_device
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.controls import controls_of, random_control
+from unbraid.evaluation.evaluation_file import EvaluationFile, Report
 from unbraid.evaluation.geometry import composition_rate, max_cosines, seed_agreement
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
 from unbraid.evaluation.model_suites import REFERENCE_ROWS, ModelSuites
 from unbraid.evaluation.subjects import Judged, open_subjects
 from unbraid.evaluation.tables import evaluation_tables
-from unbraid.files import write_json, write_whole
 from unbraid.randomness import generator
 from unbraid.synthetic import build_world
 
 ON_TEXT, ON_PROMPTS = ("core", "correlation"), ("probing", "absorption")
 WIDEST_AGREEMENT = 8192
-Report = dict[str, Any]
 
 
 def run_suites(
     path: Path | str, config: EvaluationConfig | None = None, *, console: Console | None = None, out: Path | None = None
 ) -> Report:
-    """Evaluate the SAEs at `path` and write `evaluation.json` (and `evaluation_features.safetensors`) beside them,
-    in place of those of an earlier evaluation.
+    """Evaluate the SAEs at `path` and write `evaluation.json` (and `evaluation_features.safetensors`) beside them.
+
+    What an earlier evaluation of the same weights found in suites that are not run again stays in the file.
 
     Args:
         path: a run folder, or an SAE folder in any layout unbraid reads.
@@ -48,36 +46,23 @@ def run_suites(
 
     Returns:
         What `evaluation.json` holds: `saes` and `controls` by name, each with a section per suite; `skipped`: suite ->
-        reason; `seconds` by stage; the settings.
+        reason; `seconds` by stage; `settings` by suite; `weights`: checksum of the SAEs.
 
     Raises:
         UnbraidError: with what was wrong, what was expected and what to change.
     """
     path, config, console = Path(path), config or EvaluationConfig(), console or Console(quiet=True)
-    evaluation = _Evaluation(path, config, console)
-    report = _plain(evaluation.run())
     out = out or (path.parent if path.is_file() else path)
-    write_json(out / "evaluation.json", report)
-    features = {
-        f"{judged.name}.{key}": values.contiguous()
-        for judged in evaluation.judged
-        for key, values in judged.features.items()
-    }
-    if features:
-        write_whole(out / "evaluation_features.safetensors", lambda partial: save_file(features, partial))
+    evaluation = _Evaluation(path, config, console)
+    file = EvaluationFile(out, evaluation.judged)
+    report = evaluation.run()
     for part in evaluation_tables(report):
         console.print(part, highlight=False, markup=False)
-    console.print(f"\ndone: everything in {out / 'evaluation.json'}", highlight=False, markup=False)
+    report, kept = file.write(report, evaluation.judged)
+    console.print(f"\ndone: everything in {file.path}", highlight=False, markup=False)
+    if kept:
+        console.print(f"kept there from an earlier evaluation: {', '.join(kept)}", highlight=False, markup=False)
     return report
-
-
-def _plain(value: Any) -> Any:
-    """The same report as JSON has it: what is undefined (NaN) is null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Evaluation:
@@ -122,7 +107,7 @@ class _Evaluation:
         return {
             "path": str(self.path),
             "model": None if self.run_config is None else self.run_config.model.name,
-            "settings": self.config.model_dump(mode="json"),
+            "settings": dict.fromkeys(suites, self.config.model_dump(mode="json", exclude={"suites"})),
             "saes": {judged.name: self._entry(judged) for judged in self.judged if judged.control is None},
             "controls": {judged.name: self._entry(judged) for judged in self.judged if judged.control is not None},
             "skipped": self.skipped,
@@ -142,6 +127,8 @@ class _Evaluation:
             for task in [task for task in self.bar.tasks if not task.finished]:
                 self.bar.remove_task(task.id)
         self.seconds[name] = round(time.perf_counter() - started, 1)
+        outcome = "skipped" if set(suites) <= set(self.skipped) else "done"
+        self.console.print(f"{name}: {outcome} in {self.seconds[name]} s", highlight=False, markup=False)
 
     def _add_controls(self) -> None:
         """For each site, what has learned nothing, at the sparsity of the site's first SAE."""

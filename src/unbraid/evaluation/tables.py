@@ -132,4 +132,4 @@ def _shown(value: float | int | None, spread: float | None) -> str:
     if value is None:
         return "-"
     number = str(value) if isinstance(value, int) else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-    return number if spread is None else f"{number} ±{spread:.3f}"
+    return number if spread is None else f"{number} ±{f'{spread:.3f}'.lstrip('0')}"

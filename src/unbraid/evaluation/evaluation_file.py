@@ -1,0 +1,93 @@
+"""`evaluation.json`, in which the suites of several evaluations of the same weights come together.
+
+Suites are run one by one as often as all at once, and a probing run must not cost the hour of core metrics before it.
+So each suite stands with the settings it ran under, and one that is not run again stays, unless the weights changed.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from unbraid.config.measuring import SUITES
+from unbraid.errors import EvaluationError
+from unbraid.evaluation.subjects import Judged
+from unbraid.files import write_json, write_whole
+
+Report = dict[str, Any]
+
+
+class EvaluationFile:
+    """What an earlier evaluation left in `folder`, and where this one goes.
+
+    Args:
+        folder: holds evaluation.json and evaluation_features.safetensors.
+        judged: the SAEs this evaluation is about.
+
+    Raises:
+        EvaluationError: there is an evaluation.json that cannot be read.
+    """
+
+    def __init__(self, folder: Path, judged: Sequence[Judged]):
+        self.path, self.features_path = folder / "evaluation.json", folder / "evaluation_features.safetensors"
+        self.weights = _checksum(judged)
+        try:
+            earlier = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            earlier = {}
+        except ValueError as problem:
+            raise EvaluationError(
+                f"{self.path} is not JSON ({problem}); expected an earlier evaluation; move it away"
+            ) from problem
+        self.earlier: Report = earlier if earlier.get("weights") == self.weights else {}
+
+    def write(self, report: Report, judged: Sequence[Judged]) -> tuple[Report, list[str]]:
+        """Write `report` with the earlier suites that were not run again; returns what was written and their names."""
+        earlier = self.earlier.get("settings", {}).keys() - report["settings"].keys()
+        kept = [suite for suite in SUITES if suite in earlier]
+        for kind in ("saes", "controls"):
+            for name, before in self.earlier.get(kind, {}).items():
+                sections = {suite: before[suite] for suite in kept if suite in before}
+                if sections or name in report[kind]:
+                    now = {"site": before["site"]} | sections | report[kind].get(name, {})
+                    report[kind][name] = {key: now[key] for key in ("site", *SUITES) if key in now}
+        for suite, reason in self.earlier.get("skipped", {}).items():
+            if suite.partition(" at ")[0] in kept:
+                report["skipped"][suite] = reason
+        for table in ("settings", "seconds"):
+            report[table] = self.earlier.get(table, {}) | report[table]
+        report = _plain(report | {"weights": self.weights})
+        write_json(self.path, report)
+        self._write_features(judged)
+        return report, kept
+
+    def _write_features(self, judged: Sequence[Judged]) -> None:
+        features = {f"{one.name}.{key}": x.contiguous() for one in judged for key, x in one.features.items()}
+        if features:
+            write_whole(self.features_path, lambda partial: save_file(features, partial))
+        elif not self.earlier:
+            self.features_path.unlink(missing_ok=True)
+
+
+def _checksum(judged: Sequence[Judged]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for one in judged:
+        digest.update(one.name.encode())
+        for name, tensor in one.sae.state_dict().items():
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + content.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """The same as JSON has it: what is undefined (NaN) is null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
