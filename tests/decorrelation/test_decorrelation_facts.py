@@ -62,14 +62,14 @@ def test_only_co_active_pairs_correlate_and_w_counts_them(f_BN):
     assert entries.co_activations == int(together_NN.triu(1).sum())
 
 
-@given(awkward_codes(), st.sampled_from([1, 7, 1_000_000]), st.booleans())
-def test_co_activations_list_every_pair_once_with_its_dot(f_BN, per_chunk, by_listing):
+@given(awkward_codes(), st.sampled_from([1, 7, 1_000_000]))
+def test_co_activations_list_every_pair_once_with_its_dot(f_BN, per_chunk):
     entries = from_dense(f_BN)
     found_NN = torch.zeros(f_BN.shape[1], f_BN.shape[1], dtype=torch.float64)
     seen_NN = torch.zeros_like(found_NN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unbraid.kernels.co_activation.PAIRS_PER_CHUNK", per_chunk)
-        for chunk in co_activations(entries.pattern, entries.values, by_listing=by_listing):
+        for chunk in co_activations(entries.pattern, entries.values):
             first, second = chunk.features(torch.arange(chunk.dots.numel()))
             assert bool((first < second).all())
             found_NN[first, second] += chunk.dots
@@ -79,23 +79,57 @@ def test_co_activations_list_every_pair_once_with_its_dot(f_BN, per_chunk, by_li
     assert torch.equal(seen_NN, ((fires.T @ fires).triu(1) > 0).double())
 
 
+def ids_of(chosen) -> set[tuple[int, int]]:
+    return set(zip(chosen.first.tolist(), chosen.second.tolist(), strict=True))
+
+
 def chosen_pairs(entries) -> set[tuple[int, int]]:
     chosen = coactive.select(entries, 0.01, "cosine")
-    pairs = set(zip(chosen.first.tolist(), chosen.second.tolist(), strict=True))
+    pairs = ids_of(chosen)
     assert len(pairs) == chosen.nominal > 2000
     return pairs
 
 
-def test_selection_is_the_same_by_products_and_by_listing_and_by_any_chunking():
+def test_selection_is_the_same_by_loop_and_by_listing_in_chunks_of_any_size():
     entries = from_indices(*sparse_codes(300, 700, 20, seed=5), n_features=700)
-    ways = []
+    expected = chosen_pairs(entries)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unbraid.decorrelation.coactive.loops_take", lambda _: False)
         for per_chunk in (1_000_000, 5_000, 300):
             patch.setattr("unbraid.kernels.co_activation.PAIRS_PER_CHUNK", per_chunk)
-            ways.append(chosen_pairs(entries))
-        patch.setattr("torch.backends.mkl.is_available", lambda: False)
-        ways.append(chosen_pairs(entries))
-    assert all(way == ways[0] for way in ways[1:])
+            assert chosen_pairs(entries) == expected
+
+
+@given(awkward_codes(), st.sampled_from(["cosine", "pearson"]), st.sampled_from([0.05, 0.5, 1.0]))
+def test_the_loops_agree_with_the_lists_that_other_devices_work_from(f_BN, measure, fraction):
+    entries = from_dense(f_BN)
+    by_loop = coactive.select(entries, fraction, measure)
+    pairs = (by_loop.first, by_loop.second, by_loop.nominal, by_loop.mean, measure)
+    pushed = coactive.evaluate(entries, *pairs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unbraid.decorrelation.coactive.loops_take", lambda _: False)
+        by_lists = coactive.select(entries, fraction, measure)
+        listed = coactive.evaluate(entries, *pairs)
+    assert ids_of(by_loop) == ids_of(by_lists)
+    assert [by_loop.mean, by_loop.std] == pytest.approx([by_lists.mean, by_lists.std], rel=1e-10, abs=1e-12)
+    assert pushed.penalty == pytest.approx(listed.penalty, rel=1e-10, abs=1e-12)
+    torch.testing.assert_close(pushed.correlations, listed.correlations, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(pushed.gradient, listed.gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_same_codes_give_the_same_bits_on_any_number_of_threads():
+    entries = from_indices(*sparse_codes(512, 900, 20, seed=6), n_features=900)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(coactive.select(entries, 0.01, "pearson"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert (other.mean, other.std) == (found[0].mean, found[0].std)
+        assert torch.equal(other.first, found[0].first) and torch.equal(other.second, found[0].second)
+        assert torch.equal(other.correlations, found[0].correlations)
 
 
 @pytest.mark.parametrize("form", ["cosine", "pearson"])

@@ -13,10 +13,21 @@ from torch import Tensor
 
 from unbraid.decorrelation.entries import Entries
 from unbraid.decorrelation.measure import Measure, Scaled, scaled
-from unbraid.decorrelation.selection import Selection, TopPairs, live_pairs, moments, nominal_pairs, steps_per_unit
+from unbraid.decorrelation.selection import (
+    Selection,
+    TopPairs,
+    bar_for,
+    best_pairs,
+    bin_bits,
+    live_pairs,
+    moments,
+    nominal_pairs,
+    steps_per_unit,
+)
 from unbraid.distributed.shard import Shard
-from unbraid.kernels.co_activation import CoActivations, co_activations
+from unbraid.kernels.co_activation import CoActivations, RankedPairs, co_activations
 from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.selection import loops_take
 
 
 @dataclass(frozen=True)
@@ -90,11 +101,21 @@ def top_pairs(
     pattern: Pattern, z: Scaled, z_values: Tensor, wanted: int, dtype: torch.dtype, shard: Shard | None = None
 ) -> Found:
     """Go through all co-activations of `pattern`, whose entries are `z_values`, in at least float32."""
-    shard = shard or Shard(pattern.n_features)
-    values = z_values.to(torch.promote_types(dtype, torch.float32))
-    top = TopPairs(wanted, pattern.n_features, values.dtype, values.device)
+    dtype, shard = torch.promote_types(dtype, torch.float32), shard or Shard(pattern.n_features)
+    if not loops_take(z_values):
+        return listed_top_pairs(pattern, z, z_values.to(dtype), wanted, shard)
+    steps = steps_per_unit(dtype)
+    ranked = RankedPairs(pattern, z_values, z.shift, steps, bin_bits(steps), shard.start, shard.end)
+    bar = bar_for(ranked.histogram, wanted, ranked.bits)
+    first, second, found = best_pairs(*ranked.from_rank(bar), wanted, steps, pattern.n_features, shard.ranks)
+    return Found(first, second, found.to(dtype), ranked.total, ranked.squares)
+
+
+def listed_top_pairs(pattern: Pattern, z: Scaled, z_values: Tensor, wanted: int, shard: Shard) -> Found:
+    """The same in tensor operations, from a list of all co-activations."""
+    top = TopPairs(wanted, pattern.n_features, z_values.dtype, z_values.device)
     total = squares = 0.0
-    for chunk in co_activations(pattern, values, first_features=(shard.start, shard.end)):
+    for chunk in co_activations(pattern, z_values, shard.start, shard.end):
         correlations, chunk_total, chunk_squares = correlations_of(chunk, z)
         total, squares = total + chunk_total, squares + chunk_squares
         top.add(correlations, chunk)
@@ -115,8 +136,7 @@ def correlations_of(chunk: CoActivations, z: Scaled) -> tuple[Tensor, float, flo
     if z.shift is None:
         precise = dots.double()
         return dots, float(precise.sum()), float(precise.dot(precise))
-    first, second = chunk.features(torch.arange(dots.numel(), device=dots.device))
-    apart = z.shift[first] * z.shift[second]
+    apart = z.shift[chunk.first] * z.shift[chunk.second]
     together = dots.double() - apart
     squares = (together * together - apart * apart).sum()
     return together.to(dots.dtype), float(dots.sum(dtype=torch.float64)), float(squares)
@@ -149,31 +169,69 @@ def evaluate(entries: Entries, first: Tensor, second: Tensor, nominal: int, tau:
     A feature that fires once keeps its correlation whatever it fires with, so its gradient is exactly zero.
     """
     z = scaled(entries, measure)
-    met = meetings(entries, first, second)
     order = entries.pattern.by_feature.order
-    z_by_feature = z.values[order]
-    z_first, z_second = z_by_feature[met.first], z_by_feature[met.second]
-    dots = add_at(z.values.new_zeros(first.numel()), met.pairs, z_first * z_second)
-    correlations = dots if z.shift is None else dots - z.shift[first] * z.shift[second]
-    weights = hinge_weights(correlations, tau, nominal, entries.values.dtype)
-    penalty = float(((correlations - tau) * weights).sum())
+    push = push_by_loop if loops_take(z.values) else push_by_lists
+    pushed = push(entries, first, second, nominal, tau, z.values[order], z)
+    above = hinge_weights(pushed.correlations, tau, nominal, entries.values.dtype)
+    penalty = float(((pushed.correlations - tau) * above).sum())
+    pull = torch.empty_like(pushed.pull).index_copy_(0, order, pushed.pull)
+    centred = z.values
+    if z.shift is not None:
+        root = max(entries.n_rows, 1) ** 0.5
+        pull = pull - (pushed.others / root)[entries.indices]
+        centred = z.values - (z.shift / root)[entries.indices]
+    gradient = pull - pushed.own[entries.indices] * centred
+    movable = torch.where(entries.support > 1, z.inverse_norm, 0.0)
+    return Evaluation(penalty, gradient * movable[entries.indices], pushed.correlations)
 
+
+class Pushed(NamedTuple):
+    """Correlations of pairs, and the parts of the gradient of R, not yet divided by norms."""
+
+    correlations: Tensor
+    """[P] float64."""
+    pull: Tensor
+    """[nnz] what goes to an entry itself, by feature."""
+    own: Tensor
+    """[N] what goes to a feature through its norm."""
+    others: Tensor
+    """[N] what goes to a feature through its mean (Pearson)."""
+
+
+def push_by_loop(
+    entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, z_by_feature: Tensor, z: Scaled
+) -> Pushed:
+    """In a compiled loop that walks the rows of both features of each pair: for CPUs."""
+    from unbraid.kernels import loops
+
+    by_feature, zeros_N = entries.pattern.by_feature, torch.zeros_like(z.inverse_norm)
+    correlations, pull = z_by_feature.new_empty(first.numel()), torch.zeros_like(z_by_feature)
+    own, others, shift = zeros_N.clone(), zeros_N.clone(), zeros_N if z.shift is None else z.shift
+    places = [first, second, by_feature.offsets, by_feature.rows, z_by_feature, shift]
+    numbers = [float(tau), 1 / steps_per_unit(entries.values.dtype), 1 / max(nominal, 1)]
+    loops.in_parallel(loops.push_apart, [0, first.numel()], *places, *numbers, correlations, pull, own, others)
+    return Pushed(correlations, pull, own, others)
+
+
+def push_by_lists(
+    entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, z_by_feature: Tensor, z: Scaled
+) -> Pushed:
+    """In tensor operations, from a list of all rows on which a pair meets."""
+    met = meetings(entries, first, second)
+    z_first, z_second = z_by_feature[met.first], z_by_feature[met.second]
+    correlations = add_at(z_by_feature.new_zeros(first.numel()), met.pairs, z_first * z_second)
+    if z.shift is not None:
+        correlations = correlations - z.shift[first] * z.shift[second]
+    weights = hinge_weights(correlations, tau, nominal, entries.values.dtype)
     met_weights = weights[met.pairs]
     pull = add_at(torch.zeros_like(z_by_feature), met.first, met_weights * z_second)
     pull = add_at(pull, met.second, met_weights * z_first)
-    pull = torch.empty_like(pull).index_copy_(0, order, pull)
     own_pull = weights * correlations
     own = add_at(add_at(torch.zeros_like(z.inverse_norm), first, own_pull), second, own_pull)
-    if z.shift is None:
-        gradient = pull - own[entries.indices] * z.values
-    else:
-        others = add_at(torch.zeros_like(own), first, weights * z.shift[second])
-        others = add_at(others, second, weights * z.shift[first])
-        root = max(entries.n_rows, 1) ** 0.5
-        centred = z.values - (z.shift / root)[entries.indices]
-        gradient = pull - (others / root)[entries.indices] - own[entries.indices] * centred
-    movable = torch.where(entries.support > 1, z.inverse_norm, 0.0)
-    return Evaluation(penalty, gradient * movable[entries.indices], correlations)
+    others = torch.zeros_like(own)
+    if z.shift is not None:
+        others = add_at(add_at(others, first, weights * z.shift[second]), second, weights * z.shift[first])
+    return Pushed(correlations, pull, own, others)
 
 
 def hinge_weights(correlations: Tensor, tau: float, nominal: int, dtype: torch.dtype) -> Tensor:

@@ -57,7 +57,7 @@ def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_fe
     n_live = int(live.sum())
     mean, std = (float(known.double().mean()), float(known.double().std(correction=0))) if n_live > 1 else (0.0, 0.0)
     wanted, limit = nominal_pairs(n_live, fraction, max_pairs_per_feature)
-    ranks = grid(known)
+    ranks = grid(known, steps_per_unit(known.dtype))
     order = torch.sort(ranks, descending=True, stable=True)[1][:wanted]
     chosen = torch.sort(order[ranks[order] > 0])[0]
     limit = "co-activation" if chosen.numel() < wanted else limit

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unbraid.decorrelation.decoder_rows import UnitRows, pair_cosines, row_moments
-from unbraid.decorrelation.selection import Selection, grid, nominal_pairs
+from unbraid.decorrelation.selection import Selection, grid, nominal_pairs, steps_per_unit
 from unbraid.decorrelation.window import ElasticState
 
 UNKNOWN = -2.0
@@ -69,7 +69,7 @@ class NeighbourLists(ElasticState):
         mean, std = row_moments(unit_ND)
         ids = self._candidates(n_rows, 2 * wanted)
         cosines = pair_cosines(unit_ND, ids // n_rows, ids % n_rows)
-        ranks = grid(cosines)
+        ranks = grid(cosines, steps_per_unit(cosines.dtype))
         order = torch.sort(ranks, descending=True, stable=True)[1][:wanted]
         order = torch.sort(order[ranks[order] > 0])[0]
         limit = "co-activation" if order.numel() < wanted else limit

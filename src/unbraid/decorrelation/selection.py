@@ -16,8 +16,8 @@ from torch import Tensor
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.distributed.shard import Shard, cut_of
 
-BINS = 4098
-"""Of the coarse histogram: 4096 to C = 1, and room for rounding above it."""
+BIN_COUNT = 4096
+"""Bins from C = 0 to C = 1 in which correlations are counted to find how far down the wanted pairs reach."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,9 @@ def steps_per_unit(dtype: torch.dtype) -> int:
     return 2**36 if dtype == torch.float64 else 2**20
 
 
-def grid(correlations: Tensor) -> Tensor:
+def grid(correlations: Tensor, steps: int) -> Tensor:
     """Ranks of correlations: integers, equal for correlations that differ by rounding alone."""
-    kind = torch.int64 if correlations.dtype == torch.float64 else torch.int32
-    return torch.round(correlations * steps_per_unit(correlations.dtype)).to(kind)
+    return torch.round(correlations * steps).to(torch.int64 if steps > 2**24 else torch.int32)
 
 
 @runtime_checkable
@@ -105,61 +104,79 @@ class PairsInOrder(Protocol):
         ...
 
 
+def bin_bits(steps: int) -> int:
+    """Ranks in a bin, as a power of two; bin b holds the ranks from 1 + b * width on."""
+    return (steps // BIN_COUNT).bit_length() - 1
+
+
+def bar_for(histogram: Tensor, wanted: int, bits: int) -> int:
+    """The lowest rank of the highest bin from which on there are `wanted` pairs, or 1."""
+    reached = histogram.flip(0).cumsum(0).flip(0) >= wanted
+    return 1 + (max(0, int(reached.sum()) - 1) << bits)
+
+
+def best_pairs(
+    first: Tensor,
+    second: Tensor,
+    correlations: Tensor,
+    wanted: int,
+    steps: int,
+    n_features: int,
+    ranks: Ranks = ALONE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `wanted` best of some pairs, in the order they came; ties go to the lowest pair id.
+
+    Among ranks these are its own of the best anywhere; first features must ascend from rank to rank.
+    """
+    levels, surplus = grid(correlations, steps), correlations.numel() - wanted
+    if ranks.size == 1 and surplus <= 0:
+        return first, second, correlations
+    if ranks.size == 1:
+        cut = levels.kthvalue(surplus + 1).values
+        seats = wanted - int((levels > cut).sum())
+    else:
+        cut, seats = cut_of(levels.long(), wanted, steps.bit_length() + 1, ranks) if wanted else (2 * steps, 0)
+    ties = (levels == cut).nonzero().squeeze(1)
+    if ranks.size > 1:
+        seats -= sum(int(count) for count in ranks.gather(torch.tensor([ties.numel()]))[: ranks.rank])
+    chosen = levels > cut
+    if seats > 0 and ties.numel() > 0:
+        ids = first[ties] * n_features + second[ties]
+        chosen[ties[ids <= ids.kthvalue(min(seats, ties.numel())).values]] = True
+    return first[chosen], second[chosen], correlations[chosen]
+
+
 class TopPairs:
     """The best `wanted` pairs of a stream of chunks. A coarse histogram of what came raises the bar for what comes."""
 
     def __init__(self, wanted: int, n_features: int, dtype: torch.dtype, device: torch.device):
         self.wanted, self.n_features = wanted, n_features
         self.steps = steps_per_unit(dtype)
-        self.bin_bits = (self.steps // 4096).bit_length() - 1
+        self.bits = bin_bits(self.steps)
         empty = torch.empty(0, dtype=torch.int64, device=device)
         self._kept = [(empty, empty, torch.empty(0, dtype=dtype, device=device))]
-        self._histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
+        self._histogram = torch.zeros(BIN_COUNT + 2, dtype=torch.int64, device=device)
         self._bar = 1
 
     def add(self, correlations: Tensor, chunk: PairsInOrder) -> None:
         """Offer a chunk; `correlations[p]` belongs to position p of the chunk."""
         unfiltered = self._bar == 1
         if unfiltered:
-            self._raise_bar(grid(correlations).clamp_(min=0))
+            self._raise_bar(grid(correlations, self.steps))
         positions = (correlations > (self._bar - 1) / self.steps).nonzero().squeeze(1)
         found = correlations[positions]
         if not unfiltered:
-            self._raise_bar(grid(found))
-        better = (grid(found) >= self._bar).nonzero().squeeze(1)
+            self._raise_bar(grid(found, self.steps))
+        better = (grid(found, self.steps) >= self._bar).nonzero().squeeze(1)
         self._kept.append((*chunk.features(positions[better]), found[better]))
 
     def _raise_bar(self, ranks: Tensor) -> None:
-        """Count newcomers in bins of the grid; the bar is the highest bin edge that `wanted` pairs have reached."""
-        self._histogram += torch.bincount(ranks >> self.bin_bits, minlength=BINS)
-        reached = self._histogram.flip(0).cumsum(0).flip(0) >= self.wanted
-        self._bar = max(1, (int(reached.sum()) - 1) << self.bin_bits)
+        """Count newcomers in bins; what is not above zero falls into none."""
+        bins = (ranks.clamp(min=0) + ((1 << self.bits) - 1)) >> self.bits
+        self._histogram += torch.bincount(bins, minlength=BIN_COUNT + 3)[1:]
+        self._bar = bar_for(self._histogram, self.wanted, self.bits)
 
     def result(self, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor, Tensor]:
-        """Features i < j of the chosen pairs, and their correlations.
-
-        Among ranks these are its own of the best anywhere; first features must ascend from rank to rank.
-        """
-        first, second, correlations = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
-        if ranks.size > 1:
-            chosen = self._best_of_all(grid(correlations).long(), first * self.n_features + second, ranks)
-            return first[chosen], second[chosen], correlations[chosen]
-        if correlations.numel() <= self.wanted:
-            return first, second, correlations
-        levels = grid(correlations)
-        sure = (levels >= self._bar + (1 << self.bin_bits)).nonzero().squeeze(1)
-        contested = ((levels >= self._bar) & (levels < self._bar + (1 << self.bin_bits))).nonzero().squeeze(1)
-        contested = contested[torch.sort(first[contested] * self.n_features + second[contested])[1]]
-        contested = contested[torch.sort(levels[contested], descending=True, stable=True)[1]]
-        chosen = torch.cat([sure, contested[: max(self.wanted - sure.numel(), 0)]])
-        return first[chosen], second[chosen], correlations[chosen]
-
-    def _best_of_all(self, integers: Tensor, ids: Tensor, ranks: Ranks) -> Tensor:
-        """Positions of this rank's pairs that are among the best of all ranks."""
-        if self.wanted == 0:
-            return integers.new_empty(0)
-        cut, seats = cut_of(integers, self.wanted, self.steps.bit_length() + 1, ranks)
-        ties = (integers == cut).nonzero().squeeze(1)
-        ties = ties[torch.sort(ids[ties])[1]]
-        seats -= sum(int(count) for count in ranks.gather(torch.tensor([ties.numel()]))[: ranks.rank])
-        return torch.cat([(integers > cut).nonzero().squeeze(1), ties[: max(seats, 0)]])
+        """Features i < j of the chosen pairs, and their correlations; see `best_pairs`."""
+        kept = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        return best_pairs(*kept, self.wanted, self.steps, self.n_features, ranks)

@@ -1,150 +1,120 @@
 """Co-activations of sparse codes: every pair of features that fires together, with its dot product over the batch.
 
-The pairs come in chunks, each pair once (first < second), so nobody ever holds all W of them. On a CPU features are cut
-into a few ranges of equally many entries, and a chunk is the CSR product of one range with another: only the upper
-triangle is worked out, the working set stays in cache (3x faster than one product of everything at N = 16k), and as
-many products run at once as torch has threads. Elsewhere, GPUs included, the pairs are listed, sorted and summed;
-cuSPARSE's sparse product is left alone (pytorch issues 95169, 104108).
+On a CPU a compiled loop adds up one feature's dot products with all later ones at a time, twice: `RankedPairs` first
+counts how the correlations are spread, and when its owner knows how far down the wanted pairs reach, writes only those
+out. So W pairs are never stored, and neither sorted nor listed. Elsewhere, GPUs included, `co_activations` lists,
+sorts and sums the pairs, chunk by chunk; cuSPARSE's sparse product is left alone (pytorch issues 95169, 104108).
 """
 
 import itertools
-import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-import scipy.sparse
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unbraid.kernels.pattern import Pattern, starts
+from unbraid.kernels.pattern import Pattern
 
 PAIRS_PER_CHUNK = 1_000_000
+PARTS = 32
+
+
+def followers(pattern: Pattern) -> Tensor:
+    """[nnz] how many entries come after each in its row: the pairs it leads."""
+    return pattern.offsets[1:][pattern.rows] - 1 - torch.arange(pattern.indices.numel(), device=pattern.indices.device)
+
+
+def work_edges(pattern: Pattern, later: Tensor, n_parts: int, start: int, end: int) -> list[int]:
+    """Features start..end in ranges; all features in `n_parts` would lead about as many co-activations each."""
+    work = torch.zeros(pattern.n_features, dtype=torch.int64, device=later.device)
+    work = work.index_add_(0, pattern.indices, later).cumsum(0)
+    total = int(work[-1]) if work.numel() else 0
+    cuts = torch.searchsorted(work, torch.arange(1, n_parts, device=later.device) * total // n_parts, right=True)
+    return sorted({start, *(cut for cut in cuts.tolist() if start < cut < end), end})
+
+
+class RankedPairs:
+    """The co-active pairs led by features start..end, by rank: round(C * steps), C = z_i . z_j - shift_i shift_j.
+
+    Attributes:
+        histogram: [bins] how many pairs have a rank in 1 + bin * width .. width + bin * width, width = 2**bits.
+        total: sum of z_i . z_j over the co-active pairs.
+        squares: sum of C^2 - (shift_i shift_j)^2 over them.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        z: Float[Tensor, " nnz"],
+        shift_N: Tensor | None,
+        steps: int,
+        bits: int,
+        start: int,
+        end: int,
+    ):
+        by_feature, later = pattern.by_feature, followers(pattern)
+        shift_N = z.new_zeros(pattern.n_features) if shift_N is None else shift_N
+        row_ends = pattern.offsets[1:][by_feature.rows]
+        self.bits = bits
+        self.edges = work_edges(pattern, later, PARTS, start, end)
+        self.pairs = [by_feature.offsets, by_feature.order, row_ends, pattern.indices, z, shift_N, steps]
+        self.by_part = torch.zeros(len(self.edges) - 1, (steps >> bits) + 2, dtype=torch.int64)
+        sums = z.new_zeros(len(self.edges) - 1, 2)
+        self._loop("count_pairs", bits, self.by_part, sums)
+        self.histogram = self.by_part.sum(0)
+        self.total, self.squares = sums.sum(0).tolist()
+
+    def from_rank(self, bar: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Features i < j and correlations of the pairs whose rank is at least `bar`, the lowest rank of a bin."""
+        counts = self.by_part[:, (bar - 1) >> self.bits :].sum(1)
+        pairs = torch.empty(2, int(counts.sum()), dtype=torch.int64)
+        found = torch.empty(pairs.shape[1], dtype=torch.float64)
+        self._loop("place_pairs", bar, counts.cumsum(0) - counts, pairs, found)
+        return pairs[0], pairs[1], found
+
+    def _loop(self, name: str, *arguments: Tensor | int) -> None:
+        from unbraid.kernels import loops
+
+        loops.in_parallel(getattr(loops, name), self.edges, *self.pairs, *arguments)
 
 
 @dataclass(frozen=True)
 class CoActivations:
-    """A chunk of co-active pairs: `dots[p]` = f_i . f_j; a feature's pairs stand together, as in a CSR matrix."""
+    """A chunk of co-active pairs: `dots[p]` = f_i . f_j."""
 
     dots: Tensor
-    """[p] dot products over the batch."""
-    row_offsets: Tensor
-    """[r + 1] where the pairs of first feature `first_row + r` start."""
-    columns: Tensor
-    """[p] second feature, counted from `first_column`; int32 or int64."""
-    first_row: int
-    first_column: int
+    first: Tensor
+    second: Tensor
 
     def features(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Features i < j of the pairs at these positions of `dots`."""
-        if 16 * positions.numel() < self.dots.numel():
-            rows = torch.searchsorted(self.row_offsets, positions, right=True) - 1
-        else:
-            lengths = self.row_offsets.diff()
-            rows = torch.arange(lengths.numel(), device=lengths.device)
-            rows = torch.repeat_interleave(rows, lengths, output_size=self.dots.numel())[positions]
-        return rows + self.first_row, self.columns[positions].long() + self.first_column
+        return self.first[positions], self.second[positions]
 
 
 def co_activations(
-    pattern: Pattern,
-    values: Float[Tensor, " nnz"],
-    *,
-    by_listing: bool | None = None,
-    first_features: tuple[int, int] | None = None,
+    pattern: Pattern, values: Float[Tensor, " nnz"], start: int = 0, end: int | None = None
 ) -> Iterator[CoActivations]:
-    """Every co-active pair of a pattern, chunk by chunk, in a fixed order; the dots are of `values`.
+    """Every co-active pair led by features start..end, in a fixed order, by ranges of first features.
 
     Args:
         pattern: where the entries are.
-        values: [nnz].
-        by_listing: list and sort the pairs; none does so where the device has no MKL sparse product.
-        first_features: only pairs whose first feature is in start..end; none asks for all.
+        values: [nnz] what the dots are of.
+        start, end: the range of first features; all, unless said otherwise.
     """
-    start, end = first_features or (0, pattern.n_features)
-    if by_listing is None:
-        by_listing = values.device.type != "cpu" or not torch.backends.mkl.is_available()
-    later = pattern.offsets[1:][pattern.rows] - 1 - torch.arange(values.numel(), device=values.device)
-    work = torch.zeros(pattern.n_features, dtype=torch.int64, device=values.device)
-    work = work.index_add_(0, pattern.indices, later).cumsum(0)
-    if values.numel() == 0 or int(work[-1]) == 0:
-        return
-    if by_listing:
-        yield from _listed(pattern, values, later, work, start, end)
-    else:
-        yield from _Products(pattern, values, int(work[-1]), start, end).triangle()
-
-
-class _Products:
-    """Rows start..end of the upper triangle of F^T F, from sparse products of one range of features with another."""
-
-    def __init__(self, pattern: Pattern, values: Tensor, work: int, start: int, end: int):
-        self.pattern, self.end = pattern, end
-        by_feature = pattern.by_feature
-        n_ranges = math.ceil(2 * math.sqrt(work / PAIRS_PER_CHUNK))
-        cuts = torch.arange(1, n_ranges) * values.numel() // n_ranges
-        edges = torch.searchsorted(by_feature.offsets, cuts, right=True) - 1
-        self.edges = sorted({start, end, *(edge for edge in edges.tolist() if edge > start), pattern.n_features})
-        self.rows, self.values = by_feature.rows.int(), values[by_feature.order]
-        self.ranges = [self._features(start, end) for start, end in itertools.pairwise(self.edges)]
-
-    def triangle(self) -> Iterator[CoActivations]:
-        """Chunks in a fixed order, as many worked out at once as there are threads; torch rests meanwhile."""
-        jobs = itertools.combinations_with_replacement(range(len(self.ranges)), 2)
-        jobs = itertools.takewhile(lambda job: self.edges[job[0]] < self.end, jobs)
-        n_threads = torch.get_num_threads()
-        with ThreadPoolExecutor(n_threads) as threads:
-            while some := list(itertools.islice(jobs, n_threads)):
-                products = list(threads.map(self._product, some))
-                for (row, column), product in zip(some, products, strict=True):
-                    yield self._chunk(row, column, product)
-
-    def _features(self, start: int, end: int) -> tuple[Any, Any]:
-        """F^T and F of a range of features."""
-        offsets = self.pattern.by_feature.offsets[start : end + 1]
-        low, high = int(offsets[0]), int(offsets[-1])
-        parts = (self.values[low:high].numpy(), self.rows[low:high].numpy(), (offsets - low).int().numpy())
-        transposed = scipy.sparse.csr_array(parts, shape=(end - start, self.pattern.n_rows))
-        return transposed, transposed.T.tocsr()
-
-    def _product(self, ranges: tuple[int, int]) -> Any:
-        """By scipy, not `torch.sparse.mm`: the latter never frees what MKL returns (torch 2.13), tens of MB a call."""
-        row, column = ranges
-        return self.ranges[row][0] @ self.ranges[column][1]
-
-    def _chunk(self, row: int, column: int, product: Any) -> CoActivations:
-        dots, columns = torch.from_numpy(product.data), torch.from_numpy(product.indices)
-        offsets = torch.from_numpy(product.indptr).long()
-        start, width = self.edges[row], offsets.numel() - 1
-        if row == column:
-            rows = torch.arange(width, dtype=columns.dtype)
-            rows = torch.repeat_interleave(rows, offsets.diff(), output_size=columns.numel())
-            upper = (columns > rows).nonzero().squeeze(1)
-            dots, columns, offsets = dots[upper], columns[upper], starts(rows[upper], width)
-        return CoActivations(dots, offsets, columns, start, self.edges[column])
-
-
-def _listed(
-    pattern: Pattern, values: Tensor, later: Tensor, work: Tensor, lowest: int, highest: int
-) -> Iterator[CoActivations]:
-    """Pairs by range of first features: list each co-activation, sort by pair, sum the runs."""
-    n_features, total, indices = pattern.n_features, int(work[-1]), pattern.indices
-    n_chunks = max(1, total // PAIRS_PER_CHUNK)
-    targets = torch.arange(1, n_chunks, device=work.device) * total // n_chunks
-    cuts = torch.searchsorted(work, targets, right=True).tolist()
-    bounds = sorted({lowest, *(cut for cut in cuts if lowest < cut < highest), highest})
-    for start, end in itertools.pairwise(bounds):
-        leading = ((indices >= start) & (indices < end)).nonzero().squeeze(1)
-        followers = later[leading]
-        runs = torch.repeat_interleave(torch.arange(leading.numel(), device=indices.device), followers)
+    n_features, indices, later = pattern.n_features, pattern.indices, followers(pattern)
+    n_chunks = max(1, int(later.sum()) // PAIRS_PER_CHUNK)
+    edges = work_edges(pattern, later, n_chunks, start, n_features if end is None else end)
+    for low, high in itertools.pairwise(edges):
+        leading = ((indices >= low) & (indices < high)).nonzero().squeeze(1)
+        run_lengths = later[leading]
+        runs = torch.repeat_interleave(torch.arange(leading.numel(), device=indices.device), run_lengths)
         first = leading[runs]
-        run_starts = followers.cumsum(0) - followers
+        run_starts = run_lengths.cumsum(0) - run_lengths
         second = first + 1 + torch.arange(first.numel(), device=indices.device) - run_starts[runs]
-        keys, order = torch.sort((indices[first] - start) * n_features + indices[second], stable=True)
+        keys, order = torch.sort((indices[first] - low) * n_features + indices[second], stable=True)
         if keys.numel() == 0:
             continue
         pairs, counts = torch.unique_consecutive(keys, return_counts=True)
         dots = torch.segment_reduce((values[first] * values[second])[order], "sum", lengths=counts)
-        yield CoActivations(dots, starts(pairs // n_features, end - start), pairs % n_features, start, 0)
+        yield CoActivations(dots, pairs // n_features + low, pairs % n_features)

@@ -1,12 +1,9 @@
 """Choosing the active entries of a large matrix of pre-activations, exactly, without sorting or copying it.
 
-Top-k per row goes by two levels of group maxima: the k largest entries lie in the k groups with the largest maxima, so
-only those are looked at. The groups are strided (entry j belongs to group j mod G): a maximum over such groups runs
-along contiguous memory. Entries above a threshold are found eight at a time, reading the comparison's bytes as 64-bit
-words. Top-k over a batch first drops what lies below a guessed threshold, and checks that the guess kept enough.
+Top-k per row is a compiled loop on a CPU. Entries above a threshold are found eight at a time, reading the comparison's
+bytes as 64-bit words. Top-k over a batch first drops what lies below a guessed threshold, and checks that the guess
+kept enough.
 """
-
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -15,37 +12,27 @@ from torch import Tensor
 from unbraid.kernels.pattern import Pattern
 
 WORD = 8
+ROWS_PER_PART = 64
+
+
+def loops_take(tensor: Tensor) -> bool:
+    """Whether the compiled loops work on this tensor: single or double precision, on a CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
 
 
 def top_k(pre_BN: Float[Tensor, "B N"], k: int) -> tuple[Float[Tensor, "B k"], Int[Tensor, "B k"]]:
     """Values and features of the k largest entries of each row, features ascending."""
-    groups = _groups(pre_BN.shape[1], k) if pre_BN.device.type == "cpu" else None
-    values_BK, features_BK = _grouped_top_k(pre_BN, k, groups) if groups else pre_BN.topk(k, dim=1, sorted=False)
+    if loops_take(pre_BN):
+        from unbraid.kernels import loops
+
+        values_BK = pre_BN.new_empty(len(pre_BN), k)
+        features_BK = torch.empty(values_BK.shape, dtype=torch.int64)
+        edges = [*range(0, len(pre_BN), ROWS_PER_PART), len(pre_BN)]
+        loops.in_parallel(loops.top_k, edges, pre_BN, k, values_BK, features_BK)
+        return values_BK, features_BK
+    values_BK, features_BK = pre_BN.topk(k, dim=1, sorted=False)
     features_BK, order_BK = features_BK.sort(dim=1)
     return values_BK.gather(1, order_BK), features_BK
-
-
-def _groups(n: int, k: int) -> list[int] | None:
-    """Numbers of groups (coarse, fine), or None where plain top-k is as fast."""
-    fine = n // 8
-    coarse = fine // 4
-    return [coarse, fine] if n % 32 == 0 and coarse >= 4 * k else None
-
-
-def _grouped_top_k(pre_BN: Tensor, k: int, groups: list[int]) -> tuple[Tensor, Tensor]:
-    maxima = [pre_BN]
-    for count in reversed(groups):
-        finer = maxima[0]
-        maxima.insert(0, finer.view(len(finer), -1, count).amax(1))
-    chosen = maxima[0].topk(k, dim=1, sorted=False)
-    values_BK, index_BK = chosen.values, chosen.indices
-    for coarse, finer in pairwise(maxima):
-        n_groups = coarse.shape[1]
-        strides = torch.arange(0, finer.shape[1], n_groups, device=pre_BN.device)
-        candidates = (index_BK.unsqueeze(1) + strides.view(1, -1, 1)).flatten(1)
-        values_BK, within = finer.gather(1, candidates).topk(k, dim=1, sorted=False)
-        index_BK = candidates.gather(1, within)
-    return values_BK, index_BK
 
 
 def positions_above(pre_BN: Float[Tensor, "B N"], threshold: float | Float[Tensor, " N"]) -> Int[Tensor, " nnz"]:

@@ -1,0 +1,246 @@
+"""Loops that no chain of tensor operations does well, compiled by Numba, for tensors on a CPU.
+
+What they share is a decision per number (is it among the largest of its row, has this pair met before), for which whole
+tensors would have to be written and read again. A loop works on one range of rows, features or pairs; `in_parallel`
+runs ranges on as many threads as torch has. Ranges are cut by the data alone, so the same codes give the same bits on
+any number of threads. The first call ever compiles a loop, a second or two; later processes load it from a cache.
+Every loop has a twin in tensor operations, which runs on other devices and which the tests compare it with.
+"""
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import no_type_check
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+LANES = 16
+compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+def in_parallel(loop: Callable[..., None], edges: list[int], *arguments: Tensor | float | int) -> None:
+    """Call `loop(part, start, end, *arguments)` for each range between neighbouring edges."""
+    arrays = [value.detach().numpy() if isinstance(value, Tensor) else value for value in arguments]
+    parts = [(part, start, end) for part, (start, end) in enumerate(itertools.pairwise(edges))]
+    if torch.get_num_threads() == 1 or len(parts) == 1:
+        for part in parts:
+            loop(*part, *arrays)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for done in [threads.submit(loop, *part, *arrays) for part in parts]:
+            done.result()
+
+
+@compiled
+@no_type_check
+def top_k(part, start, end, pre_BN, k, values_BK, features_BK):
+    """The k largest entries of each row, by ascending feature; of equal ones the first. NaN for rows not finite.
+
+    Where k group maxima reach a bar, k entries do, so the k largest are among the few entries that reach it. Groups
+    are strided, so that maxima are taken along whole vectors.
+    """
+    n = pre_BN.shape[1]
+    groups = n // LANES if n // LANES > 2 * k else n
+    maxima, held, places = np.empty(groups, pre_BN.dtype), np.empty(n, pre_BN.dtype), np.empty(n, np.int64)
+    for row in range(start, end):
+        row_N = pre_BN[row]
+        maxima[:] = row_N[:groups]
+        for first in range(groups, n, groups):
+            stride = row_N[first : first + groups]
+            for group in range(stride.size):
+                most, value = maxima[group], stride[group]
+                maxima[group] = value if value > most else most
+        count = entries_from(bar_reached(maxima, k, k // 4), row_N, held, places)
+        if count < k:
+            values_BK[row], features_BK[row] = np.nan, np.arange(k)
+            continue
+        cut = bar_reached(held[:count], k, 0)
+        spare = count - k
+        for j in range(count):
+            spare -= held[j] < cut
+        kept = 0
+        for j in range(count - 1, -1, -1):
+            if held[j] == cut and spare > 0:
+                spare -= 1
+            elif held[j] >= cut:
+                kept += 1
+                values_BK[row, k - kept], features_BK[row, k - kept] = held[j], places[j]
+
+
+@compiled
+@no_type_check
+def bar_reached(values, k, slack):
+    """The largest bar tried that k values reach, by halving: at most k + slack do, or the others tie at it.
+
+    NaN, which nothing reaches, where a value is not finite.
+    """
+    half = values.dtype.type(0.5)
+    low = high = values[0]
+    finite = True
+    for value in values:
+        low = value if value < low else low
+        high = value if value > high else high
+        finite = finite and value - value == 0
+    if not finite:
+        return values.dtype.type(np.nan)
+    reached = values.size
+    while reached > k + slack:
+        middle = low * half + high * half
+        if not low < middle < high:
+            return high if count_from(high, values) >= k else low
+        at_middle = count_from(middle, values)
+        if at_middle >= k:
+            low, reached = middle, at_middle
+        else:
+            high = middle
+    return low
+
+
+@compiled
+@no_type_check
+def count_from(bar, values):
+    """How many values reach the bar."""
+    count = np.int32(0)
+    for value in values:
+        count += np.int32(value >= bar)
+    return count
+
+
+@compiled
+@no_type_check
+def entries_from(bar, row_N, held, places):
+    """Write down the entries that reach the bar, in order; returns how many. Most blocks are passed over as a whole."""
+    count = 0
+    for block in range(0, row_N.size, LANES):
+        last = min(block + LANES, row_N.size)
+        if last - block == LANES:
+            reached = np.int32(0)
+            for j in range(LANES):
+                reached += np.int32(row_N[block + j] >= bar)
+            if reached == 0:
+                continue
+        for j in range(block, last):
+            if row_N[j] >= bar:
+                held[count], places[count] = row_N[j], j
+                count += 1
+    return count
+
+
+@compiled
+@no_type_check
+def count_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift, steps, bits, histogram, sums):
+    """Ranks of the pairs led by features start..end, counted in bins; sums of their dots and of squares."""
+    dots, met = np.zeros(shift.size), np.empty(shift.size + 1, np.int64)
+    total, squares = 0.0, 0.0
+    for first in range(start, end):
+        n_met = meet_later(offsets[first], offsets[first + 1], entries, row_ends, indices, z, dots, met)
+        for m in range(n_met):
+            second = met[m]
+            apart = shift[first] * shift[second]
+            correlation = dots[second] - apart
+            total += dots[second]
+            squares += correlation * correlation - apart * apart
+            dots[second] = 0.0
+            rank = np.int64(np.rint(correlation * steps))
+            if rank > 0:
+                histogram[part, (rank - 1) >> bits] += 1
+    sums[part, 0], sums[part, 1] = total, squares
+
+
+@compiled
+@no_type_check
+def place_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift, steps, bar, places, pairs, found):
+    """Write the pairs led by features start..end whose rank is at least `bar`, from `places[part]` on."""
+    dots, met = np.zeros(shift.size), np.empty(shift.size + 1, np.int64)
+    place = places[part]
+    for first in range(start, end):
+        n_met = meet_later(offsets[first], offsets[first + 1], entries, row_ends, indices, z, dots, met)
+        for m in range(n_met):
+            second = met[m]
+            correlation = dots[second] - shift[first] * shift[second]
+            dots[second] = 0.0
+            if np.int64(np.rint(correlation * steps)) >= bar:
+                pairs[0, place], pairs[1, place], found[place] = first, second, correlation
+                place += 1
+
+
+@compiled
+@no_type_check
+def meet_later(start, end, entries, row_ends, indices, z, dots, met):
+    """Add up the dot products of one feature with those after it; returns how many it met, and which in `met`."""
+    n_met = 0
+    for at in range(start, end):
+        entry = entries[at]
+        own = z[entry]
+        for other in range(entry + 1, row_ends[at]):
+            second, product = indices[other], own * z[other]
+            met[n_met] = second
+            n_met += (dots[second] == 0.0) & (product > 0.0)
+            dots[second] += product
+    return n_met
+
+
+@compiled
+@no_type_check
+def push_apart(part, start, end, firsts, seconds, offsets, rows, z, shift, tau, step, weight, found, pull, own, others):
+    """Correlations of pairs; what those above tau by more than a step add to the gradient of their sum.
+
+    Entries are by feature. `pull` [nnz] is the part that goes to the entry itself, `own` and `others` [N] the parts
+    that go through the norm and the mean of a whole feature.
+    """
+    mine, theirs = np.empty(pull.size, np.int64), np.empty(pull.size, np.int64)
+    for pair in range(start, end):
+        first, second = firsts[pair], seconds[pair]
+        n_met = meet(offsets[first], offsets[first + 1], offsets[second], offsets[second + 1], rows, mine, theirs)
+        dot = 0.0
+        for m in range(n_met):
+            dot += z[mine[m]] * z[theirs[m]]
+        found[pair] = dot - shift[first] * shift[second]
+        if found[pair] - tau > step:
+            for m in range(n_met):
+                pull[mine[m]] += weight * z[theirs[m]]
+                pull[theirs[m]] += weight * z[mine[m]]
+            own[first] += weight * found[pair]
+            own[second] += weight * found[pair]
+            others[first] += weight * shift[second]
+            others[second] += weight * shift[first]
+
+
+@compiled
+@no_type_check
+def meet(at, end, other, other_end, rows, mine, theirs):
+    """Entries of two features on the same row: neighbours are walked, a much longer list is leapt through."""
+    n_met = 0
+    leap = max(1, (other_end - other) // max(1, end - at))
+    back = max(1, (end - at) // max(1, other_end - other))
+    while at < end and other < other_end:
+        if rows[at] == rows[other]:
+            mine[n_met], theirs[n_met] = at, other
+            n_met += 1
+            at, other = at + 1, other + 1
+        elif rows[at] < rows[other]:
+            at = advance(rows, at, end, rows[other], back)
+        else:
+            other = advance(rows, other, other_end, rows[at], leap)
+    return n_met
+
+
+@compiled
+@no_type_check
+def advance(rows, low, end, row, leap):
+    """The first entry from low + 1 on whose row is at least `row`, in leaps that double, then by halving."""
+    low += 1
+    while leap > 1 and low + leap < end and rows[low + leap] < row:
+        low += leap
+        leap += leap
+    high = min(low + leap, end)
+    while low < high:
+        middle = (low + high) // 2
+        if rows[middle] < row:
+            low = middle + 1
+        else:
+            high = middle
+    return low
