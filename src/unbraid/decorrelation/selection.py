@@ -178,5 +178,5 @@ class TopPairs:
 
     def result(self, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor, Tensor]:
         """Features i < j of the chosen pairs, and their correlations; see `best_pairs`."""
-        kept = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
-        return best_pairs(*kept, self.wanted, self.steps, self.n_features, ranks)
+        first, second, correlations = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        return best_pairs(first, second, correlations, self.wanted, self.steps, self.n_features, ranks)
