@@ -25,7 +25,7 @@ from unbraid.activations.live import LiveActivations
 from unbraid.activations.rows import RowFilter
 from unbraid.config import RunConfig
 from unbraid.device import pick_device
-from unbraid.distributed.mesh import joined, lay_out, restarted
+from unbraid.distributed.mesh import joined, lay_out, restarts
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import ConfigError, TextError
 from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
@@ -89,7 +89,7 @@ def train(config: RunConfig, path: Path | str | None = None, *, console: Console
     check_loggers(config)
     path = Path(path or Path("runs") / config.name)
     with joined() as everyone:
-        if everyone.first and not (restarted() and (path / "config.json").is_file()):
+        if everyone.first and not (restarts() and (path / "config.json").is_file()):
             RunFolder.create(path, config)
         everyone.wait()
         return _run(RunFolder(path), console or Console(quiet=True), everyone)

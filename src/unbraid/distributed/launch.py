@@ -28,7 +28,8 @@ class Launch:
         else:
             place = [f"--nnodes={self.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.rendezvous}"]
         count = f"--nproc-per-node={self.ranks}"
-        return ["torchrun", *place, count, f"--max-restarts={self.max_restarts}", "-m", "unbraid", *command]
+        # Without the dashes torchrun takes `--run` for an abbreviation of a flag of its own.
+        return ["torchrun", *place, count, f"--max-restarts={self.max_restarts}", "-m", "--", "unbraid", *command]
 
 
 def execute(words: list[str]) -> NoReturn:

@@ -67,9 +67,9 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def restarted() -> bool:
-    """Whether `torchrun` started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often `torchrun` started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextmanager
@@ -85,6 +85,8 @@ def joined() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     store, rank, size = next(rendezvous("env://"))
+    # The store outlives a restart (torch 2.13), and under the names it knows it has the addresses of the dead.
+    store = dist.PrefixStore(f"attempt {restarts()}", store)
     dist.init_process_group(store=store, rank=rank, world_size=size)
     try:
         yield Ranks(dist.group.WORLD)
