@@ -1,0 +1,64 @@
+"""Numbers over seeds: means with their spread, and paired differences with intervals that say what is noise."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over `n` seeds and their standard deviation (None with one seed)."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{short(self.mean)}" if self.sd is None else f"{short(self.mean)} ({short(self.sd)})"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences and the half-width of its 95 % t-interval (None with one pair)."""
+
+    mean: float
+    reach: float | None
+    n: int
+
+    @property
+    def noise(self) -> bool:
+        """Whether zero lies inside the interval, or there is none."""
+        return self.reach is None or abs(self.mean) <= self.reach
+
+    def __str__(self) -> str:
+        reach = "" if self.reach is None else f" ± {short(self.reach)}"
+        return f"{'+' if self.mean >= 0 else ''}{short(self.mean)}{reach}"
+
+
+BySeed = dict[int, float]
+
+
+def estimate(values: Iterable[float]) -> Estimate:
+    """Of one number a seed."""
+    numbers = np.array(list(values), dtype=float)
+    return Estimate(float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else None, len(numbers))
+
+
+def difference(one: BySeed, other: BySeed) -> Difference:
+    """one - other, over the seeds both have."""
+    gaps = np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
+    if len(gaps) < 2:
+        return Difference(float(gaps.mean()), None, len(gaps))
+    error = float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
+    return Difference(float(gaps.mean()), float(stats.t.ppf((1 + LEVEL) / 2, len(gaps) - 1)) * error, len(gaps))
+
+
+def short(number: float) -> str:
+    """Three decimals without the leading zero: .604."""
+    text = f"{number:.3f}"
+    return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text

@@ -1,0 +1,146 @@
+"""The study's figures, from the files in `study/results`, into docs/img/.
+
+python study/figures.py
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from estimates import estimate
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from page import RESULTS, by_seed, lines, rows
+
+from unbraid.reporting.figures import COLOURS, MARKERS, STYLE, WIDTH_INCHES, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+IMAGES = Path(__file__).parents[1] / "docs" / "img"
+NAMES = {"batch_topk": "BatchTopK", "matryoshka": "Matryoshka", "batch_topk-k32": "BatchTopK"}
+
+
+def frontier() -> Figure:
+    """Quality of the features against reconstruction, each method a point with its spread over seeds."""
+    found = rows("grid")
+    figure = Figure(figsize=(WIDTH_INCHES, 2.7))
+    panels = figure.subplots(1, 2)
+    for axes, (metric, title) in zip(panels, (("f1", "F1"), ("mcc", "MCC")), strict=True):
+        for look, where in enumerate(("batch_topk", "matryoshka")):
+            for at, (label, seeds) in enumerate(found[where].items()):
+                x, y = (estimate(by_seed(seeds, name).values()) for name in ("r2", metric))
+                axes.errorbar(
+                    x.mean,
+                    y.mean,
+                    xerr=x.sd,
+                    yerr=y.sd,
+                    color=COLOURS[at % len(COLOURS)],
+                    marker=MARKERS[at % len(MARKERS)],
+                    markersize=4.5,
+                    fillstyle="full" if look == 0 else "none",
+                    linewidth=0.7,
+                    capsize=1.5,
+                    label=label if look == 0 else None,
+                )
+        axes.set_xlabel("$R^2$ (filled: BatchTopK, open: Matryoshka)")
+        axes.set_title(title)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncol=6, columnspacing=1.0, handletextpad=0.3)
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.16, top=0.82, wspace=0.2)
+    return figure
+
+
+def distributions() -> Figure:
+    """Share of live pairs above each correlation, real model: with and without each penalty."""
+    found = json.loads((RESULTS / "pairs.json").read_text())
+    figure = Figure(figsize=(WIDTH_INCHES * 0.7, 2.5))
+    axes = figure.subplots()
+    for at, (label, shares) in enumerate(found["share_above"].items()):
+        shares = np.array(shares)
+        axes.plot(np.array(found["levels"])[shares > 0], shares[shares > 0], color=COLOURS[at], label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("correlation C of two features' codes")
+    axes.set_ylabel("share of live pairs above C")
+    axes.legend()
+    figure.subplots_adjust(left=0.14, right=0.98, bottom=0.17, top=0.97)
+    return figure
+
+
+def weights() -> Figure:
+    """Absorption gap, F1 and top correlation against lambda2, one line a space; the band is no penalty."""
+    figure = Figure(figsize=(WIDTH_INCHES, 2.3))
+    panels = figure.subplots(1, 3)
+    trials = [line for line in lines("grid") + lines("sweep") if line["trial"]["architecture"] == "batch_topk"]
+    shown = (("absorption_gap", "absorption gap"), ("f1", "F1"), ("correlation_top", "top correlation"))
+    for axes, (metric, title) in zip(panels, shown, strict=True):
+        none = estimate(t["metrics"][metric] for t in trials if t["trial"]["method"] == "none")
+        axes.axhspan(none.mean - (none.sd or 0), none.mean + (none.sd or 0), color="0.85", linewidth=0)
+        axes.axhline(none.mean, color="0.5", linewidth=0.8, linestyle="--")
+        for at, method in enumerate(("codes", "decoder")):
+            draw_weights(axes, trials, method, metric, at)
+        axes.set_xscale("log")
+        axes.set_xlabel(r"$\lambda_2$")
+        axes.set_title(title)
+    panels[0].legend(["no penalty", "codes", "decoder"], handlelength=1.2)
+    figure.subplots_adjust(left=0.08, right=0.985, bottom=0.19, top=0.88, wspace=0.3)
+    return figure
+
+
+def draw_weights(axes: "Axes", trials: list[dict[str, Any]], method: str, metric: str, at: int) -> None:
+    """One method's line with its spread over seeds."""
+    by_weight: dict[float, list[float]] = {}
+    fraction = {"codes": 1e-3, "decoder": 1e-2}[method]
+    for line in trials:
+        settings = line["trial"]["decorrelation"]
+        if line["trial"]["method"] == method and settings.get("fraction", 1e-3) == fraction:
+            by_weight.setdefault(settings["lambda2"], []).append(line["metrics"][metric])
+    points = {weight: estimate(values) for weight, values in sorted(by_weight.items())}
+    axes.errorbar(
+        list(points),
+        [point.mean for point in points.values()],
+        yerr=[point.sd or 0 for point in points.values()],
+        color=COLOURS[at],
+        marker=MARKERS[at],
+        markersize=4,
+        capsize=1.5,
+    )
+
+
+def heat_map() -> Figure:
+    """Correlations of the most entangled features without a penalty, and of their counterparts with one."""
+    found = json.loads((RESULTS / "pairs.json").read_text())["heat"]
+    ramp = LinearSegmentedColormap.from_list("ramp", ["#ffffff", "#6fb7e9", "#1f2a6b"])
+    figure = Figure(figsize=(WIDTH_INCHES, 1.75))
+    panels = figure.subplots(1, len(found))
+    for axes, (label, matrix) in zip(panels, found.items(), strict=True):
+        shown = np.array(matrix)
+        np.fill_diagonal(shown, np.nan)
+        image = axes.imshow(shown, cmap=ramp, vmin=0, vmax=1)
+        axes.set_title(label)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    bar = figure.colorbar(image, ax=panels, fraction=0.02, pad=0.02)
+    bar.set_label("C")
+    return figure
+
+
+FIGURES = {
+    "study-frontier": frontier,
+    "study-distributions": distributions,
+    "study-weights": weights,
+    "study-pairs": heat_map,
+}
+
+
+def main() -> None:
+    """Draw them all."""
+    with matplotlib.rc_context(STYLE):
+        for name, draw in FIGURES.items():
+            save_figure(draw(), IMAGES / name)
+
+
+if __name__ == "__main__":
+    main()

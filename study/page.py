@@ -1,0 +1,178 @@
+"""Write docs/study.md from study/page.md: every number on the page is taken from a file in `study/results`.
+
+    python study/page.py            # rewrites docs/study.md
+    python study/page.py --check    # fails when it is out of date
+
+In study/page.md stand `{{table|TABLE|WHERE}}`, `{{mean|TABLE|WHERE/LABEL|METRIC}}` and, for the paired difference to
+`none` with its interval, `{{gap|TABLE|WHERE/LABEL|METRIC}}` (to another row: `{{gap|TABLE|WHERE/LABEL|METRIC|LABEL}}`).
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from estimates import BySeed, difference, estimate, short
+
+HERE = Path(__file__).parent
+RESULTS, TEMPLATE = HERE / "results", HERE / "page.md"
+PAGE = HERE.parent / "docs" / "study.md"
+Rows = dict[str, dict[str, dict[int, dict[str, Any]]]]
+"""Where (an architecture) -> label (a method) -> seed -> metrics."""
+TRUTH = {
+    "F1": "f1",
+    "MCC": "mcc",
+    "unique": "uniqueness",
+    "absorption gap": "absorption_gap",
+    "hedging": "hedging",
+    "R²": "r2",
+    "L0": "l0",
+    "max cosine": "mean_max_decoder_cosine",
+    "top correlation": "correlation_top",
+}
+MODEL = {
+    "R²": "r2",
+    "CE score": "ce_score",
+    "L0": "l0",
+    "top correlation": "correlation_top",
+    "max cosine": "mean_max_decoder_cosine",
+    "composition": "composition",
+    "dead": "dead",
+    "seeds agree": "agreement",
+}
+NOISE = {
+    "pairs in S": "pairs",
+    "a feature fired <= 4 times": "low_support",
+    "shared with the next window's S": "shared",
+    "in the top 0.1 % of 131,072 other tokens": "true_top",
+    "mean C in the window": "as_selected",
+    "mean C on the other tokens": "elsewhere",
+}
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    """A file of results."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def rows(table: str) -> Rows:
+    """A table of results by where, label and seed."""
+    found: Rows = {}
+    for line in lines(table):
+        where, label, seed = READERS[table](line)
+        found.setdefault(where, {}).setdefault(label, {})[seed] = line["metrics"]
+    if table == "real":
+        for line in lines("real-agreement"):
+            first, second = line["pair"].split()
+            where, label, seed = of_run(first, line["sae"])
+            pair = 10 * seed + int(second[-1])
+            found[where][label].setdefault(pair, {}).update(line["metrics"])
+    return found
+
+
+def of_trial(line: dict[str, Any]) -> tuple[str, str, int]:
+    """A trial of the grid: its method says everything."""
+    trial = line["trial"]
+    return trial["architecture"], trial["method"], trial["seed"]
+
+
+def of_sweep(line: dict[str, Any]) -> tuple[str, str, int]:
+    """A trial that differs from others of its method: label and settings."""
+    trial = line["trial"]
+    own = [(name, trial["decorrelation"].get(name)) for name in ("lambda2", "fraction", "floor")]
+    settings = ", ".join(f"{name} {value}" for name, value in own if value is not None)
+    label = "none" if trial["method"] == "none" else f"{trial['method']}: {settings}"
+    length = f"{trial['architecture']}, {trial['steps']} steps"
+    return length, label, trial["seed"]
+
+
+def of_run(run: str, sae: str) -> tuple[str, str, int]:
+    """An SAE or control of a run on the real model."""
+    where, seed = run.rsplit("-s", 1)
+    control = sae.partition(": ")[2]
+    return where, f"control: {control}" if control else sae.rsplit("_", 1)[1], int(seed)
+
+
+def of_noise(line: dict[str, Any]) -> tuple[str, str, int]:
+    """A window size and least support."""
+    label = f"{line['window']} x 2048 tokens, min_support {line['min_support']}"
+    return "noise", label, int(line["run"].rsplit("-s", 1)[1])
+
+
+READERS = {
+    "grid": of_trial,
+    "sweep": of_sweep,
+    "budget": of_sweep,
+    "real": lambda line: of_run(line["run"], line["sae"]),
+    "noise": of_noise,
+}
+COLUMNS = {"real": MODEL, "noise": NOISE}
+
+
+def by_seed(metrics: dict[int, dict[str, Any]], metric: str) -> BySeed:
+    """One metric of each seed that has it."""
+    return {seed: found[metric] for seed, found in metrics.items() if found.get(metric) is not None}
+
+
+def table(name: str, where: str) -> str:
+    """Means (standard deviations over seeds); arrows where the paired difference to `none` is outside the noise."""
+    columns, here = COLUMNS.get(name, TRUTH), rows(name)[where]
+    here |= {f"control: {label}": found for label, found in rows(name).get("control", {}).items()}
+    out = [f"| | {' | '.join(columns)} | seeds |", f"|---|{'---|' * len(columns)}---|"]
+    for label, found in here.items():
+        none = here.get("none", {})
+        cells = [cell(by_seed(found, metric), by_seed(none, metric), label) for metric in columns.values()]
+        seeds = len([seed for seed in found if seed < 10 or name == "budget"])
+        out.append(f"| {label} | {' | '.join(cells)} | {seeds} |")
+    return "\n".join(out)
+
+
+def cell(own: BySeed, none: BySeed, label: str) -> str:
+    """One cell."""
+    if not own:
+        return "-"
+    mark = ""
+    if label != "none" and not label.startswith("control") and own.keys() & none.keys():
+        gap = difference(own, none)
+        mark = "" if gap.noise else (" ▲" if gap.mean > 0 else " ▼")
+    return f"{estimate(own.values())}{mark}"
+
+
+def look_up(name: str, place: str, metric: str) -> BySeed:
+    """`WHERE/LABEL` of a table."""
+    where, label = place.split("/")
+    return by_seed(rows(name)[where][label], metric)
+
+
+def fill(directive: str) -> str:
+    """What a directive stands for."""
+    kind, name, *rest = directive.split("|")
+    if kind == "table":
+        return table(name, *rest)
+    place, metric, *other = rest
+    own = look_up(name, place, metric)
+    if kind == "mean":
+        return short(estimate(own.values()).mean)
+    against = look_up(name, f"{place.split('/')[0]}/{other[0] if other else 'none'}", metric)
+    return str(difference(own, against))
+
+
+def page() -> str:
+    """The page."""
+    return re.sub(r"\{\{(.+?)\}\}", lambda match: fill(match[1]), TEMPLATE.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Rewrite or check the page."""
+    wanted = page()
+    if "--check" in sys.argv:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != wanted:
+            sys.exit("docs/study.md is out of date; run python study/page.py")
+        return
+    PAGE.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
