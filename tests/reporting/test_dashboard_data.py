@@ -130,10 +130,11 @@ def test_shared_and_separate_contexts_are_what_they_are_called():
         for item in found["both"]:
             assert ((item.activations[0] > 0) & (item.activations[1] > 0)).any()
         per_context = f_RN.reshape(C, T - 1, N).max(1)
-        for item in found["first"]:
-            assert per_context[item.context, pair.features[0]] > 0 == per_context[item.context, pair.features[1]]
-        for item in found["second"]:
-            assert per_context[item.context, pair.features[1]] > 0 == per_context[item.context, pair.features[0]]
+        for which, (one, other) in (("first", (0, 1)), ("second", (1, 0))):
+            for item in found[which]:
+                assert ((item.activations[one] > 0) & (item.activations[other] == 0)).any()
+            shared = [bool(per_context[item.context, pair.features[other]] > 0) for item in found[which]]
+            assert shared == sorted(shared), "contexts without the other come first"
 
 
 def test_the_logit_lens_reads_a_decoder_row_through_the_final_norm_and_the_unembedding():

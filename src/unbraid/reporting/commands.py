@@ -70,7 +70,7 @@ class _Dashboard:
     """A finished run folder."""
     out: Path | None = None
     """Where to write the site; report/ in the run folder by default."""
-    tokens: int = 32_768
+    tokens: int = 16_384
     """Held-out token rows to look at; more give better contexts and steadier correlations."""
     serve: bool = False
     """Serve an existing or new dashboard on this machine until interrupted; nothing else can reach it."""
@@ -85,7 +85,14 @@ def dashboard(arguments: list[str]) -> None:
     index = (options.out if options.out is not None else options.run / "report") / "index.html"
     if not (options.serve and index.is_file()):
         with console.status("reading the run") as status:
-            index = write_dashboard(options.run, options.out, options.tokens, lambda text: status.update(escape(text)))
+
+            def say(text: str) -> None:
+                if console.is_terminal:
+                    status.update(escape(text))
+                else:
+                    console.print(text, highlight=False, markup=False)
+
+            index = write_dashboard(options.run, options.out, options.tokens, say)
     console.print(str(index), highlight=False, markup=False)
     if options.serve:
         with serve(index, options.port) as server:

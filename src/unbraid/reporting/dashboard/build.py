@@ -43,7 +43,7 @@ Say = Callable[[str], None]
 
 
 def write_dashboard(
-    run: Path | str, out: Path | str | None = None, tokens: int = 32_768, say: Say = lambda _text: None
+    run: Path | str, out: Path | str | None = None, tokens: int = 16_384, say: Say = lambda _text: None
 ) -> Path:
     """Write the dashboard of a finished run; returns its `index.html`, which opens in any browser.
 

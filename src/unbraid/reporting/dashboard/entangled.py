@@ -94,7 +94,7 @@ def _correlation(codes: Csc, i: int, j: int) -> float:
 
 
 def pair_contexts(held_out: HeldOutPass, codes: Csc, pair: Pair) -> dict[str, list[Excerpt]]:
-    """Contexts where both fire on a token, and contexts where only one of them fires at all, strongest first."""
+    """Contexts where both fire on a token, and where one fires on a token without the other, strongest first."""
     one, other = (firing(codes, feature) for feature in pair.features)
     _, at_one, at_other = np.intersect1d(one.rows, other.rows, assume_unique=True, return_indices=True)
     strength = np.minimum(one.values[at_one] / one.values.max(), other.values[at_other] / other.values.max())
@@ -107,10 +107,11 @@ def pair_contexts(held_out: HeldOutPass, codes: Csc, pair: Pair) -> dict[str, li
 
 
 def _alone(held_out: HeldOutPass, one: Firing, other: Firing) -> np.ndarray:
-    """Rows where `one` fires in a context in which `other` never does, strongest first."""
-    taken = np.isin(held_out.context_R[one.rows], np.unique(held_out.context_R[other.rows]))
-    rows, values = one.rows[~taken], one.values[~taken]
-    return rows[np.argsort(-values, kind="stable")]
+    """Rows where `one` fires without `other`, strongest first; those from contexts without `other` before the rest."""
+    apart = ~np.isin(one.rows, other.rows, assume_unique=True)
+    rows, values = one.rows[apart], one.values[apart]
+    shared = np.isin(held_out.context_R[rows], held_out.context_R[other.rows])
+    return rows[np.lexsort((-values, shared))]
 
 
 def _one_a_context(held_out: HeldOutPass, rows: np.ndarray) -> list[int]:

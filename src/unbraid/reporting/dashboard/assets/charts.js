@@ -48,13 +48,13 @@ unbraid.charts = (() => {
     for (const tick of ticks(0, last)) svg.append(h("text", {x: x(tick), y: HIGH - 12, "text-anchor": "middle"}, number(tick)));
     svg.append(h("line", {class: "axis", x1: LEFT, x2: WIDE - RIGHT, y1: HIGH - BOTTOM, y2: HIGH - BOTTOM}));
     const trace = (values) => values.map((v, i) => (v === null ? "" : `${i && values[i - 1] !== null ? "L" : "M"}${x(xs[i]).toFixed(1)} ${y(v).toFixed(1)}`)).join("");
+    for (const line of lines.filter(({low}) => low)) {
+      const known = xs.map((_, i) => i).filter((i) => line.low[i] !== null);
+      const up = known.map((i) => `${x(xs[i]).toFixed(1)} ${y(line.high[i]).toFixed(1)}`);
+      const down = known.reverse().map((i) => `${x(xs[i]).toFixed(1)} ${y(line.low[i]).toFixed(1)}`);
+      if (up.length) svg.append(h("path", {d: `M${up.join("L")}L${down.join("L")}Z`, fill: line.colour, opacity: Math.max(0.04, 0.15 / lines.length)}));
+    }
     for (const line of lines) {
-      if (line.low) {
-        const known = xs.map((_, i) => i).filter((i) => line.low[i] !== null);
-        const up = known.map((i) => `${x(xs[i]).toFixed(1)} ${y(line.high[i]).toFixed(1)}`);
-        const down = known.reverse().map((i) => `${x(xs[i]).toFixed(1)} ${y(line.low[i]).toFixed(1)}`);
-        if (up.length) svg.append(h("path", {d: `M${up.join("L")}L${down.join("L")}Z`, fill: line.colour, opacity: 0.1}));
-      }
       svg.append(h("path", {d: trace(line.values), fill: "none", stroke: line.colour, "stroke-width": 1.8, "stroke-dasharray": line.dash}));
     }
     const cursor = h("line", {class: "axis", y1: TOP, y2: HIGH - BOTTOM, visibility: "hidden"});

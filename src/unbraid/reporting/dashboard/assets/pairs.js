@@ -13,7 +13,7 @@
       ["together", "together", (p) => number(p.together)], ["fires", "each fires", (p) => `${number(p.firesI)} · ${number(p.firesJ)}`, (p) => Math.min(p.firesI, p.firesJ)],
       ["cosine", "decoder cos", (p) => number(p.cosine)]];
     if (twin) columns.push(["twinCorrelation", "in the twin", (p) => number(p.twinCorrelation)],
-      ["change", "change", (p) => number(p.correlation - p.twinCorrelation), (p) => p.correlation - p.twinCorrelation], ["match", "match", (p) => number(weakest(p)), weakest]);
+      ["change", "change", (p) => (p.correlation - p.twinCorrelation).toFixed(3), (p) => p.correlation - p.twinCorrelation], ["match", "match", (p) => number(weakest(p)), weakest]);
     const state = {sort: query.get("sort") || "correlation", down: query.get("down") !== "0", q: query.get("q") || ""};
     const head = h("tr", {}), body = h("tbody", {}), count = h("span", {class: "quiet", role: "status"});
     const search = h("input", {type: "search", placeholder: "feature number", "aria-label": "search pairs by feature number", value: state.q});
