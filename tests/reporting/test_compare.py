@@ -26,6 +26,13 @@ def finished(folder: Path, config: RunConfig, r2: float, l0: float = 20.0, **mor
     return folder
 
 
+def evaluated(run: Path, ce_loss_score: float) -> None:
+    core = {"model_performance_preservation": {"ce_loss_score": ce_loss_score}}
+    names = json.loads((run / "summary.json").read_text())["saes"]
+    saes = {name: {"core": core} for name in names} | {"another suite only": {"geometry": {}}}
+    (run / "evaluation.json").write_text(json.dumps({"saes": saes}))
+
+
 def one_sae(**changes) -> RunConfig:
     return tiny().model_copy(
         update={"variants": {"": changes}, "model": tiny().model.model_copy(update={"sites": ["resid_post.0"]})}
@@ -53,10 +60,14 @@ def test_points_are_told_apart_by_the_settings_in_which_they_differ(tmp_path: Pa
 
 
 def test_sites_are_kept_apart_and_a_metric_not_measured_everywhere_is_left_out(tmp_path: Path):
-    runs = [finished(tmp_path / "a", tiny(), 0.8, ce_loss_score=0.9), finished(tmp_path / "b", tiny(), 0.8)]
+    runs = [finished(tmp_path / "a", tiny(), 0.8), finished(tmp_path / "b", tiny(), 0.8)]
+    evaluated(runs[0], 0.9)
     points = frontier(list(runs))
     assert {point.site for point in points} == {"resid_post.0", "resid_post.1"}
     assert all(point.seeds == 2 and "ce_loss_score" not in point.metrics for point in points)
+    evaluated(runs[1], 0.8)
+    points = frontier(list(runs))
+    assert [point.metrics["ce_loss_score"].mean for point in points] == pytest.approx([0.85] * len(points))
 
 
 def test_the_frontier_is_drawn_with_a_panel_a_metric_and_the_same_bytes_each_time(tmp_path: Path):

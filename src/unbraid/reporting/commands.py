@@ -50,11 +50,12 @@ def compare(arguments: list[str]) -> None:
 
     points = frontier(list(options.runs))
     shown = [metric for metric in METRICS if any(metric in point.metrics for point in points)]
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("site", "settings", "seeds"):
-        table.add_column(heading)
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("site", no_wrap=True)
+    table.add_column("settings", overflow="fold")
+    table.add_column("seeds")
     for metric in shown:
-        table.add_column(metric, justify="right", overflow="fold")
+        table.add_column(METRICS[metric].replace("$", "").replace("^", ""), justify="right")
     for point in points:
         values = [str(point.metrics[metric]) if metric in point.metrics else "-" for metric in shown]
         table.add_row(point.site, escape(point.label), str(point.seeds), *values)

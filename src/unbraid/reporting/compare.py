@@ -2,8 +2,10 @@
 
 SAEs that differ in nothing but their seed are one point: the mean of each metric with a 95 % interval from Student's t,
 which two or three seeds need. A comparison holds only at the same L0, so L0 is the horizontal axis of every panel.
+The CE loss score is there for runs that `unbraid eval` has measured.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +78,9 @@ def frontier(runs: list[Path | str]) -> list[Point]:
         folder = RunFolder(path)
         config = folder.config
         shared = {"model": config.model.name, "text": config.text.source, "tokens": config.training.tokens}
+        spliced = _ce_loss_scores(folder.path)
         for name, measured in folder.read_summary()["saes"].items():
+            measured |= {"ce_loss_score": spliced.get(name)}
             site, variant = split_name(name)
             settings = shared | _flat(config.variant(variant))
             values = {metric: float(measured[metric]) for metric in METRICS if measured.get(metric) is not None}
@@ -96,6 +100,14 @@ def frontier(runs: list[Path | str]) -> list[Point]:
         for members in groups.values()
     ]
     return sorted(points, key=lambda point: (point.site, point.label))
+
+
+def _ce_loss_scores(run: Path) -> dict[str, float]:
+    """By SAE, from the run's evaluation.json, where there is one."""
+    path = run / "evaluation.json"
+    saes = json.loads(path.read_text(encoding="utf-8"))["saes"] if path.is_file() else {}
+    cores = {name: sae["core"] for name, sae in saes.items() if "core" in sae}
+    return {name: core["model_performance_preservation"]["ce_loss_score"] for name, core in cores.items()}
 
 
 def _flat(settings: VariantConfig) -> dict[str, Any]:
@@ -165,15 +177,15 @@ def _look(label: int) -> dict[str, Any]:
     return {"color": COLOURS[label % len(COLOURS)], "marker": MARKERS[label % len(MARKERS)], "markersize": 4.2}
 
 
-def _fill(site: int) -> Any:
-    return "full" if site == 0 else "none"
+def _fill(site: int) -> dict[str, Any]:
+    return {} if site == 0 else {"markerfacecolor": "white"}
 
 
 def _cross(axes: "Axes", point: Point, metric: str, label: int, site: int) -> None:
     """One point with its intervals."""
     x, y = point.metrics["l0"], point.metrics[metric]
     reach = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
-    bars = axes.errorbar(x.mean, y.mean, **reach, **_look(label), linewidth=0.8, capsize=1.6, fillstyle=_fill(site))
+    bars = axes.errorbar(x.mean, y.mean, **reach, **_look(label), linewidth=0.8, capsize=1.6, **_fill(site))
     for bar in bars[2]:
         bar.set_linestyle(DASHES[site % len(DASHES)])
 
@@ -186,9 +198,7 @@ def _name_points(figure: "Figure", labels: list[str], sites: list[str]) -> None:
         labels = [*labels, *sites]
         for at in range(len(sites)):
             dashes = DASHES[at % len(DASHES)]
-            handles.append(
-                Line2D([], [], color="0.3", marker="o", markersize=4.2, linestyle=dashes, fillstyle=_fill(at))
-            )
+            handles.append(Line2D([], [], color="0.3", marker="o", markersize=4.2, linestyle=dashes, **_fill(at)))
     figure.legend(
         handles=handles, labels=labels, loc="upper left", bbox_to_anchor=(0.03, 1.0), labelspacing=0.25, borderpad=0.2
     )
