@@ -1,0 +1,42 @@
+"""The notebook runs from top to bottom, and what is kept in the file is what it shows.
+
+`python tests/docs/test_notebooks.py` runs it and keeps the outputs in the file.
+"""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+def executed(path: Path) -> nbformat.NotebookNode:
+    notebook = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": path.parent}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    return notebook
+
+
+def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
+    """For each cell of code, the kinds of its outputs: text, figure."""
+    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    return [[kind for output in cell for kind in output.get("data", {"stream": ""})] for cell in outputs]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_its_file_keeps_the_outputs_and_a_figure(path: Path):
+    kept = nbformat.read(path, as_version=4)
+    assert any("image/png" in cell for cell in kinds(kept))
+    assert kinds(executed(path)) == kinds(kept)
+
+
+if __name__ == "__main__":
+    for path in NOTEBOOKS:
+        notebook = executed(path)
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # when each cell ran
+        nbformat.write(notebook, path)
+        print(path, file=sys.stderr)
