@@ -30,6 +30,12 @@ INDENTED = r"^(?P<indented>(?:    \S[^\n]*\n)+)"
 BLOCK = re.compile(f"{FENCED}|{INDENTED}", re.MULTILINE | re.DOTALL)
 ELSEWHERE = {".", "tensorboard", "hf", "pre-commit"}
 """Commands of a shell or of other packages."""
+SMALL = {
+    "dashboard": ["--tokens", "2048"],
+    "eval": ["--suite", "core,geometry", "--tokens", "512", "--splice-contexts", "2", "--meta-steps", "5"],
+    "synth": ["--world", "unit", "--architectures", "topk", "--samples", "8192", "--eval-samples", "2048"],
+}
+"""What makes a command quick enough to run here."""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -57,8 +63,7 @@ def shell(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert words[0] == "install" and re.fullmatch(r"unbraid\[(\w+)\]", words[1])[1] in extras, line
     elif command == "unbraid":
-        if words[0] == "dashboard":
-            words += ["--tokens", "2048"]
+        words += SMALL.get(words[0], [])
         large = words[0] in ("train", "harvest") and words[1] in RECIPES and words[1] != "tiny"
         with monkeypatch.context() as patch:
             patch.setattr(cli, "execute", lambda words: None)
