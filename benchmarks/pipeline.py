@@ -4,11 +4,11 @@
     python benchmarks/pipeline.py --prepare   # once: trains until codes are about as sparse as they stay
     python benchmarks/pipeline.py             # measures; about ten minutes on two quiet cores
 
-The shapes are the demo's: SmolLM2-135M read at layers 2, 5 and 8, ReLU SAEs, N = 2304, B = 512, a buffer of 72
-contexts. sae-lens gets the same model, documents, buffer, batch, width and loss (it has no penalty), and does the
-three-site job in both ways it can: in three runs, and with its trainer of several SAEs on one model pass. Contenders
-take turns in processes of their own, 24 steps each, which is four model passes. Reported are medians over turns, CPU
-time beside wall time; times of three runs are added up.
+The shapes are the demo's: SmolLM2-135M read at layers 2, 5 and 8, ReLU SAEs (or TopK ones, by `--architecture topk`),
+N = 2304, B = 512, a buffer of 72 contexts. sae-lens gets the same model, documents, buffer, batch, width and loss (it
+has no penalty), and does the three-site job in both ways it can: in three runs, and with its trainer of several SAEs on
+one model pass. Contenders take turns in processes of their own, 24 steps each, which is four model passes. Reported are
+medians over turns, CPU time beside wall time; times of three runs are added up.
 """
 
 import argparse
@@ -57,9 +57,10 @@ D_MODEL = 576
 TEXT_CHARACTERS = 4_000_000
 
 
-def config_of(name: str, cache: Path | None, checkpoint_every: int = 0) -> RunConfig:
+def config_of(name: str, architecture: str, cache: Path | None, checkpoint_every: int = 0) -> RunConfig:
     """The demo as the case changes it."""
     data = DEMO.model_dump(mode="json")
+    data["sae"]["architecture"] = architecture
     data["model"]["sites"] = CASES[name].get("sites", data["model"]["sites"])
     data["variants"] = CASES[name].get("variants", data["variants"])
     data["cache"] = str(cache) if cache else None
@@ -67,7 +68,7 @@ def config_of(name: str, cache: Path | None, checkpoint_every: int = 0) -> RunCo
     return validated(RunConfig, data, "benchmark")
 
 
-def prepare(folder: Path, steps: int, threads: int) -> None:
+def prepare(folder: Path, architecture: str, steps: int, threads: int) -> None:
     """Train the demo to a checkpoint after `steps` steps, from a cache of its activations, and cut our cases from it.
 
     A variant trained beside others is the same as one trained alone, so each case takes its SAEs and its sites' rows.
@@ -78,14 +79,14 @@ def prepare(folder: Path, steps: int, threads: int) -> None:
 
     fill_cache(DEMO, folder / "cache")
     write_text(folder / "text.parquet")
-    whole = config_of(WHOLE, folder / "cache", steps)
+    whole = config_of(WHOLE, architecture, folder / "cache", steps)
     shutil.rmtree(folder / WHOLE, ignore_errors=True)
     contender = ours(WHOLE, folder / WHOLE, whole, threads)
     contender.train(steps + 1)
     contender.dismiss()
     tensors, state = read_checkpoint(list_checkpoints(folder / WHOLE / "checkpoints")[-1])
     for name in CUT_FROM_IT:
-        config = config_of(name, None)
+        config = config_of(name, architecture, None)
         shutil.rmtree(folder / name, ignore_errors=True)
         run = RunFolder.create(folder / name, config)
         places = {f"rows.{place}": whole.sites.index(site) for place, site in enumerate(config.sites)}
@@ -124,13 +125,16 @@ def start(name: str, folder: Path, scratch: Path, arguments: argparse.Namespace)
     if "layers" not in case:
         prepared = folder / (WHOLE if "cached" in case else name)
         run = Path(shutil.copytree(prepared, scratch / name))
-        return ours(name, run, config_of(name, folder / "cache" if "cached" in case else None), arguments.threads)
+        config = config_of(name, arguments.architecture, folder / "cache" if "cached" in case else None)
+        return ours(name, run, config, arguments.threads)
     settings = {
         "layers": case["layers"],
         "model": str(packaged_model_folder("smollm2")),
         "text": str(folder / "text.parquet"),
         "d_in": D_MODEL,
         "n_features": DEMO.sae.n_features,
+        "architecture": arguments.architecture,
+        "k": DEMO.sae.k,
         "lambda1": DEMO.sae.lambda1,
         "lr": DEMO.optimiser.lr,
         "batch": DEMO.training.batch_tokens,
@@ -221,12 +225,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trained-steps", type=int, default=60, help="steps of the starting points")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=ROOT / "cache" / "benchmark-pipeline")
+    parser.add_argument("--architecture", choices=["relu", "topk"], default="relu")
+    parser.add_argument("--folder", type=Path, help="default: cache/benchmark-pipeline-ARCHITECTURE")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    arguments.folder = arguments.folder or ROOT / "cache" / f"benchmark-pipeline-{arguments.architecture}"
     if arguments.prepare or not (arguments.folder / "text.parquet").exists():
-        prepare(arguments.folder, arguments.trained_steps, arguments.threads)
+        prepare(arguments.folder, arguments.architecture, arguments.trained_steps, arguments.threads)
     if arguments.prepare:
         return
     for comparison in arguments.compare:
@@ -242,7 +248,7 @@ def main() -> None:
             "date": str(date.today()),
         }
         report = {"machine": machine, "rounds": arguments.rounds, "ratios": ratios(results), "results": results}
-        target = HERE / "results" / f"pipeline_{comparison}.json"
+        target = HERE / "results" / f"pipeline_{comparison}_{arguments.architecture}.json"
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(report, indent=1) + "\n")
 

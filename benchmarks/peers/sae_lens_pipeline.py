@@ -70,15 +70,16 @@ class Paced:
 
 
 def make_sae():
-    return sae_lens.StandardTrainingSAE(
-        sae_lens.StandardTrainingSAEConfig(
-            d_in=settings["d_in"],
-            d_sae=settings["n_features"],
-            device="cpu",
-            l1_coefficient=settings["lambda1"] * settings["d_in"] ** 0.5,
-            normalize_activations="expected_average_only_in",
-        )
-    )
+    shared = {
+        "d_in": settings["d_in"],
+        "d_sae": settings["n_features"],
+        "device": "cpu",
+        "normalize_activations": "expected_average_only_in",
+    }
+    if settings["architecture"] == "topk":
+        return sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(k=settings["k"], **shared))
+    l1 = settings["lambda1"] * settings["d_in"] ** 0.5
+    return sae_lens.StandardTrainingSAE(sae_lens.StandardTrainingSAEConfig(l1_coefficient=l1, **shared))
 
 
 config = SAETrainerConfig(

@@ -29,6 +29,9 @@ from unbraid.kernels.co_activation import CoActivations, RankedPairs, co_activat
 from unbraid.kernels.pattern import Pattern
 from unbraid.kernels.selection import loops_take
 
+PUSH_PARTS = 4
+"""Ranges of pairs whose pushes are added up apart, always as many, so that threads do not change the sums."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -204,13 +207,15 @@ def push_by_loop(
     """In a compiled loop that walks the rows of both features of each pair: for CPUs."""
     from unbraid.kernels import loops
 
-    by_feature, zeros_N = entries.pattern.by_feature, torch.zeros_like(z.inverse_norm)
-    correlations, pull = z_by_feature.new_empty(first.numel()), torch.zeros_like(z_by_feature)
-    own, others, shift = zeros_N.clone(), zeros_N.clone(), zeros_N if z.shift is None else z.shift
+    by_feature, n_pairs, n_features = entries.pattern.by_feature, first.numel(), entries.n_features
+    edges = [n_pairs * part // PUSH_PARTS for part in range(PUSH_PARTS + 1)]
+    correlations, pull = z_by_feature.new_empty(n_pairs), z_by_feature.new_zeros(PUSH_PARTS, z_by_feature.numel())
+    own, others = z_by_feature.new_zeros(2, PUSH_PARTS, n_features)
+    shift = z_by_feature.new_zeros(n_features) if z.shift is None else z.shift
     places = [first, second, by_feature.offsets, by_feature.rows, z_by_feature, shift]
     numbers = [float(tau), 1 / steps_per_unit(entries.values.dtype), 1 / max(nominal, 1)]
-    loops.in_parallel(loops.push_apart, [0, first.numel()], *places, *numbers, correlations, pull, own, others)
-    return Pushed(correlations, pull, own, others)
+    loops.in_parallel(loops.push_apart, edges, *places, *numbers, correlations, pull, own, others)
+    return Pushed(correlations, pull.sum(0), own.sum(0), others.sum(0))
 
 
 def push_by_lists(

@@ -10,7 +10,7 @@ Every loop has a twin in tensor operations, which runs on other devices and whic
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numba
 import numpy as np
@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 LANES = 16
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+SEARCHED = 16
+"""A list of rows this many times longer than another is searched, not walked."""
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """A function as machine code, kept on disk for later processes where there is a folder to write to."""
+    try:
+        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 def in_parallel(loop: Callable[..., None], edges: list[int], *arguments: Tensor | float | int) -> None:
@@ -188,10 +197,11 @@ def meet_later(start, end, entries, row_ends, indices, z, dots, met):
 def push_apart(part, start, end, firsts, seconds, offsets, rows, z, shift, tau, step, weight, found, pull, own, others):
     """Correlations of pairs; what those above tau by more than a step add to the gradient of their sum.
 
-    Entries are by feature. `pull` [nnz] is the part that goes to the entry itself, `own` and `others` [N] the parts
-    that go through the norm and the mean of a whole feature.
+    Entries are by feature. A part has its own row of `pull` [parts, nnz], which goes to the entry itself, and of `own`
+    and `others` [parts, N], which go through the norm and the mean of a whole feature.
     """
-    mine, theirs = np.empty(pull.size, np.int64), np.empty(pull.size, np.int64)
+    mine, theirs = np.empty(z.size + 1, np.int64), np.empty(z.size + 1, np.int64)
+    pull, own, others = pull[part], own[part], others[part]
     for pair in range(start, end):
         first, second = firsts[pair], seconds[pair]
         n_met = meet(offsets[first], offsets[first + 1], offsets[second], offsets[second + 1], rows, mine, theirs)
@@ -212,31 +222,32 @@ def push_apart(part, start, end, firsts, seconds, offsets, rows, z, shift, tau, 
 @compiled
 @no_type_check
 def meet(at, end, other, other_end, rows, mine, theirs):
-    """Entries of two features on the same row: neighbours are walked, a much longer list is leapt through."""
+    """Entries of two features on the same row: short lists are walked together, a much longer one is searched."""
     n_met = 0
-    leap = max(1, (other_end - other) // max(1, end - at))
-    back = max(1, (end - at) // max(1, other_end - other))
-    while at < end and other < other_end:
-        if rows[at] == rows[other]:
+    if other_end - other > SEARCHED * (end - at):
+        for entry in range(at, end):
+            other = first_from(rows[entry], rows, other, other_end)
+            mine[n_met], theirs[n_met] = entry, other
+            n_met += other < other_end and rows[other] == rows[entry]
+    elif end - at > SEARCHED * (other_end - other):
+        for entry in range(other, other_end):
+            at = first_from(rows[entry], rows, at, end)
+            mine[n_met], theirs[n_met] = at, entry
+            n_met += at < end and rows[at] == rows[entry]
+    else:
+        while at < end and other < other_end:
+            row, other_row = rows[at], rows[other]
             mine[n_met], theirs[n_met] = at, other
-            n_met += 1
-            at, other = at + 1, other + 1
-        elif rows[at] < rows[other]:
-            at = advance(rows, at, end, rows[other], back)
-        else:
-            other = advance(rows, other, other_end, rows[at], leap)
+            n_met += row == other_row
+            at += row <= other_row
+            other += other_row <= row
     return n_met
 
 
 @compiled
 @no_type_check
-def advance(rows, low, end, row, leap):
-    """The first entry from low + 1 on whose row is at least `row`, in leaps that double, then by halving."""
-    low += 1
-    while leap > 1 and low + leap < end and rows[low + leap] < row:
-        low += leap
-        leap += leap
-    high = min(low + leap, end)
+def first_from(row, rows, low, high):
+    """The first entry in low..high whose row is at least `row`, by halving."""
     while low < high:
         middle = (low + high) // 2
         if rows[middle] < row:
