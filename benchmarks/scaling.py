@@ -84,8 +84,8 @@ def rates_of_this_machine(job: Job) -> Machine:
     """What one process does alone, and two together."""
     x_BD, W_ND = torch.randn(job.rows, job.width), torch.randn(8192, job.width)
     product = seconds(lambda: x_BD @ W_ND.T)
-    block = torch.randn(16 << 20)
-    copied = seconds(lambda: block.clone())
+    block, target = torch.randn(16 << 20), torch.zeros(16 << 20)
+    copied = seconds(lambda: target.copy_(block))
     features = torch.stack([torch.randperm(job.n_features)[: job.k] for _ in range(job.rows)])
     codes = Codes.from_topk(features, torch.rand(job.rows, job.k) + 0.1, job.n_features)
     listed = seconds(lambda: sum(chunk.dots.numel() for chunk in co_activations(codes.pattern, codes.values)))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from unbraid.distributed.ranks import ALONE, Ranks
@@ -86,7 +87,7 @@ def joined() -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     store, rank, size = next(rendezvous("env://"))
     # The store outlives a restart (torch 2.13), and under the names it knows it has the addresses of the dead.
-    store = dist.PrefixStore(f"attempt {restarts()}", store)
+    store = PrefixStore(f"attempt {restarts()}", store)
     dist.init_process_group(store=store, rank=rank, world_size=size)
     try:
         yield Ranks(dist.group.WORLD)
