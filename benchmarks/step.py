@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TextIO
 
@@ -176,22 +177,25 @@ def main() -> None:
     parser.add_argument("--losses", action="store_true", help="train longer on fresh batches, for the loss alone")
     parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file; default benchmarks/results/step.json")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="JSON file whose other cells stay; default benchmarks/results/step.json"
+    )
     if parser.parse_known_args()[0].losses:
         parser.set_defaults(**LOSSES)
     arguments = parser.parse_args()
     if not arguments.peers_python.exists():
         print(f"{arguments.peers_python} is missing, so no peer is timed; `make peers` makes it")
-    cells = []
+    out = arguments.out or HERE / "results" / ("losses.json" if arguments.losses else "step.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    taken = {"rounds": arguments.rounds, "steps": arguments.steps, "date": str(date.today()), **machine}
+    cells = json.loads(out.read_text()) if out.exists() else {}
     for shape in arguments.shapes:
         for architecture in arguments.architectures:
-            cells.append(run_cell(architecture, shape, arguments))
-            show(cells[-1])
-            out = arguments.out or HERE / "results" / ("losses.json" if arguments.losses else "step.json")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
-            options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-            out.write_text(json.dumps({"machine": machine, "options": options, "cells": cells}, indent=1) + "\n")
+            cell = run_cell(architecture, shape, arguments)
+            show(cell)
+            cells[f"{architecture}, {shape}"] = cell | {"taken": taken}
+            out.write_text(json.dumps(cells, indent=1) + "\n")
 
 
 if __name__ == "__main__":

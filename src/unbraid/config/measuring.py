@@ -137,9 +137,9 @@ class EvaluationConfig(Section):
 
     suites: Suites = SUITES
     """What to run, separated by commas; suites that do not apply are skipped with the reason."""
-    tokens: int = Field(default=16_384, ge=1)
+    tokens: int = Field(default=12_288, ge=1)
     """Held-out tokens for core and correlation, in whole contexts."""
-    splice_contexts: int = Field(default=8, ge=1)
+    splice_contexts: int = Field(default=6, ge=1)
     """Held-out contexts on which reconstructions are spliced into the model: several full passes each."""
     fraction: float = Field(default=1e-3, gt=0.0, le=1.0)
     """Share of live pairs that counts as the top of the correlations."""
