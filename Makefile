@@ -116,6 +116,7 @@ test-saebench: $(SAEBENCH)/.ready
 docs: setup
 	$(BIN)/python docs/reliability.py --check
 	$(BIN)/python docs/settings.py --check
+	$(BIN)/python study/page.py --check
 	PYTHONPATH=docs $(BIN)/zensical build --clean --strict
 
 bench: setup

@@ -59,6 +59,8 @@ def difference(one: BySeed, other: BySeed) -> Difference:
 
 
 def short(number: float) -> str:
-    """Three decimals without the leading zero: .604."""
+    """Three decimals without the leading zero: .604; fewer for large numbers."""
+    if abs(number) >= 10:
+        return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.1f}"
     text = f"{number:.3f}"
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text

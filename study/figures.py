@@ -14,13 +14,20 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from page import RESULTS, by_seed, lines, rows
 
-from unbraid.reporting.figures import COLOURS, MARKERS, STYLE, WIDTH_INCHES, save_figure
+from unbraid.reporting.figures import COLOURS, DASHES, MARKERS, STYLE, WIDTH_INCHES, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
-NAMES = {"batch_topk": "BatchTopK", "matryoshka": "Matryoshka", "batch_topk-k32": "BatchTopK"}
+METHODS = ["none", "codes", "decoder", "decoder-floor", "ortsae", "co-active"]
+"""Those drawn; a method has one colour and marker in every figure."""
+
+
+def look(method: str) -> dict[str, Any]:
+    """Colour and marker of a method."""
+    at = METHODS.index(method)
+    return {"color": COLOURS[at], "marker": MARKERS[at], "markersize": 4.2, "capsize": 1.5, "linewidth": 0.8}
 
 
 def frontier() -> Figure:
@@ -29,21 +36,17 @@ def frontier() -> Figure:
     figure = Figure(figsize=(WIDTH_INCHES, 2.7))
     panels = figure.subplots(1, 2)
     for axes, (metric, title) in zip(panels, (("f1", "F1"), ("mcc", "MCC")), strict=True):
-        for look, where in enumerate(("batch_topk", "matryoshka")):
-            for at, (label, seeds) in enumerate(found[where].items()):
-                x, y = (estimate(by_seed(seeds, name).values()) for name in ("r2", metric))
+        for where, filled in (("batch_topk", True), ("matryoshka", False)):
+            for method in [method for method in METHODS if method in found[where]]:
+                x, y = (estimate(by_seed(found[where][method], name).values()) for name in ("r2", metric))
                 axes.errorbar(
                     x.mean,
                     y.mean,
                     xerr=x.sd,
                     yerr=y.sd,
-                    color=COLOURS[at % len(COLOURS)],
-                    marker=MARKERS[at % len(MARKERS)],
-                    markersize=4.5,
-                    fillstyle="full" if look == 0 else "none",
-                    linewidth=0.7,
-                    capsize=1.5,
-                    label=label if look == 0 else None,
+                    **look(method),
+                    fillstyle="full" if filled else "none",
+                    label=method if filled else None,
                 )
         axes.set_xlabel("$R^2$ (filled: BatchTopK, open: Matryoshka)")
         axes.set_title(title)
@@ -58,9 +61,10 @@ def distributions() -> Figure:
     found = json.loads((RESULTS / "pairs.json").read_text())
     figure = Figure(figsize=(WIDTH_INCHES * 0.7, 2.5))
     axes = figure.subplots()
-    for at, (label, shares) in enumerate(found["share_above"].items()):
+    for label, shares in found["share_above"].items():
         shares = np.array(shares)
-        axes.plot(np.array(found["levels"])[shares > 0], shares[shares > 0], color=COLOURS[at], label=label)
+        line = {"color": look(label)["color"], "linestyle": DASHES[METHODS.index(label) % len(DASHES)]}
+        axes.plot(np.array(found["levels"])[shares > 0], shares[shares > 0], **line, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("correlation C of two features' codes")
     axes.set_ylabel("share of live pairs above C")
@@ -78,35 +82,28 @@ def weights() -> Figure:
     for axes, (metric, title) in zip(panels, shown, strict=True):
         none = estimate(t["metrics"][metric] for t in trials if t["trial"]["method"] == "none")
         axes.axhspan(none.mean - (none.sd or 0), none.mean + (none.sd or 0), color="0.85", linewidth=0)
-        axes.axhline(none.mean, color="0.5", linewidth=0.8, linestyle="--")
-        for at, method in enumerate(("codes", "decoder")):
-            draw_weights(axes, trials, method, metric, at)
+        axes.axhline(none.mean, color="0.5", linewidth=0.8, linestyle="--", label="none")
+        for method, fraction in (("codes", 1e-3), ("decoder", 1e-2)):
+            draw_weights(axes, trials, method, fraction, metric)
         axes.set_xscale("log")
         axes.set_xlabel(r"$\lambda_2$")
         axes.set_title(title)
-    panels[0].legend(["no penalty", "codes", "decoder"], handlelength=1.2)
-    figure.subplots_adjust(left=0.08, right=0.985, bottom=0.19, top=0.88, wspace=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncol=3)
+    figure.subplots_adjust(left=0.08, right=0.985, bottom=0.18, top=0.8, wspace=0.3)
     return figure
 
 
-def draw_weights(axes: "Axes", trials: list[dict[str, Any]], method: str, metric: str, at: int) -> None:
+def draw_weights(axes: "Axes", trials: list[dict[str, Any]], method: str, fraction: float, metric: str) -> None:
     """One method's line with its spread over seeds."""
     by_weight: dict[float, list[float]] = {}
-    fraction = {"codes": 1e-3, "decoder": 1e-2}[method]
     for line in trials:
         settings = line["trial"]["decorrelation"]
         if line["trial"]["method"] == method and settings.get("fraction", 1e-3) == fraction:
             by_weight.setdefault(settings["lambda2"], []).append(line["metrics"][metric])
     points = {weight: estimate(values) for weight, values in sorted(by_weight.items())}
-    axes.errorbar(
-        list(points),
-        [point.mean for point in points.values()],
-        yerr=[point.sd or 0 for point in points.values()],
-        color=COLOURS[at],
-        marker=MARKERS[at],
-        markersize=4,
-        capsize=1.5,
-    )
+    means, spreads = [point.mean for point in points.values()], [point.sd or 0 for point in points.values()]
+    axes.errorbar(list(points), means, yerr=spreads, **look(method), label=method)
 
 
 def heat_map() -> Figure:

@@ -44,10 +44,13 @@ MODEL = {
 NOISE = {
     "pairs in S": "pairs",
     "a feature fired <= 4 times": "low_support",
-    "shared with the next window's S": "shared",
-    "in the top 0.1 % of 131,072 other tokens": "true_top",
-    "mean C in the window": "as_selected",
+    "shared with the next S": "shared",
+    "in the top 0.1 % of 65,536 other tokens": "true_top",
+    "mean C as chosen": "as_selected",
     "mean C on the other tokens": "elsewhere",
+    "active features where they meet": "active_where_they_meet",
+    "their decoder cosine": "decoder_cosine",
+    "features in S": "features",
 }
 
 
@@ -60,7 +63,8 @@ def lines(name: str) -> list[dict[str, Any]]:
 def rows(table: str) -> Rows:
     """A table of results by where, label and seed."""
     found: Rows = {}
-    for line in lines(table):
+    none = [line for line in lines("grid") if line["trial"]["method"] == "none"] if table == "sweep" else []
+    for line in none + lines(table):
         where, label, seed = READERS[table](line)
         found.setdefault(where, {}).setdefault(label, {})[seed] = line["metrics"]
     if table == "real":
@@ -96,8 +100,8 @@ def of_run(run: str, sae: str) -> tuple[str, str, int]:
 
 
 def of_noise(line: dict[str, Any]) -> tuple[str, str, int]:
-    """A window size and least support."""
-    label = f"{line['window']} x 2048 tokens, min_support {line['min_support']}"
+    """How many tokens S is chosen on, and the least support."""
+    label = f"{line['tokens']:,} tokens, min_support {line['min_support']}"
     return "noise", label, int(line["run"].rsplit("-s", 1)[1])
 
 
@@ -146,8 +150,21 @@ def look_up(name: str, place: str, metric: str) -> BySeed:
     return by_seed(rows(name)[where][label], metric)
 
 
+def again() -> str:
+    """The cell that was trained once more: how many of its numbers came out the same."""
+    (line,) = lines("again")
+    (first,) = [other for other in lines("grid") if other["trial"] == line["trial"]]
+    trial, own, other = line["trial"], line["metrics"], first["metrics"]
+    same = sum(own[name] == other[name] for name in other)
+    pairs = ", ".join(f"{title} {short(other[name])} and {short(own[name])}" for title, name in list(TRUTH.items())[:2])
+    which = f"{trial['architecture']}/{trial['method']}, seed {trial['seed']}"
+    return f"{which}: {pairs}; {same} of {len(other)} numbers are the same to six decimals"
+
+
 def fill(directive: str) -> str:
     """What a directive stands for."""
+    if directive == "again":
+        return again()
     kind, name, *rest = directive.split("|")
     if kind == "table":
         return table(name, *rest)

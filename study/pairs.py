@@ -16,19 +16,21 @@ import torch
 from real import CACHE, RUNS, read
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional as F
 from trials import RESULTS, append
 
 import unbraid
 from unbraid.activations.cache import CachedActivations
 from unbraid.activations.rows import RowFilter
 from unbraid.config import load_config
-from unbraid.evaluation.pairs import pair_statistics, stack_codes
+from unbraid.evaluation.pairs import PairStatistics, View, pair_statistics, stack_codes
 from unbraid.files import write_json
 from unbraid.randomness import generator
 
 BATCH, FRACTION = 2048, 1e-3
-REFERENCE_ROWS = 131_072
-WINDOWS = [1, 4, 16]
+REFERENCE_ROWS = 65_536
+SIZES = [256, 512, 2048, 8192, 32_768]
+"""Tokens S is chosen on."""
 LEVELS = [round(0.02 * step, 2) for step in range(51)]
 SHOWN = 24
 """Features in the heat map."""
@@ -48,9 +50,14 @@ def rows_of(run: Path, count: int) -> Tensor:
     return x_RD[torch.randperm(len(x_RD), generator=generator(0, "study pairs"))]
 
 
+def load(run: Path, method: str) -> Any:
+    """One SAE of `run`."""
+    return unbraid.load(next((run / "saes").glob(f"*_{method}"))).requires_grad_(False)
+
+
 def codes_of(run: Path, method: str, x_RD: Tensor) -> Any:
     """Codes of one SAE of `run`, sparse `[R, N]`."""
-    sae = unbraid.load(next((run / "saes").glob(f"*_{method}")))
+    sae = load(run, method)
     return stack_codes((sae.encode(x_BD) for x_BD in x_RD.split(BATCH)), sae.n_features)
 
 
@@ -61,30 +68,47 @@ def noise() -> None:
     for run in sorted(RUNS.glob("batch_topk-k32-s*")):
         if run.name in done:
             continue
-        x_RD = rows_of(run, REFERENCE_ROWS + 2 * max(WINDOWS) * BATCH)
+        x_RD = rows_of(run, REFERENCE_ROWS + 2 * max(SIZES))
         codes = codes_of(run, "none", x_RD)
         reference = codes[:REFERENCE_ROWS]
-        wanted = set(map(tuple, pair_statistics(reference, keep=FRACTION).pairs))
-        for window, support in product(WINDOWS, (1, 4)):
-            start, size = REFERENCE_ROWS, window * BATCH
+        wanted = set(map(tuple, top(reference).pairs))
+        busy = np.diff(reference.indptr)
+        unit_ND = F.normalize(load(run, "none").W_dec, dim=1)
+        for size, support in product(SIZES, (1, 4)):
+            start = REFERENCE_ROWS
             first, second = codes[start : start + size], codes[start + size : start + 2 * size]
-            chosen, other = (pair_statistics(part, keep=FRACTION, min_support=support) for part in (first, second))
+            chosen, other = (top(part, support) for part in (first, second))
             fired = np.bincount(first.indices, minlength=codes.shape[1])
-            elsewhere = correlations(reference, chosen.pairs)
             metrics = {
                 "pairs": len(chosen.pairs),
                 "low_support": float((fired[chosen.pairs].min(1) <= 4).mean()),
                 "shared": share(chosen.pairs, set(map(tuple, other.pairs))),
                 "true_top": share(chosen.pairs, wanted),
                 "as_selected": float(chosen.values.mean()),
-                "elsewhere": float(elsewhere.mean()),
+                "elsewhere": float(correlations(reference, chosen.pairs).mean()),
+                "features": len(np.unique(chosen.pairs)),
+                "decoder_cosine": float((unit_ND[chosen.pairs[:, 0]] * unit_ND[chosen.pairs[:, 1]]).sum(1).mean()),
+                "active_where_they_meet": meeting(reference, chosen.pairs, busy),
             }
-            append(path, {"run": run.name, "window": window, "min_support": support, "metrics": metrics})
+            append(path, {"run": run.name, "tokens": size, "min_support": support, "metrics": metrics})
+
+
+def top(codes: Any, min_support: int = 1, keep: float = FRACTION) -> PairStatistics:
+    """The most correlated pairs of features that fire at least so often."""
+    return pair_statistics(codes, [View("cosine", min_support)], keep)[0]
 
 
 def share(pairs: np.ndarray, among: set[tuple[int, int]]) -> float:
     """Share of `pairs` that are in `among`."""
     return sum(tuple(pair) in among for pair in pairs) / len(pairs)
+
+
+def meeting(codes: Any, pairs: np.ndarray, busy: np.ndarray) -> float:
+    """Mean number of active features on the tokens where a pair of S meets, over pairs."""
+    columns = (codes != 0).tocsc()
+    together = columns[:, pairs[:, 0]].multiply(columns[:, pairs[:, 1]])
+    counts = np.maximum(np.asarray(together.sum(axis=0)).ravel(), 1)
+    return float((np.asarray(together.T @ busy).ravel() / counts).mean())
 
 
 def correlations(codes: Any, pairs: np.ndarray) -> np.ndarray:
@@ -103,10 +127,10 @@ def shapes() -> None:
     found: dict[str, Any] = {"levels": LEVELS, "share_above": {}, "run": run.name, "tokens": REFERENCE_ROWS}
     codes = {method: codes_of(run, method, x_RD) for method in ("none", "codes", "decoder-floor", "ortsae")}
     for method, own in codes.items():
-        statistics = pair_statistics(own, keep=1.0)
+        statistics = top(own, keep=1.0)
         above = [float((statistics.values > level).sum() / statistics.n_pairs) for level in LEVELS]
         found["share_above"][method] = [float(f"{number:.4g}") for number in above]
-    entangled = busiest(pair_statistics(codes["none"], keep=FRACTION, min_support=100).pairs)
+    entangled = spread(top(codes["none"], min_support=100, keep=10 * FRACTION).pairs)
     found["heat"] = {}
     for method, own in codes.items():
         chosen = entangled if method == "none" else counterparts(run, method, entangled)
@@ -116,22 +140,19 @@ def shapes() -> None:
     write_json(RESULTS / "pairs.json", found)
 
 
-def busiest(pairs: np.ndarray) -> np.ndarray:
-    """Features of the first pairs, entangled ones side by side."""
+def spread(pairs: np.ndarray) -> np.ndarray:
+    """Features of pairs all along a ranking, partners side by side: the first of it are all one clique."""
     chosen: list[int] = []
-    for feature in pairs.flatten().tolist():
-        if feature not in chosen:
-            chosen.append(feature)
-        if len(chosen) == SHOWN:
-            break
+    for pair in pairs[:: 2 * len(pairs) // SHOWN // 8].tolist():
+        if len(chosen) < SHOWN and not set(pair) & set(chosen):
+            chosen += pair
     return np.array(chosen)
 
 
 def counterparts(run: Path, method: str, features: np.ndarray) -> np.ndarray:
     """For features of the SAE without a penalty, those of another whose decoder rows match them best, one to one."""
-    none, other = (unbraid.load(next((run / "saes").glob(f"*_{name}"))).W_dec for name in ("none", method))
-    cosines = torch.nn.functional.normalize(none[features], dim=1) @ torch.nn.functional.normalize(other, dim=1).T
-    return linear_sum_assignment(cosines.detach().numpy(), maximize=True)[1]
+    none, other = (F.normalize(load(run, name).W_dec, dim=1) for name in ("none", method))
+    return linear_sum_assignment((none[features] @ other.T).numpy(), maximize=True)[1]
 
 
 def main() -> None:

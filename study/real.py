@@ -11,10 +11,8 @@ interrupted one is resumed to the same bytes.
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -162,26 +160,6 @@ def agreement(cells: list[Cell]) -> None:
                 append(path, {"pair": pair, "sae": one.name, "metrics": {"agreement": seed_agreement(*rows)}})
 
 
-def cost(asked: argparse.Namespace) -> None:
-    """Milliseconds of a training step of each method alone, twice; on a quiet machine, one thread."""
-    for number, method in product(range(2), METHODS):
-        whole = settings(PLAN[0], asked)
-        short = {"tokens": 40 * 1024, "log_every": 10, "held_out_tokens": 2048}
-        config = whole.model_copy(
-            update={
-                "variants": {method: whole.variants[method]},
-                "buffer": whole.buffer.model_copy(update={"contexts": 240}),
-                "training": whole.training.model_copy(update=short),
-            }
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            unbraid.train(config, Path(folder) / "run")
-            timing = read(Path(folder) / "run" / "timing.jsonl")
-        seconds = {line["step"]: line["training"] for line in timing}
-        metrics = {"milliseconds": 1000 * (seconds[40] - seconds[10]) / 30}
-        append(RESULTS / "cost.jsonl", {"method": method, "number": number, "metrics": metrics})
-
-
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a table."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -190,7 +168,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """One step of the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["harvest", "train", "judge", "cost"])
+    parser.add_argument("step", choices=["harvest", "train", "judge"])
     parser.add_argument("--layers", type=int, nargs="+", default=[6])
     parser.add_argument("--tokens", type=int, default=409_600)
     parser.add_argument("--width", type=int, default=2304)
@@ -201,8 +179,6 @@ def main() -> None:
         fill_cache(settings(PLAN[0], asked), CACHE)
     elif asked.step == "train":
         train(cells, asked)
-    elif asked.step == "cost":
-        cost(asked)
     else:
         judge(cells)
         agreement(cells)

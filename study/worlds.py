@@ -46,7 +46,7 @@ def grid(seed: int) -> list[Trial]:
 def sweep(seed: int) -> list[Trial]:
     """How much, on how many pairs, down to which floor; what the grid has already is not repeated."""
     codes = [("codes", {"lambda2": weight}) for weight in (0.01, 0.03, 0.3)]
-    decoder = [("decoder", {**FORMS["decoder"], "lambda2": weight}) for weight in (0.01, 0.03, 0.3)]
+    decoder = [("decoder", {**FORMS["decoder"], "lambda2": weight}) for weight in (0.03, 0.3)]
     decoder += [("decoder", {**FORMS["decoder"], "fraction": share}) for share in (0.001, 0.1)]
     floored = [("decoder-floor", {**FORMS["decoder-floor"], "floor": floor}) for floor in (0.15, "chance")]
     floored += [("decoder-floor", {**FORMS["decoder-floor"], "lambda2": 0.3})]
@@ -86,8 +86,8 @@ def main() -> None:
     for seed in asked.seeds or seeds:
         chosen = [trial for trial in trials(seed) if re.match(asked.only, f"{trial.architecture}/{trial.method}")]
         run(chosen, asked.into or asked.table)
-        if not asked.only:
-            controls(seed, asked.into or asked.table)
+        if asked.table == "grid" and asked.into is None:
+            controls(seed, asked.table)
 
 
 if __name__ == "__main__":

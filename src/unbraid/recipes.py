@@ -23,6 +23,11 @@ SPARING = {"window": 4, "refresh": 128, "interval": 8}
 """Decorrelation settings that cost next to nothing: select on four batches every 128 steps, penalise every eighth step
 with weight 8. They pull less than the same lambda2 does on every step; `docs/method.md` has the figures."""
 
+APART = {"space": "decoder", "fraction": 0.01}
+"""Decorrelation settings that docs/study.md found to help where the paper's code space hurts: the most overlapping 1 %
+of decoder rows pushed apart, at the default weight, best on Matryoshka SAEs. The recipes keep the paper's form, because
+they are there to show it beside its twin; for features to use, train with these (`DecorrelationConfig(**APART)`)."""
+
 
 def tiny() -> RunConfig:
     """A whole run in seconds, on a random two-layer model and generated text: for tests and for trying things out."""
