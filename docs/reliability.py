@@ -5,10 +5,10 @@ python docs/reliability.py --check  fails when it is out of date
 """
 
 import ast
-import sys
 from pathlib import Path
 
-PAGE = Path(__file__).with_name("reliability.md")
+from generated import write_or_check
+
 FAULTS = Path(__file__).parents[1] / "tests" / "faults"
 HEAD = """# When something goes wrong
 
@@ -18,6 +18,11 @@ traceback. Each row below is a test, and `docs/reliability.py` writes the table 
 | what goes wrong | what you see | what is kept | the test |
 |---|---|---|---|
 """
+
+
+def page() -> str:
+    """The whole page."""
+    return HEAD + "".join(rows())
 
 
 def rows() -> list[str]:
@@ -31,15 +36,5 @@ def rows() -> list[str]:
     return found
 
 
-def main() -> None:
-    """Rewrite or check the page."""
-    wanted = HEAD + "".join(rows())
-    if "--check" in sys.argv:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != wanted:
-            sys.exit("docs/reliability.md is out of date; run python docs/reliability.py")
-        return
-    PAGE.write_text(wanted, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check("reliability.md", page())

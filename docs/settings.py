@@ -4,18 +4,16 @@ python docs/settings.py          rewrites docs/settings.md
 python docs/settings.py --check  fails when it is out of date
 """
 
-import sys
 import typing
-from pathlib import Path
 from types import UnionType
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+from generated import write_or_check
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from unbraid.config import EvaluationConfig, RunConfig, SynthConfig, WorldConfig
 
-PAGE = Path(__file__).with_name("settings.md")
 HEAD = """# Settings
 
 Every setting of unbraid, written by `docs/settings.py` from the classes in `unbraid.config`. Each is a flag of the
@@ -91,15 +89,5 @@ def _type(annotation: object) -> str:
     return names[annotation] if annotation in names else str(annotation)  # pyright: ignore[reportArgumentType]
 
 
-def main() -> None:
-    """Rewrite or check the page."""
-    wanted = page()
-    if "--check" in sys.argv:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != wanted:
-            sys.exit("docs/settings.md is out of date; run python docs/settings.py")
-        return
-    PAGE.write_text(wanted, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check("settings.md", page())

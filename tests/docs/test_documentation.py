@@ -122,6 +122,19 @@ def test_generated_pages_are_up_to_date(script: str):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_generated_page_that_is_out_of_date_is_named_and_can_be_rewritten(tmp_path: Path):
+    shutil.copy(ROOT / "docs" / "generated.py", tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text('from generated import write_or_check\nwrite_or_check("page.md", "true\\n")\n')
+    checked, written, checked_again = (
+        subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+        for words in (["--check"], [], ["--check"])
+    )
+    assert checked.returncode != 0 and "docs/page.md is out of date" in checked.stderr
+    assert written.returncode == checked_again.returncode == 0
+    assert (tmp_path / "page.md").read_text() == "true\n"
+
+
 def test_the_site_builds_with_every_link_leading_somewhere(tmp_path: Path):
     zensical = pytest.importorskip("zensical", reason="the site's builder, from `make setup`")
     assert zensical is not None
