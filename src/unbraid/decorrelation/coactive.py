@@ -26,8 +26,8 @@ from unbraid.decorrelation.selection import (
 )
 from unbraid.distributed.shard import Shard
 from unbraid.kernels.co_activation import CoActivations, RankedPairs, co_activations
+from unbraid.kernels.on_cpu import in_parallel, loops_take
 from unbraid.kernels.pattern import Pattern
-from unbraid.kernels.selection import loops_take
 
 PUSH_PARTS = 4
 """Ranges of pairs whose pushes are added up apart, always as many, so that threads do not change the sums."""
@@ -205,8 +205,6 @@ def push_by_loop(
     entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, z_by_feature: Tensor, z: Scaled
 ) -> Pushed:
     """In a compiled loop that walks the rows of both features of each pair: for CPUs."""
-    from unbraid.kernels import loops
-
     by_feature, n_pairs, n_features = entries.pattern.by_feature, first.numel(), entries.n_features
     edges = [n_pairs * part // PUSH_PARTS for part in range(PUSH_PARTS + 1)]
     correlations, pull = z_by_feature.new_empty(n_pairs), z_by_feature.new_zeros(PUSH_PARTS, z_by_feature.numel())
@@ -214,7 +212,7 @@ def push_by_loop(
     shift = z_by_feature.new_zeros(n_features) if z.shift is None else z.shift
     places = [first, second, by_feature.offsets, by_feature.rows, z_by_feature, shift]
     numbers = [float(tau), 1 / steps_per_unit(entries.values.dtype), 1 / max(nominal, 1)]
-    loops.in_parallel(loops.push_apart, edges, *places, *numbers, correlations, pull, own, others)
+    in_parallel("push_apart", edges, *places, *numbers, correlations, pull, own, others)
     return Pushed(correlations, pull.sum(0), own.sum(0), others.sum(0))
 
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unbraid.kernels.on_cpu import in_parallel
 from unbraid.kernels.pattern import Pattern
 
 PAIRS_PER_CHUNK = 1_000_000
@@ -61,7 +62,7 @@ class RankedPairs:
         self.pairs = [by_feature.offsets, by_feature.order, row_ends, pattern.indices, z, shift_N, steps]
         self.by_part = torch.zeros(len(self.edges) - 1, (steps >> bits) + 2, dtype=torch.int64)
         sums = z.new_zeros(len(self.edges) - 1, 2)
-        self._loop("count_pairs", bits, self.by_part, sums)
+        in_parallel("count_pairs", self.edges, *self.pairs, bits, self.by_part, sums)
         self.histogram = self.by_part.sum(0)
         self.total, self.squares = sums.sum(0).tolist()
 
@@ -70,13 +71,8 @@ class RankedPairs:
         counts = self.by_part[:, (bar - 1) >> self.bits :].sum(1)
         pairs = torch.empty(2, int(counts.sum()), dtype=torch.int64)
         found = torch.empty(pairs.shape[1], dtype=torch.float64)
-        self._loop("place_pairs", bar, counts.cumsum(0) - counts, pairs, found)
+        in_parallel("place_pairs", self.edges, *self.pairs, bar, counts.cumsum(0) - counts, pairs, found)
         return pairs[0], pairs[1], found
-
-    def _loop(self, name: str, *arguments: Tensor | int) -> None:
-        from unbraid.kernels import loops
-
-        loops.in_parallel(getattr(loops, name), self.edges, *self.pairs, *arguments)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,17 @@
 """Loops that no chain of tensor operations does well, compiled by Numba, for tensors on a CPU.
 
 What they share is a decision per number (is it among the largest of its row, has this pair met before), for which whole
-tensors would have to be written and read again. A loop works on one range of rows, features or pairs; `in_parallel`
-runs ranges on as many threads as torch has. Ranges are cut by the data alone, so the same codes give the same bits on
-any number of threads. The first call ever compiles a loop, a second or two; later processes load it from a cache.
-Every loop has a twin in tensor operations, which runs on other devices and which the tests compare it with.
+tensors would have to be written and read again. A loop works on one range of rows, features or pairs; `on_cpu.py` runs
+several at once. Ranges are cut by the data alone, so the same codes give the same bits on any number of threads. The
+first call ever compiles a loop, a second or two; later processes load it from a cache. Every loop has a twin in tensor
+operations, which runs on other devices and which the tests compare it with.
 """
 
-import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, no_type_check
 
 import numba
 import numpy as np
-import torch
-from torch import Tensor
 
 LANES = 16
 SEARCHED = 16
@@ -28,19 +24,6 @@ def compiled(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:
         return numba.njit(nogil=True, error_model="numpy")(function)
-
-
-def in_parallel(loop: Callable[..., None], edges: list[int], *arguments: Tensor | float | int) -> None:
-    """Call `loop(part, start, end, *arguments)` for each range between neighbouring edges."""
-    arrays = [value.detach().numpy() if isinstance(value, Tensor) else value for value in arguments]
-    parts = [(part, start, end) for part, (start, end) in enumerate(itertools.pairwise(edges))]
-    if torch.get_num_threads() == 1 or len(parts) == 1:
-        for part in parts:
-            loop(*part, *arrays)
-        return
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for done in [threads.submit(loop, *part, *arrays) for part in parts]:
-            done.result()
 
 
 @compiled

@@ -9,26 +9,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unbraid.kernels.on_cpu import in_parallel, loops_take
 from unbraid.kernels.pattern import Pattern
 
 WORD = 8
 ROWS_PER_PART = 64
 
 
-def loops_take(tensor: Tensor) -> bool:
-    """Whether the compiled loops work on this tensor: single or double precision, on a CPU."""
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
-
-
 def top_k(pre_BN: Float[Tensor, "B N"], k: int) -> tuple[Float[Tensor, "B k"], Int[Tensor, "B k"]]:
     """Values and features of the k largest entries of each row, features ascending."""
     if loops_take(pre_BN):
-        from unbraid.kernels import loops
-
         values_BK = pre_BN.new_empty(len(pre_BN), k)
         features_BK = torch.empty(values_BK.shape, dtype=torch.int64)
         edges = [*range(0, len(pre_BN), ROWS_PER_PART), len(pre_BN)]
-        loops.in_parallel(loops.top_k, edges, pre_BN, k, values_BK, features_BK)
+        in_parallel("top_k", edges, pre_BN, k, values_BK, features_BK)
         return values_BK, features_BK
     values_BK, features_BK = pre_BN.topk(k, dim=1, sorted=False)
     features_BK, order_BK = features_BK.sort(dim=1)

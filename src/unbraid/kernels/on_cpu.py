@@ -1,0 +1,31 @@
+"""How the compiled loops of `loops.py` are run: on which tensors, and on as many threads as torch has.
+
+This stands apart from the loops so that Numba, which takes a second to import, is imported when the first of them runs.
+"""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+
+def loops_take(tensor: Tensor) -> bool:
+    """Whether the compiled loops work on this tensor: single or double precision, on a CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+
+
+def in_parallel(name: str, edges: list[int], *arguments: Tensor | float | int) -> None:
+    """Call `loops.NAME(part, start, end, *arguments)` for each range between neighbouring edges."""
+    from unbraid.kernels import loops
+
+    loop = getattr(loops, name)
+    arrays = [value.detach().numpy() if isinstance(value, Tensor) else value for value in arguments]
+    parts = [(part, start, end) for part, (start, end) in enumerate(itertools.pairwise(edges))]
+    if torch.get_num_threads() == 1 or len(parts) == 1:
+        for part in parts:
+            loop(*part, *arrays)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for done in [threads.submit(loop, *part, *arrays) for part in parts]:
+            done.result()
