@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unbraid.decorrelation.coactive import Evaluation
 from unbraid.decorrelation.entries import Entries
+from unbraid.decorrelation.hinge import Evaluation
 from unbraid.distributed.ranks import Ranks
 from unbraid.distributed.shard import Shard
 from unbraid.kernels.pattern import Pattern

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from unbraid.config import DecorrelationConfig
 from unbraid.decorrelation.across import gathered
-from unbraid.decorrelation.coactive import Evaluation
 from unbraid.decorrelation.decoder_rows import require_decoder
 from unbraid.decorrelation.entries import Batch, SparseCodes
 from unbraid.decorrelation.gradient import attached
+from unbraid.decorrelation.hinge import Evaluation
 from unbraid.decorrelation.stats import DecorrelationStats
 from unbraid.distributed.shard import Shard
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbraid.decorrelation.coactive import Evaluation, add_at, hinge_weights, low_support
 from unbraid.decorrelation.entries import Batch, Entries
+from unbraid.decorrelation.hinge import Evaluation, add_at, hinge_weights
 from unbraid.decorrelation.measure import Measure, scaled_columns
-from unbraid.decorrelation.selection import Selection, TopPairs, live_pairs, moments, nominal_pairs
+from unbraid.decorrelation.selection import Selection, TopPairs, live_pairs, low_support, moments, nominal_pairs
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 Two features that never fire together have C = 0, so the N x N matrix of Eq. 2 is known from the co-active pairs (the
 rest enters mu and sigma in closed form). `select` goes through all of them once; `evaluate` looks only at the pairs
-of S, walking for each pair the rows of its rarer feature, so it costs O(active entries x partners).
+of S, walking for each pair the rows on which its features fire, so it costs O(active entries x partners).
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unbraid.decorrelation.entries import Entries
+from unbraid.decorrelation.hinge import Evaluation, add_at, hinge_weights
 from unbraid.decorrelation.measure import Measure, Scaled, scaled
 from unbraid.decorrelation.selection import (
     Selection,
@@ -20,6 +20,7 @@ from unbraid.decorrelation.selection import (
     best_pairs,
     bin_bits,
     live_pairs,
+    low_support,
     moments,
     nominal_pairs,
     steps_per_unit,
@@ -31,18 +32,6 @@ from unbraid.kernels.pattern import Pattern
 
 PUSH_PARTS = 4
 """Ranges of pairs whose pushes are added up apart, always as many, so that threads do not change the sums."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """R of one batch for given pairs, with its gradient."""
-
-    penalty: float
-    """R(tau), unweighted."""
-    gradient: Tensor
-    """dR/d(what was penalised): at the active entries, or of the decoder rows."""
-    correlations: Tensor
-    """[P] of the pairs, float64."""
 
 
 def select(
@@ -123,14 +112,6 @@ def listed_top_pairs(pattern: Pattern, z: Scaled, z_values: Tensor, wanted: int,
         total, squares = total + chunk_total, squares + chunk_squares
         top.add(correlations, chunk)
     return Found(*top.result(shard.ranks), total, squares)
-
-
-def low_support(support: Tensor, first: Tensor, second: Tensor) -> float:
-    """Share of the pairs in which a feature fires at most 4 times."""
-    if first.numel() == 0:
-        return 0.0
-    rare = support <= 4
-    return float((rare[first] | rare[second]).double().mean())
 
 
 def correlations_of(chunk: CoActivations, z: Scaled) -> tuple[Tensor, float, float]:
@@ -235,19 +216,6 @@ def push_by_lists(
     if z.shift is not None:
         others = add_at(add_at(others, first, weights * z.shift[second]), second, weights * z.shift[first])
     return Pushed(correlations, pull, own, others)
-
-
-def hinge_weights(correlations: Tensor, tau: float, nominal: int, dtype: torch.dtype) -> Tensor:
-    """[P] 1/|S| for pairs above tau by more than the rounding of `dtype`, else 0: dR/dC."""
-    above = correlations - tau > 1 / steps_per_unit(dtype)
-    return above.to(correlations.dtype) / max(nominal, 1)
-
-
-def add_at(base: Tensor, places: Tensor, amounts: Tensor) -> Tensor:
-    """`base` with `amounts` added at `places`, in the same order every time (index_add is not, on CUDA)."""
-    if base.is_cuda:
-        return base.index_put_((places,), amounts, accumulate=True)
-    return base.index_add_(0, places, amounts)
 
 
 class Meetings(NamedTuple):

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from unbraid.decorrelation import coactive, token_gram
 from unbraid.decorrelation.base import Penalty
-from unbraid.decorrelation.coactive import Evaluation
 from unbraid.decorrelation.decoder_rows import UnitRows, unit_rows
 from unbraid.decorrelation.entries import Batch, Entries
+from unbraid.decorrelation.hinge import Evaluation, add_at
 from unbraid.decorrelation.measure import Measure
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
-from unbraid.decorrelation.selection import Selection, live_pairs
+from unbraid.decorrelation.selection import Selection, live_pairs, low_support
 from unbraid.decorrelation.stats import DecorrelationStats, stats_of
 from unbraid.decorrelation.threshold import Threshold
 from unbraid.randomness import derive_seed, generator
@@ -107,7 +107,7 @@ class RandomPairs(SelectiveDecorrelation):
             second=second,
             correlations=torch.zeros_like(first, dtype=selection.correlations.dtype),
             limit="fraction",
-            low_support=coactive.low_support(entries.support, first, second),
+            low_support=low_support(entries.support, first, second),
         )
         return drawn if self.shard is None else drawn.of(self.shard)
 
@@ -145,7 +145,7 @@ def nearest_in_chunk(rows: UnitRows, order: Tensor, size: int) -> Evaluation:
         slope = 2 * best / (chunk.numel() * len(chunks))
         pull_CD = slope.unsqueeze(1) * (chunk_CD[partner] - best.unsqueeze(1) * chunk_CD)
         push_CD = slope.unsqueeze(1) * (chunk_CD - best.unsqueeze(1) * chunk_CD[partner])
-        gradient[chunk] = coactive.add_at(pull_CD, partner, push_CD)
+        gradient[chunk] = add_at(pull_CD, partner, push_CD)
     return Evaluation(value, gradient * rows.inverse_norm.to(unit_ND.dtype).unsqueeze(1), nearest.double())
 
 

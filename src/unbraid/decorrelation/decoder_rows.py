@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unbraid.decorrelation.coactive import Evaluation, add_at, hinge_weights
+from unbraid.decorrelation.hinge import Evaluation, add_at, hinge_weights
 from unbraid.decorrelation.selection import Selection, TopPairs, live_pairs, moments, nominal_pairs
 from unbraid.errors import CodesError
 from unbraid.kernels.pattern import starts

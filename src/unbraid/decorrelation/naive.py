@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unbraid.decorrelation.coactive import Evaluation, low_support
 from unbraid.decorrelation.entries import Entries, to_dense
+from unbraid.decorrelation.hinge import Evaluation
 from unbraid.decorrelation.measure import CONSTANT, Measure
-from unbraid.decorrelation.selection import Selection, grid, nominal_pairs, steps_per_unit
+from unbraid.decorrelation.selection import Selection, grid, low_support, nominal_pairs, steps_per_unit
 
 
 def correlation_matrix(f_BN: Float[Tensor, "B N"], measure: Measure) -> Float[Tensor, "N N"]:

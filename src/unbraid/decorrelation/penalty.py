@@ -15,7 +15,6 @@ from unbraid.decorrelation import coactive, naive, tiled
 from unbraid.decorrelation.across import completed
 from unbraid.decorrelation.base import DEFAULTS, Penalty
 from unbraid.decorrelation.blocks import Blocks
-from unbraid.decorrelation.coactive import Evaluation
 from unbraid.decorrelation.decoder_rows import (
     UnitRows,
     evaluate_rows,
@@ -25,6 +24,7 @@ from unbraid.decorrelation.decoder_rows import (
     unit_rows,
 )
 from unbraid.decorrelation.entries import Batch, Entries
+from unbraid.decorrelation.hinge import Evaluation
 from unbraid.decorrelation.measure import Measure
 from unbraid.decorrelation.neighbours import NeighbourLists
 from unbraid.decorrelation.selection import Selection

@@ -57,6 +57,14 @@ class Selection:
         return float(self.correlations.min()) if self.correlations.numel() else 0.0
 
 
+def low_support(support: Tensor, first: Tensor, second: Tensor) -> float:
+    """Share of the pairs in which a feature fires at most 4 times."""
+    if first.numel() == 0:
+        return 0.0
+    rare = support <= 4
+    return float((rare[first] | rare[second]).double().mean())
+
+
 def live_pairs(n_live: int) -> int:
     """Unordered pairs of live features."""
     return n_live * (n_live - 1) // 2

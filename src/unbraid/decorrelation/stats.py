@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unbraid.decorrelation.coactive import Evaluation
+from unbraid.decorrelation.hinge import Evaluation
 from unbraid.decorrelation.selection import Selection
 from unbraid.distributed.ranks import Ranks
 from unbraid.distributed.shard import Shard

@@ -8,11 +8,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from unbraid.decorrelation.coactive import Evaluation, low_support
 from unbraid.decorrelation.decoder_rows import UnitRows, evaluate_rows, select_exactly
 from unbraid.decorrelation.entries import Entries, to_dense
+from unbraid.decorrelation.hinge import Evaluation
 from unbraid.decorrelation.measure import Measure, scaled_columns
-from unbraid.decorrelation.selection import Selection
+from unbraid.decorrelation.selection import Selection, low_support
 
 
 def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_feature: int | None = None) -> Selection:

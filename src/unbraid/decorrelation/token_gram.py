@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from unbraid.decorrelation.blocks import entries_of_block
-from unbraid.decorrelation.coactive import Evaluation, add_at
 from unbraid.decorrelation.entries import Entries
+from unbraid.decorrelation.hinge import Evaluation, add_at
 from unbraid.decorrelation.measure import Measure, scaled
 from unbraid.decorrelation.selection import live_pairs, moments
 
