@@ -1,8 +1,10 @@
 """Numbers over seeds: means with their spread, and paired differences with intervals that say what is noise."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -56,6 +58,20 @@ def difference(one: BySeed, other: BySeed) -> Difference:
         return Difference(float(gaps.mean()), None, len(gaps))
     error = float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
     return Difference(float(gaps.mean()), float(stats.t.ppf((1 + LEVEL) / 2, len(gaps) - 1)) * error, len(gaps))
+
+
+def at_l0(several: list[dict[str, Any]], l0: float) -> dict[str, Any]:
+    """What SAEs that differ in their sparsity weight alone would measure at `l0`: on the line between its neighbours.
+
+    Empty when no two of them have `l0` between them: nothing is extrapolated.
+    """
+    ordered = sorted(several, key=lambda metrics: metrics["l0"])
+    for low, high in itertools.pairwise(ordered):
+        if low["l0"] <= l0 <= high["l0"]:
+            share = (l0 - low["l0"]) / (high["l0"] - low["l0"])
+            both = [name for name in low if low[name] is not None and high.get(name) is not None]
+            return {name: low[name] + share * (high[name] - low[name]) for name in both}
+    return {}
 
 
 def short(number: float) -> str:

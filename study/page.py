@@ -13,13 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from estimates import BySeed, difference, estimate, short
+from estimates import BySeed, at_l0, difference, estimate, short
 
 HERE = Path(__file__).parent
 RESULTS, TEMPLATE = HERE / "results", HERE / "page.md"
 PAGE = HERE.parent / "docs" / "study.md"
 Rows = dict[str, dict[str, dict[int, dict[str, Any]]]]
 """Where (an architecture) -> label (a method) -> seed -> metrics."""
+L0 = 5.0
+"""Where SAEs that have no k are compared: each metric is interpolated between the lambda1 on both sides of it."""
 TRUTH = {
     "F1": "f1",
     "MCC": "mcc",
@@ -64,9 +66,15 @@ def rows(table: str) -> Rows:
     """A table of results by where, label and seed."""
     found: Rows = {}
     none = [line for line in lines("grid") if line["trial"]["method"] == "none"] if table == "sweep" else []
+    weighted: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for line in none + lines(table):
         where, label, seed = READERS[table](line)
-        found.setdefault(where, {}).setdefault(label, {})[seed] = line["metrics"]
+        if line.get("trial", {}).get("lambda1"):
+            weighted.setdefault((where, label, seed), []).append(line["metrics"])
+        else:
+            found.setdefault(where, {}).setdefault(label, {})[seed] = line["metrics"]
+    for (where, label, seed), several in weighted.items():
+        found.setdefault(where, {}).setdefault(label, {})[seed] = at_l0(several, L0)
     if table == "real":
         for line in lines("real-agreement"):
             first, second = line["pair"].split()

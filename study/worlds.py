@@ -36,11 +36,20 @@ FORMS: dict[str, Form] = {
 """The methods compared. Weights are those of earlier pilots on other seeds (0.1; OrtSAE its paper's 0.25), not chosen
 on the seeds of the table; `global` divides by all pairs and not by the few of S, so it gets ten times as much."""
 ARCHITECTURES = ["batch_topk", "matryoshka", "topk"]
+WEIGHTED = {"relu": (0.12, 0.2, 0.32), "jumprelu": (0.003, 0.006, 0.012)}
+"""lambda1 around L0 = 5, at which these architectures are compared by interpolation between its neighbours."""
+WEIGHTED_FORMS = ["none", "codes", "decoder", "ortsae", "co-active", "random"]
 
 
 def grid(seed: int) -> list[Trial]:
-    """Every method on every architecture."""
-    return [Trial(kind, name, form, seed) for kind in ARCHITECTURES for name, form in FORMS.items()]
+    """Every method on every architecture with a k; those without one at several lambda1."""
+    trials = [Trial(kind, name, form, seed) for kind in ARCHITECTURES for name, form in FORMS.items()]
+    return trials + [
+        Trial(kind, name, FORMS[name], seed, lambda1=weight)
+        for kind, weights in WEIGHTED.items()
+        for name in WEIGHTED_FORMS
+        for weight in weights
+    ]
 
 
 def sweep(seed: int) -> list[Trial]:

@@ -70,3 +70,12 @@ def test_a_difference_is_noise_when_its_interval_holds_zero(monkeypatch):
     clear = difference({0: 1.0, 1: 1.1, 2: 0.9}, zeros)
     assert not clear.noise and difference({0: 1.0, 1: -1.0}, zeros).noise and difference({0: 1.0}, zeros).noise
     assert clear.mean == pytest.approx(1.0) and clear.reach == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+
+
+def test_metrics_at_an_l0_lie_between_those_of_its_neighbours(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDY))
+    from estimates import at_l0
+
+    several = [{"l0": 8.0, "f1": 0.2, "gap": None}, {"l0": 4.0, "f1": 0.6, "gap": 1.0}, {"l0": 2.0, "f1": 0.1}]
+    assert at_l0(several, 5.0) == pytest.approx({"l0": 5.0, "f1": 0.5})
+    assert at_l0(several, 9.0) == {} and at_l0(several, 1.0) == {}

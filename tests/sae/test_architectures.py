@@ -50,7 +50,7 @@ def test_the_decoder_bias_starts_at_the_mean_and_the_encoder_at_a_multiple_of_th
     torch.testing.assert_close(sae.encoder_ND, 0.25 * sae.W_dec)
 
 
-@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+@pytest.mark.parametrize("name", ["relu", "topk", "batch_topk"])
 def test_the_encoder_starts_at_the_multiple_of_the_decoder_that_reconstructs_best(name):
     config = SAEConfig(architecture=name, n_features=1024, k=32)
     x_BD = torch.randn(256, 128, generator=torch.Generator().manual_seed(1)) / 128**0.5

@@ -143,8 +143,7 @@ class SAEConfig(Section):
     corruption: float = Field(default=0.1, ge=0.0)
     """Denoising: standard deviation of the input noise relative to the input's root mean square."""
     decoder_init_norm: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Encoder columns start as this multiple of the unit decoder rows; none takes 1, or for the topk
-    family the one that reconstructs best."""
+    """Encoder columns start as this multiple of the unit decoder rows; none takes the one that reconstructs best."""
 
     @model_validator(mode="after")
     def _widths_nest(self) -> "SAEConfig":

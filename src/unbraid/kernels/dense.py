@@ -16,7 +16,7 @@ from torch import Tensor
 SLAB = 512
 
 SlabGradient = Callable[[Tensor, slice], Tensor]
-"""(a slab of codes [B, n], which features) -> the gradient of a loss in them, a new tensor."""
+"""(a slab of codes [B, n], which features) -> a loss's gradient in them, a new tensor that broadcasts to the slab."""
 
 
 def slabs(widths: list[int]) -> Iterator[tuple[int, slice]]:
@@ -26,6 +26,11 @@ def slabs(widths: list[int]) -> Iterator[tuple[int, slice]]:
         for first in range(start, end, SLAB):
             yield group, slice(first, min(first + SLAB, end))
         start = end
+
+
+def where_positive_(g: Tensor, f: Tensor) -> None:
+    """Put zeros into `g` wherever `f` is not positive: the gradient of a ReLU, in one pass."""
+    torch.ops.aten.threshold_backward.grad_input(g, f, 0.0, grad_input=g)
 
 
 class _DenseAutoencode(torch.autograd.Function):
@@ -60,8 +65,8 @@ class _DenseAutoencode(torch.autograd.Function):
         ctx: Any, g_f_BN: Tensor | None, g_parts_BGD: Tensor | None, g_penalty: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         encoder_ND, W_dec, threshold_N, centred_BD, f_BN, window_BN = ctx.saved_tensors
-        g_encoder, g_W_dec = torch.zeros_like(encoder_ND), torch.zeros_like(W_dec)
-        sums_N = W_dec.new_zeros(len(W_dec))
+        g_encoder, sums_N = torch.empty_like(encoder_ND), W_dec.new_empty(len(W_dec))
+        g_W_dec = torch.zeros_like(W_dec) if g_parts_BGD is None else torch.empty_like(W_dec)
         g_threshold = torch.zeros_like(sums_N) if ctx.needs_input_grad[5] else None
         g_x = torch.zeros_like(centred_BD) if ctx.needs_input_grad[0] else None
         for group, part in slabs(ctx.widths):
@@ -75,7 +80,7 @@ class _DenseAutoencode(torch.autograd.Function):
                 torch.mm(f_BN[:, part].T, g_out, out=g_W_dec[part])
             if g_threshold is not None:
                 g_threshold[part] = (g * window_BN[:, part]).sum(0) * -(threshold_N[part] / ctx.bandwidth)
-            g *= f_BN[:, part] > 0
+            where_positive_(g, f_BN[:, part])
             torch.mm(g.T, centred_BD, out=g_encoder[part])
             sums_N[part] = g.sum(0)
             if g_x is not None:

@@ -11,6 +11,7 @@ reconstruction and of the losses are summed, and every gradient but b_dec's is c
 """
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -103,9 +104,21 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in) if mean_D is None else mean_D.detach().float().cpu().clone())
         self.add_biases()
 
+    def initial_share(self) -> float:
+        """Share of the features that are active on a row before the first step: those with a positive product."""
+        return 0.5
+
     def initial_encoder_norm(self) -> float:
-        """What the encoder's columns start at as a multiple of the decoder's unit rows, unless the settings say."""
-        return 1.0
+        """The multiple c of random unit rows with which c * sum_n f_n w_n comes closest to x.
+
+        With f from unit rows, E<x, x_hat> = s ||x||^2 and E||x_hat||^2 = (s + s^2) ||x||^2 for s = E||f||^2 / ||x||^2,
+        so c = 1 / (1 + s). On random rows pre-activations are normal with variance ||x||^2 / D, and a share p of N, the
+        largest, is active: E[z^2 | z > t] = 1 + t pdf(t) / p with P(z > t) = p.
+        """
+        share, normal = self.initial_share(), NormalDist()
+        cut = normal.inv_cdf(1 - share)
+        s = self.config.n_features * (share + cut * normal.pdf(cut)) / self.d_in
+        return 1 / (1 + s)
 
     def add_biases(self) -> None:
         """Register what stands between the product and the codes."""

@@ -34,4 +34,4 @@ class ReLUSAE(SAE):
     @torch.no_grad()
     def dense_sparsity(self, f_BN: Tensor) -> tuple[Tensor, SlabGradient]:
         """The same for dense codes."""
-        return f_BN.sum() / len(f_BN), lambda f, _: torch.full_like(f, 1 / len(f))
+        return f_BN.sum() / len(f_BN), lambda f, _: f.new_tensor(1 / len(f))

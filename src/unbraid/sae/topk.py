@@ -1,7 +1,5 @@
 """TopK (Gao et al. 2024, arXiv 2406.04093): the k largest pre-activations of each token, after a ReLU."""
 
-from statistics import NormalDist
-
 import torch
 from torch import Tensor
 
@@ -17,18 +15,9 @@ class TopKSAE(SAE):
 
     architecture = "topk"
 
-    def initial_encoder_norm(self) -> float:
-        """The multiple c of random unit rows with which c * sum_n f_n w_n comes closest to x.
-
-        With f from unit rows, E<x, x_hat> = s ||x||^2 and E||x_hat||^2 = (s + s^2) ||x||^2 for s = E||f||^2 / ||x||^2,
-        so c = 1 / (1 + s). On random rows pre-activations are normal with variance ||x||^2 / D, and the k largest of N
-        are active: E[z^2 | z > t] = 1 + t pdf(t) / P(z > t).
-        """
-        share = min(0.5, self.config.k / self.config.n_features)
-        normal = NormalDist()
-        cut = normal.inv_cdf(1 - share)
-        s = self.config.n_features * (share + cut * normal.pdf(cut)) / self.d_in
-        return 1 / (1 + s)
+    def initial_share(self) -> float:
+        """k / N, of the positive half at most."""
+        return min(super().initial_share(), self.config.k / self.config.n_features)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes, `[..., N]`."""

@@ -202,6 +202,6 @@ def _note_firing(trainee: Trainee, codes: Codes | Tensor, tokens: int) -> None:
     if isinstance(codes, Codes):
         fired_N[codes.indices] = True
     else:
-        fired_N = (codes > 0).any(0)
+        fired_N = codes.amax(0) > 0
     trainee.tokens_since_fired += tokens
     trainee.tokens_since_fired[fired_N] = 0
