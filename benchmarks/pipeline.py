@@ -165,19 +165,18 @@ def measure(names: list[str], folder: Path, arguments: argparse.Namespace) -> di
 def summary(turns: list[dict]) -> dict:
     """One contender's turns: medians, and quartiles of the wall time."""
 
-    def milliseconds(values: list[float]) -> list[float]:
-        return [round(1e3 * value / TURN, 1) for value in values]
+    def a_step(totals: list[float]) -> list[float]:
+        return [round(total / TURN, 1) for total in totals]
 
-    wall = milliseconds([turn["wall"] for turn in turns])
-    parts = {part: [turn["parts"].get(part, 0.0) for turn in turns] for part in ("model", "feed")}
-    model = milliseconds(parts["model"])
-    feed = [both - alone for both, alone in zip(milliseconds(parts["feed"]), model, strict=True)]
+    wall, cpu = (a_step([sum(turn[kind]) for turn in turns]) for kind in ("wall_ms", "cpu_ms"))
+    model, feed = (a_step([turn["parts_ms"].get(part, 0.0) for turn in turns]) for part in ("model", "feed"))
+    buffer = [both - alone for both, alone in zip(feed, model, strict=True)]
     found = {
         "wall_ms": statistics.median(wall),
         "wall_ms_of_each_turn": wall,
-        "cpu_ms": statistics.median(milliseconds([turn["cpu"] for turn in turns])),
+        "cpu_ms": statistics.median(cpu),
         "model_ms": statistics.median(model),
-        "buffer_ms": round(statistics.median(feed), 1),
+        "buffer_ms": round(statistics.median(buffer), 1),
         "peak_mib": round(max(turn["peak_mib"] for turn in turns)),
     }
     found["sae_ms"] = round(found["wall_ms"] - found["model_ms"] - found["buffer_ms"], 1)

@@ -16,13 +16,11 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import TextIO
+
+from peers.turns import Contender
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -59,54 +57,11 @@ DRIVERS = {
 }
 
 
-@dataclass
-class Contender:
-    """A process that takes steps when told to."""
-
-    name: str
-    process: subprocess.Popen
-    answers: TextIO
-    log: str
-    wall_ms: list[float] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)
-    peak_mib: float = 0.0
-
-    def ask(self, order: dict) -> dict:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        line = self.answers.readline()
-        if not line:
-            raise SystemExit(f"{self.name} stopped; its last words are in {self.log}")
-        return json.loads(line)
-
-    def train(self, steps: int, keep: bool) -> None:
-        answer = self.ask({"steps": steps})
-        if keep:
-            self.wall_ms += answer["wall_ms"]
-            self.cpu_ms += answer["cpu_ms"]
-        self.peak_mib = answer["peak_mib"]
-
-
 def start(name: str, settings: dict, peers_python: Path) -> Contender:
+    """A process that trains in the way of contender `name`."""
     python = peers_python if name in PEERS else Path(sys.executable)
-    readable, writable = os.pipe()
-    settings = settings | {"path": "dense" if name == "unbraid, dense" else "auto", "reuse": "reused" in name}
-    settings["answers"] = writable
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(settings["threads"]),
-        "WANDB_MODE": "disabled",
-        "HF_HUB_OFFLINE": "1",
-        "TQDM_DISABLE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [str(python), str(HERE / "peers" / DRIVERS[name]), json.dumps(settings)]
-    log = tempfile.NamedTemporaryFile("w", prefix="unbraid-benchmark-", suffix=".log", delete=False)  # noqa: SIM115
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, env=environment, pass_fds=[writable]
-    )
-    os.close(writable)
-    return Contender(name, process, os.fdopen(readable), log.name)
+    own = {"path": "dense" if name == "unbraid, dense" else "auto", "reuse": "reused" in name}
+    return Contender(name, python, HERE / "peers" / DRIVERS[name], settings | own)
 
 
 def spread(values: list[float]) -> list[float]:
@@ -128,25 +83,24 @@ def run_cell(architecture: str, shape: str, arguments: argparse.Namespace) -> di
         names = [name for name in names if name not in ("unbraid, dense", "product", "product, reused memory")]
     contenders = [start(name, settings, arguments.peers_python) for name in names if name not in arguments.without]
     for contender in contenders:
-        contender.train(arguments.warmup, keep=False)
+        contender.train(arguments.warmup)
+    turns: dict[str, list[dict]] = {contender.name: [] for contender in contenders}
     for _ in range(arguments.rounds):
         for contender in contenders:
-            contender.train(arguments.steps, keep=True)
+            turns[contender.name].append(contender.train(arguments.steps))
     results = {}
     for contender in contenders:
         held_out = {} if contender.name.startswith("product") else contender.ask({"score": True})
-        wall, cpu = spread(contender.wall_ms), spread(contender.cpu_ms)
+        taken = turns[contender.name]
+        wall, cpu = (spread([step for turn in taken for step in turn[kind]]) for kind in ("wall_ms", "cpu_ms"))
         results[contender.name] = {
             "wall_ms": wall,
             "cpu_ms": cpu,
             "rows_per_second": round(settings["batch"] / wall[0] * 1e3),
-            "peak_mib": round(contender.peak_mib),
+            "peak_mib": round(taken[-1]["peak_mib"]),
             "held_out": held_out,
         }
-        assert contender.process.stdin
-        contender.process.stdin.close()
-        contender.process.wait()
-        os.unlink(contender.log)
+        contender.dismiss()
     return {"architecture": architecture, "shape": shape, "settings": settings, "results": results}
 
 

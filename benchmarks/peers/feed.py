@@ -6,13 +6,12 @@ take turns in processes of their own without any of them being interrupted insid
 """
 
 import json
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from turns import Turns
 
 ACTIVE = 24
 HELD_OUT_ROWS = 2048
@@ -33,50 +32,27 @@ def activations(d_in: int, n_features: int, rows: int, seed: int) -> Tensor:
 
 
 class Feed:
-    """Iterator over batches that times what happens between two requests, and takes orders on stdin.
+    """Iterator over batches that takes turns: what happens between two requests is a step of the library.
 
-    Orders, one JSON object a line: {"steps": n} trains n steps and answers {"wall_ms", "cpu_ms", "peak_mib"};
-    {"score": true} answers the held-out score; end of input ends the process. Answers go to a pipe of their own,
-    because libraries print.
+    The order {"score": true} is answered by the held-out score.
     """
 
     def __init__(self, settings: dict, score: Callable[[Tensor], tuple[Tensor, Tensor]]):
         self.settings, self.score = settings, score
         rows = settings["batch"] * settings["distinct_batches"]
         self.batches = activations(settings["d_in"], settings["n_features"], rows, seed=2).split(settings["batch"])
-        self.asked, self.quota = 0, 0
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
-        self.started: tuple[float, float] | None = None
-        self.answers = os.fdopen(settings["answers"], "w")
+        self.asked = 0
+        self.turns = Turns(settings["answers"], score=self._held_out)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
 
     def __next__(self) -> Tensor:
-        if self.started is not None:
-            self.wall.append(1e3 * (time.perf_counter() - self.started[0]))
-            self.cpu.append(1e3 * (time.process_time() - self.started[1]))
-        while self.quota == 0:
-            self._take_order()
-        self.quota -= 1
+        self.turns.finish()
         batch = self.batches[self.asked % len(self.batches)].clone()
         self.asked += 1
-        self.started = (time.perf_counter(), time.process_time())
+        self.turns.begin()
         return batch
-
-    def _take_order(self) -> None:
-        if self.wall:
-            self._answer({"wall_ms": self.wall, "cpu_ms": self.cpu, "peak_mib": resident_mib("VmHWM")})
-            self.wall, self.cpu = [], []
-        line = sys.stdin.readline()
-        if not line:
-            os._exit(0)
-        order = json.loads(line)
-        if "steps" in order:
-            self.quota = order["steps"]
-        if "score" in order:
-            self._answer(self._held_out())
 
     @torch.no_grad()
     def _held_out(self) -> dict[str, float]:
@@ -91,16 +67,6 @@ class Feed:
             "l0": (f != 0).float().sum(1).mean().item(),
             "steps": self.asked,
         }
-
-    def _answer(self, data: dict) -> None:
-        self.answers.write(json.dumps(data) + "\n")
-        self.answers.flush()
-
-
-def resident_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (most so far) of this process, in MiB."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
 
 
 def settings_from_arguments() -> dict:

@@ -1,7 +1,7 @@
 """How contenders of a benchmark take turns, so that whatever else the machine does falls on all of them.
 
 Each contender is a process of its own that works only when told to. A referee (`Contender`) sends orders, one JSON
-object a line, on the process's stdin; the process (`Turns`) does the work of its own training loop until the next
+object a line, on the process's stdin; the process (`Turns`) does the steps of its own training loop until the next
 order is due and answers on a pipe of its own, because libraries print. The standard library is enough for both sides.
 """
 
@@ -12,22 +12,29 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 class Turns:
-    """The contender's side: call `step` after every training step; it returns when another one is wanted.
+    """The contender's side: it says when a step is done and when the next begins; only between the two it is timed.
+
+    The order {"steps": n} is answered when n steps are done: milliseconds of wall and CPU time of each, time spent in
+    parts, peak memory. End of input ends the process.
 
     Args:
         answers: file descriptor that answers go to.
+        others: what else can be ordered, by name, and what answers.
     """
 
-    def __init__(self, answers: int):
-        self._answers = os.fdopen(answers, "w")
-        self._left, self._began = 0, (0.0, 0.0)
-        self.seconds: Counter[str] = Counter()
+    def __init__(self, answers: int, **others: Callable[[], dict]):
+        self._answers, self._others = os.fdopen(answers, "w"), others
+        self._left = 0
+        self._began: tuple[float, float] | None = None
+        self._wall_ms: list[float] = []
+        self._cpu_ms: list[float] = []
+        self._parts: Counter[str] = Counter()
         self.told: dict[str, float] = {}
 
     @contextmanager
@@ -37,34 +44,49 @@ class Turns:
         try:
             yield
         finally:
-            self.seconds[part] += time.perf_counter() - began
+            self._parts[part] += 1e3 * (time.perf_counter() - began)
 
     def step(self) -> None:
-        """A step is done, or none has begun; blocks until the next one is ordered."""
-        if self._left > 0:
+        """A step is done, or none has begun; the next one begins when it is ordered."""
+        self.finish()
+        self.begin()
+
+    def finish(self) -> None:
+        """A step is done, or none has begun; blocks until another one is ordered."""
+        if self._began is not None:
+            self._wall_ms.append(1e3 * (time.perf_counter() - self._began[0]))
+            self._cpu_ms.append(1e3 * (time.process_time() - self._began[1]))
             self._left -= 1
             if self._left == 0:
-                wall, cpu = self._now()
-                answer = {"wall": wall - self._began[0], "cpu": cpu - self._began[1], "peak_mib": peak_mib()}
-                self._answers.write(json.dumps(answer | {"parts": dict(self.seconds)} | self.told) + "\n")
-                self._answers.flush()
+                times = {"wall_ms": self._wall_ms, "cpu_ms": self._cpu_ms, "parts_ms": self._parts}
+                self._answer(times | {"peak_mib": resident_mib("VmHWM")} | self.told)
         while self._left == 0:
-            line = sys.stdin.readline()
-            if not line:
-                os._exit(0)
-            self._left = json.loads(line)["steps"]
-            self.seconds.clear()
-            self._began = self._now()
+            self._take_order()
 
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        return time.perf_counter(), time.process_time()
+    def begin(self) -> None:
+        """The next step begins now."""
+        self._began = (time.perf_counter(), time.process_time())
+
+    def _take_order(self) -> None:
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(0)
+        order = json.loads(line)
+        self._left = order.pop("steps", 0)
+        self._wall_ms, self._cpu_ms = [], []
+        self._parts.clear()
+        for name in order:
+            self._answer(self._others[name]())
+
+    def _answer(self, data: dict) -> None:
+        self._answers.write(json.dumps(data) + "\n")
+        self._answers.flush()
 
 
-def peak_mib() -> float:
-    """Most memory this process has held, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+def resident_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (most so far) of this process, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 class Contender:
@@ -101,9 +123,13 @@ class Contender:
         self._answers = os.fdopen(readable)
 
     def train(self, steps: int) -> dict:
-        """What `steps` steps took: seconds of wall and CPU time, `parts`, peak memory."""
+        """What `steps` steps took: `wall_ms` and `cpu_ms` of each, `parts_ms` of all, `peak_mib`."""
+        return self.ask({"steps": steps})
+
+    def ask(self, order: dict) -> dict:
+        """The answer to an order."""
         assert self._process.stdin
-        self._process.stdin.write(json.dumps({"steps": steps}) + "\n")
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         line = self._answers.readline()
         if not line:
