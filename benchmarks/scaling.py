@@ -24,10 +24,11 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from unbraid.config import RunConfig
+from unbraid.decorrelation import coactive
+from unbraid.decorrelation.entries import from_codes
 from unbraid.distributed.cost import Job, Machine, bytes_of_rank, seconds_of_step, smallest_ranks, split_step_payload
 from unbraid.distributed.mesh import Mesh
 from unbraid.distributed.ranks import ALONE, Ranks
-from unbraid.kernels.co_activation import co_activations
 from unbraid.randomness import generator
 from unbraid.sae import Codes
 from unbraid.training.trainee import new_trainee, train_step
@@ -88,14 +89,15 @@ def rates_of_this_machine(job: Job) -> Machine:
     copied = seconds(lambda: target.copy_(block))
     features = torch.stack([torch.randperm(job.n_features)[: job.k] for _ in range(job.rows)])
     codes = Codes.from_topk(features, torch.rand(job.rows, job.k) + 0.1, job.n_features)
-    listed = seconds(lambda: sum(chunk.dots.numel() for chunk in co_activations(codes.pattern, codes.values)))
+    entries = from_codes(codes)
+    selected = seconds(lambda: coactive.select(entries, fraction=1e-3, measure="cosine"))
     exchanged = on_processes(2, exchange_rates, 4 * job.rows * job.width)[0]
     return Machine(
         flops=2 * job.rows * job.width * 8192 / product,
         memory_bandwidth=2 * block.nbytes / copied,
         link_bandwidth=exchanged["bandwidth"],
         latency=exchanged["latency"],
-        pairs_per_second=job.rows * job.k * (job.k - 1) / 2 / listed,
+        pairs_per_second=job.rows * job.k * (job.k - 1) / 2 / selected,
     )
 
 
