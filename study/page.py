@@ -15,9 +15,11 @@ from typing import Any
 
 from estimates import BySeed, at_l0, difference, estimate, short
 
+sys.path.append(str(Path(__file__).parents[1] / "docs"))
+from generated import write_or_check
+
 HERE = Path(__file__).parent
 RESULTS, TEMPLATE = HERE / "results", HERE / "page.md"
-PAGE = HERE.parent / "docs" / "study.md"
 Rows = dict[str, dict[str, dict[int, dict[str, Any]]]]
 """Where (an architecture) -> label (a method) -> seed -> metrics."""
 L0 = 5.0
@@ -189,15 +191,5 @@ def page() -> str:
     return re.sub(r"\{\{(.+?)\}\}", lambda match: fill(match[1]), TEMPLATE.read_text(encoding="utf-8"))
 
 
-def main() -> None:
-    """Rewrite or check the page."""
-    wanted = page()
-    if "--check" in sys.argv:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != wanted:
-            sys.exit("docs/study.md is out of date; run python study/page.py")
-        return
-    PAGE.write_text(wanted, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check("study.md", page())
