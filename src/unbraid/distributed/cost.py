@@ -6,8 +6,10 @@ larger of its arithmetic over the FLOP rate and its traffic over the bandwidth, 
 
 from dataclasses import dataclass
 
+from unbraid.distributed.shard import DIGIT_BITS
+
 FLOAT, INT = 4, 8
-HISTOGRAM = INT << 12
+HISTOGRAM = INT << DIGIT_BITS
 """Bytes of one digit's histogram."""
 
 
