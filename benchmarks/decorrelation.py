@@ -10,16 +10,9 @@ turns, so that whatever else the machine does falls on all of them; reported are
 quartiles, CPU time beside wall time.
 """
 
-import argparse
-import ctypes
 import json
-import platform
 import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import date
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,82 +20,20 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from support.timing import Times, arguments, progress, record, take_turns
+from support.training import B, K, N, activations, endless, step, trainee
 from torch import Tensor
 
-from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
-from unbraid.decorrelation.build import build as build_decorrelation
+from unbraid.config import DecorrelationConfig
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.recipes import SPARING
-from unbraid.sae.build import build as build_sae
-from unbraid.training.optimiser import SAEOptimiser
-from unbraid.training.trainee import Trainee, train_step
+from unbraid.training.trainee import Trainee
 
-HERE = Path(__file__).parent
-
-B, D, K = 2048, 576, 64
 WIDTHS = [2**n for n in range(12, 19)]
 ORACLE_WIDTHS = [1024, 2048, 4096]
 BLOCK_WIDTHS = [4096, 16_384, 65_536]
 STEP_WIDTHS = [4096, 16_384, 65_536]
 ACTIVE = [8, 16, 32, 64, 128]
-N = 16_384
-
-
-@dataclass
-class Times:
-    """Seconds of one contender, a number a turn, and what a turn adds to the process's peak memory."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    peak_mib: float | None = None
-
-    def take(self, call: Callable[[], Any], device: str) -> None:
-        """One turn."""
-        synchronise(device)
-        wall, cpu = time.perf_counter(), time.process_time()
-        call()
-        synchronise(device)
-        self.wall.append(time.perf_counter() - wall)
-        self.cpu.append(time.process_time() - cpu)
-
-    def report(self) -> dict[str, Any]:
-        """Milliseconds: medians, and the quartiles of wall time."""
-        low, high = np.quantile(self.wall, [0.25, 0.75])
-        return {
-            "wall_ms": round(1e3 * statistics.median(self.wall), 2),
-            "wall_ms_quartiles": [round(1e3 * low, 2), round(1e3 * high, 2)],
-            "cpu_ms": round(1e3 * statistics.median(self.cpu), 2),
-            "peak_mib": self.peak_mib,
-            "turns": len(self.wall),
-        }
-
-
-def synchronise(device: str) -> None:
-    """Wait until the device has done what it was asked."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def peak_mib(call: Callable[[], Any], device: str) -> float | None:
-    """What a call adds to the peak of memory: of the device, or (on Linux) of this process."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    if sys.platform != "linux":
-        return None
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_mib("VmRSS")
-    call()
-    return round(resident_mib("VmHWM") - before, 1)
-
-
-def resident_mib(name: str) -> float:
-    """A memory figure of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
 
 
 def codes(n_features: int, k: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -124,61 +55,6 @@ def penalty_call(n_features: int, k: int, device: str, **settings: Any) -> Calla
         penalty.backward()
 
     return call
-
-
-def trainee(n_features: int, device: str, decorrelation: DecorrelationConfig) -> Trainee:
-    """A TopK SAE with its optimiser and penalty, as a run builds them."""
-    settings = VariantConfig(
-        seed=0,
-        sae=SAEConfig(architecture="topk", n_features=n_features, k=K),
-        optimiser=OptimiserConfig(warmup_steps=0),
-        decorrelation=decorrelation,
-    )
-    sae = build_sae(settings.sae, D, torch.Generator().manual_seed(0)).to(device)
-    return Trainee(
-        name="topk",
-        site=0,
-        config=settings,
-        scale=1.0,
-        sae=sae,
-        optimiser=SAEOptimiser(sae, settings.optimiser),
-        decorrelate=build_decorrelation(settings.decorrelation, n_features, D, seed=0).to(device),
-        generator=torch.Generator(device).manual_seed(0),
-        tokens_since_fired=torch.zeros(n_features, dtype=torch.long, device=device),
-    )
-
-
-def activations(count: int, device: str, seed: int = 0) -> list[Tensor]:
-    """Batches of stand-in activations, E||x||^2 = 1: 32 of 8192 directions each, a few frequent and many rare ones."""
-    draws = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(8192, D, generator=draws), dim=1)
-    batches = []
-    for _ in range(count):
-        chosen = (torch.rand(B, 32, generator=draws) ** 3 * len(directions)).long()
-        weights = torch.rand(B, 32, generator=draws) + 0.5
-        x_BD = torch.nn.functional.embedding_bag(chosen, directions, per_sample_weights=weights, mode="sum")
-        batches.append((x_BD / x_BD.square().sum(1).mean().sqrt()).to(device))
-    return batches
-
-
-def endless(batches: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """The batches again and again, numbered."""
-    step = 0
-    while True:
-        yield step, batches[step % len(batches)]
-        step += 1
-
-
-def take_turns(contenders: dict[str, Callable[[], Any]], turns: int, device: str) -> dict[str, Times]:
-    """Times of every contender; the first turn of each warms up and tells its memory."""
-    times = {name: Times() for name in contenders}
-    for name, call in contenders.items():
-        call()
-        times[name].peak_mib = peak_mib(call, device)
-    for _ in range(turns):
-        for name, call in contenders.items():
-            times[name].take(call, device)
-    return times
 
 
 def scaling(device: str, turns: int) -> dict[str, Any]:
@@ -223,11 +99,6 @@ def step_call(n_features: int, device: str) -> Callable[[], None]:
     trained = trainee(n_features, device, DecorrelationConfig(lambda2=0.0))
     stream = endless(activations(2, device))
     return lambda: step(trained, *next(stream))
-
-
-def step(trained: Trainee, number: int, x_BD: Tensor) -> None:
-    """One training step."""
-    train_step(trained, x_BD, number, trained.config.optimiser.lr, log=False)
 
 
 def exponents(series: dict[str, dict[int, Any]], quantity: str) -> dict[str, float]:
@@ -297,12 +168,6 @@ def weighted_ratio(plain: list[float], pushed: list[float], kinds: list[str], sh
     return round(sum(share[kind] * statistics.median(found) for kind, found in ratios.items()), 4)
 
 
-def progress(point: str, found: dict[str, Times]) -> None:
-    """A line a point, so that a long run is seen to go on."""
-    figures = (f"{name} {1e3 * statistics.median(times.wall):.0f} ms" for name, times in found.items())
-    print(f"{point}: {', '.join(figures)}", flush=True)
-
-
 def scaling_tables(found: dict[str, Any]) -> str:
     """Markdown: a line a size, a column a path; wall (CPU) milliseconds and MiB."""
     parts = []
@@ -347,35 +212,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"One call of the penalty with its gradient, B = {B:,}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def record(sections: dict[str, Callable[[], dict[str, Any]]], asked: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Run sections and put their figures beside those of earlier runs in results/NAME-DEVICE.json."""
-    torch.set_num_threads(asked.threads)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    path = asked.out / f"{name}-{asked.device.split(':')[0]}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    on_gpu = asked.device.startswith("cuda")
-    setting = {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {asked.threads} threads",
-    }
-    for section in asked.sections or sections:
-        print(f"## {section}", flush=True)
-        results[section] = setting | sections[section]()
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    return results
-
-
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """What every script here can be asked."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    return parser
 
 
 def main() -> None:

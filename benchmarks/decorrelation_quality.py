@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.timing import Times, arguments, record
+from support.training import B, N, activations, endless, step, trainee
 from torch import Tensor
 
-from decorrelation import SPARING, B, N, Times, activations, arguments, endless, record, step, trainee
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.decorrelation.selection import live_pairs
 from unbraid.evaluation.geometry import max_cosines
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
+from unbraid.recipes import SPARING
 from unbraid.synthetic import build_world
 from unbraid.synthetic.learning import train_on_world
 
