@@ -157,8 +157,21 @@ def test_a_run_that_ends_too_dense_or_dead_says_which_setting_to_move(lambda1, e
     config = changed(recipes.tiny(), sae__lambda1=lambda1)
     l0 = 100.0 if lambda1 == 0 else 0.0
     documents = {"seen": 1, "skipped": {}}
-    summary = {"documents": documents, "saes": {"resid_post.0": {"l0": l0, "dead_fraction": 0.0}}}
+    summary = {"documents": documents, "saes": {config.sae_names[0]: {"l0": l0, "dead_fraction": 0.0}}}
     assert any(expected in warning for warning in run.warnings_of(summary, config))
+
+
+def test_a_warning_goes_by_the_settings_of_the_variant_it_is_about():
+    variants = {"": {}, "wide": {"sae.n_features": 4096, "sae.lambda1": 0.5}, "narrow": {"sae.n_features": 64}}
+    config = recipes.tiny().model_copy(update={"variants": variants})
+    saes = {name: {"l0": 40.0, "dead_fraction": 0.0} for name in config.sae_names}
+    warnings = run.warnings_of({"documents": {"seen": 1, "skipped": {}}, "saes": saes}, config)
+    assert ["narrow" in warning and "of 64 features" in warning for warning in warnings] == [True] * len(config.sites)
+    (warning,) = run.warnings_of(
+        {"documents": {"seen": 1, "skipped": {}}, "saes": {"resid_post.0_wide": {"l0": 0.0, "dead_fraction": 0.0}}},
+        config,
+    )
+    assert "lower sae.lambda1 (now 0.5)" in warning
 
 
 def test_the_exported_sae_reproduces_training_time_reconstructions_on_raw_activations(tmp_path, monkeypatch):

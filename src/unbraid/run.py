@@ -331,13 +331,18 @@ def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
     if documents["skipped"]:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(documents["skipped"].items()))
         found.append(f"of {documents['seen']:,} documents some were left out: {reasons}")
+    settings = {
+        config.sae_name(site, variant): config.variant(variant).sae
+        for site in config.sites
+        for variant in config.variants
+    }
     for name, metrics in summary["saes"].items():
-        if not 0 < metrics["l0"] < config.sae.n_features / 2:
+        sae = settings[name]
+        if not 0 < metrics["l0"] < sae.n_features / 2:
             move = "lower" if metrics["l0"] == 0 else "raise"
             found.append(
-                f"{name} ends with L0 = {metrics['l0']:.1f} of {config.sae.n_features} features; expected more than 0 "
-                "and less than "
-                f"half; {move} sae.lambda1 (now {config.sae.lambda1:g})"
+                f"{name} ends with L0 = {metrics['l0']:.1f} of {sae.n_features} features; expected more than 0 and "
+                f"less than half; {move} sae.lambda1 (now {sae.lambda1:g})"
             )
         if metrics["dead_fraction"] > 0.5:
             found.append(
