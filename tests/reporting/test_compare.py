@@ -70,6 +70,13 @@ def test_sites_are_kept_apart_and_a_metric_not_measured_everywhere_is_left_out(t
     assert [point.metrics["ce_loss_score"].mean for point in points] == pytest.approx([0.85] * len(points))
 
 
+def test_a_damaged_evaluation_is_refused_by_name(tmp_path: Path):
+    run = finished(tmp_path / "run", tiny(), 0.8)
+    (run / "evaluation.json").write_text('{"saes"')
+    with pytest.raises(EvaluationError, match=r"evaluation\.json"):
+        frontier([run])
+
+
 def test_the_frontier_is_drawn_with_a_panel_a_metric_and_the_same_bytes_each_time(tmp_path: Path):
     runs = [
         finished(tmp_path / str(seed), tiny().model_copy(update={"seed": seed}), 0.8 + seed / 50) for seed in range(3)

@@ -36,14 +36,7 @@ class EvaluationFile:
     def __init__(self, folder: Path, judged: Sequence[Judged]):
         self.path, self.features_path = folder / "evaluation.json", folder / "evaluation_features.safetensors"
         self.weights = _checksum(judged)
-        try:
-            earlier = json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            earlier = {}
-        except ValueError as problem:
-            raise EvaluationError(
-                f"{self.path} is not JSON ({problem}); expected an earlier evaluation; move it away"
-            ) from problem
+        earlier = read_evaluation(self.path)
         self.earlier: Report = earlier if earlier.get("weights") == self.weights else {}
 
     def write(self, report: Report, judged: Sequence[Judged]) -> tuple[Report, list[str]]:
@@ -72,6 +65,22 @@ class EvaluationFile:
             write_whole(self.features_path, lambda partial: save_file(features, partial))
         elif not self.earlier:
             self.features_path.unlink(missing_ok=True)
+
+
+def read_evaluation(path: Path) -> Report:
+    """What `path` holds; nothing where there is no such file.
+
+    Raises:
+        EvaluationError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as problem:
+        raise EvaluationError(
+            f"{path} is not JSON ({problem}); expected an earlier evaluation; move it away"
+        ) from problem
 
 
 def _checksum(judged: Sequence[Judged]) -> str:

@@ -5,7 +5,6 @@ which two or three seeds need. A comparison holds only at the same L0, so L0 is 
 The CE loss score is there for runs that `unbraid eval` has measured.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from scipy import stats
 
 from unbraid.config import VariantConfig
 from unbraid.errors import EvaluationError
+from unbraid.evaluation.evaluation_file import read_evaluation
 from unbraid.reporting.figures import COLOURS, DASHES, MARKERS, STYLE, WIDTH_INCHES, save_figure
 from unbraid.reporting.training_log import split_name
 from unbraid.training.run_folder import RunFolder
@@ -104,8 +104,7 @@ def frontier(runs: list[Path | str]) -> list[Point]:
 
 def _ce_loss_scores(run: Path) -> dict[str, float]:
     """By SAE, from the run's evaluation.json, where there is one."""
-    path = run / "evaluation.json"
-    saes = json.loads(path.read_text(encoding="utf-8"))["saes"] if path.is_file() else {}
+    saes = read_evaluation(run / "evaluation.json").get("saes", {})
     cores = {name: sae["core"] for name, sae in saes.items() if "core" in sae}
     return {name: core["model_performance_preservation"]["ce_loss_score"] for name, core in cores.items()}
 
