@@ -176,7 +176,7 @@ def _trained_here(config: RunConfig, mesh: Mesh) -> list[tuple[int, str]]:
     return [place for number, place in enumerate(places) if mesh.trains(number)]
 
 
-def _start(config: RunConfig, buffer: ActivationBuffer, device: torch.device, mesh: Mesh = SINGLE) -> list[Trainee]:
+def _start(config: RunConfig, buffer: ActivationBuffer, device: torch.device, mesh: Mesh) -> list[Trainee]:
     """New trainees, with scale and decoder bias taken from the rows of the first fill."""
     scales, means = [], []
     for rows_RD in buffer.rows():
