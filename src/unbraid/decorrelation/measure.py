@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unbraid.decorrelation.entries import Entries
+from unbraid.decorrelation.hinge import add_at
 
 Measure = Literal["cosine", "pearson"]
 CONSTANT = 1e-12
@@ -34,11 +35,11 @@ def scaled(entries: Entries, measure: Measure) -> Scaled:
     """Scale the features of a batch for `measure`."""
     values = entries.values.detach().double()
     n_features, n_rows = entries.n_features, entries.n_rows
-    squares = values.new_zeros(n_features).index_add_(0, entries.indices, values * values)
+    squares = add_at(values.new_zeros(n_features), entries.indices, values * values)
     if measure == "cosine":
         inverse = torch.where(squares > 0, squares, torch.inf).rsqrt()
         return Scaled(values * inverse[entries.indices], inverse, None)
-    totals = values.new_zeros(n_features).index_add_(0, entries.indices, values)
+    totals = add_at(values.new_zeros(n_features), entries.indices, values)
     centred = squares - totals * totals / max(n_rows, 1)
     inverse = torch.where(centred > CONSTANT * squares, centred, torch.inf).rsqrt()
     shift = totals * inverse / max(n_rows, 1) ** 0.5
