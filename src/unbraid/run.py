@@ -145,8 +145,7 @@ def check_steps(config: RunConfig) -> None:
         tokens, batch = config.training.tokens, config.training.batch_tokens
         raise ConfigError(
             f"training.tokens = {tokens:,} // training.batch_tokens = {batch:,} gives {config.steps} steps; expected "
-            "at least 1; "
-            f"raise training.tokens to {batch:,} or more, or lower training.batch_tokens"
+            f"at least 1; raise training.tokens to {batch:,} or more, or lower training.batch_tokens"
         )
 
 
@@ -161,8 +160,8 @@ def _run(folder: RunFolder, console: Console, everyone: Ranks) -> Run:
         mesh = lay_out(everyone, len(config.sae_names), config.training.feature_shards)
         say(
             f"plan: {config.steps:,} steps of {config.training.batch_tokens:,} tokens "
-            f"({config.steps * config.training.batch_tokens:,} "
-            f"tokens) for {len(config.sae_names)} SAEs: {', '.join(config.sae_names)}"
+            f"({config.steps * config.training.batch_tokens:,} tokens) for {len(config.sae_names)} SAEs: "
+            f"{', '.join(config.sae_names)}"
         )
         if everyone.size > 1:
             say(f"{everyone.size} ranks: {mesh.cells} cells, each SAE split over {mesh.shards.size} ranks of its cell")
@@ -222,11 +221,9 @@ def check_text(config: RunConfig, source: LiveActivations | CachedActivations) -
     steps = found * per_context // config.training.batch_tokens
     raise TextError(
         f"the text is too small: it gives {found:,} contexts of {config.text.context_length} tokens = "
-        f"{found * per_context:,} "
-        f"token rows = at most {steps:,} steps of training.batch_tokens = {config.training.batch_tokens:,}; the run "
-        f"needs {needed:,} "
-        f"contexts for {config.steps:,} steps; give more text, or lower training.tokens to "
-        f"{steps * config.training.batch_tokens:,}"
+        f"{found * per_context:,} token rows = at most {steps:,} steps of training.batch_tokens = "
+        f"{config.training.batch_tokens:,}; the run needs {needed:,} contexts for {config.steps:,} steps; give more "
+        f"text, or lower training.tokens to {steps * config.training.batch_tokens:,}"
     )
 
 
@@ -311,8 +308,7 @@ def _held_out_rows(
     if left == config.training.held_out_tokens:
         raise TextError(
             f"no held-out text: text.held_out_fraction = {config.text.held_out_fraction} of the documents gave no full "
-            "context; "
-            "give more text or raise text.held_out_fraction"
+            "context; give more text or raise text.held_out_fraction"
         )
 
 

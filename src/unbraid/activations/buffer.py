@@ -54,15 +54,14 @@ class ActivationBuffer:
         if config.contexts < 2 * source.batch_contexts:
             raise ConfigError(
                 f"buffer.contexts = {config.contexts} cannot be refilled at half by model batches of "
-                "model.batch_contexts = "
-                f"{source.batch_contexts}; expected at least {2 * source.batch_contexts}"
+                f"model.batch_contexts = {source.batch_contexts}; expected at least {2 * source.batch_contexts}"
             )
         self.capacity = config.contexts * source.context_length
         if 2 * batch_tokens > self.capacity:
             raise ConfigError(
                 f"training.batch_tokens = {batch_tokens} is more than half of the buffer's {self.capacity} rows "
-                "(buffer.contexts "
-                f"= {config.contexts} x {source.context_length}); raise buffer.contexts or lower training.batch_tokens"
+                f"(buffer.contexts = {config.contexts} x {source.context_length}); raise buffer.contexts or lower "
+                "training.batch_tokens"
             )
         self.source, self.config, self.batch_tokens, self.device = source, config, batch_tokens, torch.device(device)
         self.dtype = getattr(torch, config.dtype)
@@ -95,8 +94,7 @@ class ActivationBuffer:
             raise TextError(
                 f"the text is used up: it gave {rows:,} token rows, which is {rows // self.batch_tokens:,} steps of "
                 f"training.batch_tokens = {self.batch_tokens:,} rows; give more text, or lower training.tokens to at "
-                "most "
-                f"{rows // self.batch_tokens * self.batch_tokens:,}"
+                f"most {rows // self.batch_tokens * self.batch_tokens:,}"
             )
         batch, self._unread = self._unread[: self.batch_tokens], self._unread[self.batch_tokens :]
         self.handed_out += self.batch_tokens

@@ -122,8 +122,7 @@ def _harvest(
         if part == "training" and counter.kept < wanted:
             raise TextError(
                 f"the text is used up: it gave {counter.kept:,} usable token rows and the run needs {wanted:,}; give "
-                "more text, "
-                "or lower training.tokens to at most "
+                "more text, or lower training.tokens to at most "
                 f"{counter.kept // config.training.batch_tokens * config.training.batch_tokens:,}"
             )
         limits = counter.limits
@@ -169,8 +168,7 @@ def _write_shard(
     if free < needed + (64 << 20):
         raise ActivationError(
             f"shard {name} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has {free / 2**20:,.0f} MiB free; free "
-            "some room "
-            "and run the same command to go on"
+            "some room and run the same command to go on"
         )
     path = folder / f"{name}.safetensors"
     write_whole(path, lambda partial: safetensors.torch.save_file(tensors, partial))
@@ -205,15 +203,13 @@ def _check_recipe(manifest: dict[str, Any], config: RunConfig, folder: Path) -> 
         if found[group] != expected[group]:
             raise ActivationError(
                 f"cache {str(folder)!r} was harvested with {group} = {found[group]}; the run has {expected[group]}; "
-                "expected the "
-                "same settings; change the run's, or harvest into another folder"
+                "expected the same settings; change the run's, or harvest into another folder"
             )
     missing = [str(site) for site in config.sites if str(site) not in manifest["sites"]]
     if missing:
         raise ActivationError(
             f"cache {str(folder)!r} holds {', '.join(manifest['sites'])} but not {', '.join(missing)}; change "
-            "model.sites, or "
-            "harvest again"
+            "model.sites, or harvest again"
         )
 
 

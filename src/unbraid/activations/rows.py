@@ -109,8 +109,7 @@ class RowFilter:
             context, position = (~finite_BT).nonzero()[0].tolist()
             raise ActivationError(
                 f"activations at {site} are not finite (first at context {context} of the batch, position {position}); "
-                "expected "
-                "finite numbers; try model.dtype float32, or check the model's weights"
+                "expected finite numbers; try model.dtype float32, or check the model's weights"
             )
         return norm_BT
 

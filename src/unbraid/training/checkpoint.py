@@ -61,8 +61,8 @@ def write_checkpoint(
             if free < needed:
                 raise CheckpointError(
                     f"checkpoint of step {step} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has "
-                    f"{free / 2**20:,.0f} MiB free; "
-                    "free some room (earlier checkpoints are intact) and run `unbraid resume` on this run"
+                    f"{free / 2**20:,.0f} MiB free; free some room (earlier checkpoints are intact) and run `unbraid "
+                    "resume` on this run"
                 )
             partial.mkdir()
         ranks.wait()
@@ -86,8 +86,7 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"could not write the checkpoint of step {step} into {str(folder)!r}: {error}; earlier checkpoints are "
-            "intact; "
-            "make the folder writable or free some room, then run `unbraid resume` on this run"
+            "intact; make the folder writable or free some room, then run `unbraid resume` on this run"
         ) from error
     if ranks.first:
         for old in list_checkpoints(folder)[:-keep]:

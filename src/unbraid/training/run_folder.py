@@ -51,8 +51,7 @@ class RunFolder:
             if not holds_nothing(path):
                 raise TrainingError(
                     f"run folder {str(path)!r} exists already; expected a new or empty folder; choose another --run, "
-                    "or go on "
-                    f"with it by `unbraid resume {path}`"
+                    f"or go on with it by `unbraid resume {path}`"
                 )
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / "config.json", config.model_dump(mode="json"))

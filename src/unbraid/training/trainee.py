@@ -137,8 +137,8 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
     if not loss.isfinite():
         raise TrainingError(
             f"the loss of {trainee.name} became {loss.item()} at step {step + 1}; expected a finite number; its "
-            "weights are as "
-            "after the last good step; lower optimiser.lr, set optimiser.clip_norm, or lower decorrelation.lambda2"
+            "weights are as after the last good step; lower optimiser.lr, set optimiser.clip_norm, or lower "
+            "decorrelation.lambda2"
         )
     penalty, stats = None, None
     if lambda2 > 0 or log:
