@@ -117,19 +117,41 @@ def test_the_loops_agree_with_the_lists_that_other_devices_work_from(f_BN, measu
     torch.testing.assert_close(pushed.gradient, listed.gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("measure", ["cosine", "pearson"])
+@pytest.mark.parametrize("n_features", [60, 900, 40_000])
+def test_few_pairs_of_a_feature_and_many_are_pushed_as_by_lists(n_features, measure):
+    """From features that fire on every third row to features most of which fire once."""
+    entries = from_indices(*sparse_codes(300, n_features, 20, seed=8), n_features=n_features)
+    chosen = coactive.select(entries, 1.0, measure)
+    some = torch.rand(chosen.first.numel(), generator=torch.Generator().manual_seed(0)) < 0.2
+    for kept in (slice(None), some):
+        pairs = chosen.first[kept], chosen.second[kept], chosen.nominal, chosen.mean + chosen.std, measure
+        pushed = coactive.evaluate(entries, *pairs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("unbraid.decorrelation.coactive.loops_take", lambda _: False)
+            listed = coactive.evaluate(entries, *pairs)
+        assert pushed.penalty == pytest.approx(listed.penalty, rel=1e-10) and pushed.penalty > 0
+        torch.testing.assert_close(pushed.correlations, listed.correlations, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(pushed.gradient, listed.gradient, rtol=1e-9, atol=1e-15)
+
+
 def test_the_same_codes_give_the_same_bits_on_any_number_of_threads():
     entries = from_indices(*sparse_codes(512, 900, 20, seed=6), n_features=900)
     threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            found.append(coactive.select(entries, 0.01, "pearson"))
+            chosen = coactive.select(entries, 0.01, "pearson")
+            pairs = chosen.first, chosen.second, chosen.nominal, chosen.mean + chosen.std
+            found.append((chosen, coactive.evaluate(entries, *pairs, "pearson")))
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert (other.mean, other.std) == (found[0].mean, found[0].std)
-        assert torch.equal(other.first, found[0].first) and torch.equal(other.second, found[0].second)
-        assert torch.equal(other.correlations, found[0].correlations)
+    chosen, pushed = found[0]
+    for other, other_pushed in found[1:]:
+        assert (other.mean, other.std, other_pushed.penalty) == (chosen.mean, chosen.std, pushed.penalty)
+        assert torch.equal(other.first, chosen.first) and torch.equal(other.second, chosen.second)
+        assert torch.equal(other.correlations, chosen.correlations)
+        assert torch.equal(other_pushed.gradient, pushed.gradient)
 
 
 @pytest.mark.parametrize("form", ["cosine", "pearson"])

@@ -2,7 +2,8 @@
 
 Two features that never fire together have C = 0, so the N x N matrix of Eq. 2 is known from the co-active pairs (the
 rest enters mu and sigma in closed form). `select` goes through all of them once; `evaluate` looks only at the pairs
-of S, walking for each pair the rows on which its features fire, so it costs O(active entries x partners).
+of S, walking for each pair the rows on which its features fire, so it costs O(active entries x partners); of a feature
+with so many partners that this would cost more, it walks the co-activations instead.
 """
 
 from typing import NamedTuple
@@ -153,69 +154,66 @@ def evaluate(entries: Entries, first: Tensor, second: Tensor, nominal: int, tau:
     A feature that fires once keeps its correlation whatever it fires with, so its gradient is exactly zero.
     """
     z = scaled(entries, measure)
-    order = entries.pattern.by_feature.order
     push = push_by_loop if loops_take(z.values) else push_by_lists
-    pushed = push(entries, first, second, nominal, tau, z.values[order], z)
-    above = hinge_weights(pushed.correlations, tau, nominal, entries.values.dtype)
-    penalty = float(((pushed.correlations - tau) * above).sum())
-    pull = torch.empty_like(pushed.pull).index_copy_(0, order, pushed.pull)
-    centred = z.values
+    pushed = push(entries, first, second, nominal, tau, z)
+    pull, centred = pushed.pull, z.values
+    own = add_at(torch.zeros_like(z.inverse_norm), entries.indices, pull * z.values)
     if z.shift is not None:
         root = max(entries.n_rows, 1) ** 0.5
+        own -= z.shift * pushed.others
         pull = pull - (pushed.others / root)[entries.indices]
         centred = z.values - (z.shift / root)[entries.indices]
-    gradient = pull - pushed.own[entries.indices] * centred
+    gradient = pull - own[entries.indices] * centred
     movable = torch.where(entries.support > 1, z.inverse_norm, 0.0)
-    return Evaluation(penalty, gradient * movable[entries.indices], pushed.correlations)
+    return Evaluation(pushed.penalty, gradient * movable[entries.indices], pushed.correlations)
 
 
 class Pushed(NamedTuple):
-    """Correlations of pairs, and the parts of the gradient of R, not yet divided by norms."""
+    """Correlations of pairs, R, and the parts of its gradient, not yet divided by norms.
+
+    What goes to a feature through its norm, the sum of dR/dC C over its pairs, is pull . z - shift * others.
+    """
 
     correlations: Tensor
     """[P] float64."""
     pull: Tensor
-    """[nnz] what goes to an entry itself, by feature."""
-    own: Tensor
-    """[N] what goes to a feature through its norm."""
+    """[nnz] what goes to an entry itself."""
     others: Tensor
-    """[N] what goes to a feature through its mean (Pearson)."""
+    """[N] what goes to a feature through its mean; none without shifts (cosine)."""
+    penalty: float
 
 
-def push_by_loop(
-    entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, z_by_feature: Tensor, z: Scaled
-) -> Pushed:
-    """In a compiled loop that walks the rows of both features of each pair: for CPUs."""
-    by_feature, n_pairs, n_features = entries.pattern.by_feature, first.numel(), entries.n_features
+def push_by_loop(entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, z: Scaled) -> Pushed:
+    """In a compiled loop that walks the rows of both features of a pair, or all co-activations of one: for CPUs."""
+    by_feature, n_pairs = entries.pattern.by_feature, first.numel()
     edges = [n_pairs * part // PUSH_PARTS for part in range(PUSH_PARTS + 1)]
-    correlations, pull = z_by_feature.new_empty(n_pairs), z_by_feature.new_zeros(PUSH_PARTS, z_by_feature.numel())
-    own, others = z_by_feature.new_zeros(2, PUSH_PARTS, n_features)
-    shift = z_by_feature.new_zeros(n_features) if z.shift is None else z.shift
-    places = [first, second, by_feature.offsets, by_feature.rows, z_by_feature, shift]
-    numbers = [float(tau), 1 / steps_per_unit(entries.values.dtype), 1 / max(nominal, 1)]
-    in_parallel("push_apart", edges, *places, *numbers, correlations, pull, own, others)
-    return Pushed(correlations, pull.sum(0), own.sum(0), others.sum(0))
+    row_ends = entries.offsets[1:][by_feature.rows]
+    walk = [by_feature.offsets, by_feature.order, by_feature.rows, row_ends, entries.indices]
+    shift = z.values.new_empty(0) if z.shift is None else z.shift
+    weight = 1 / max(nominal, 1)
+    numbers = [float(tau), 1 / steps_per_unit(entries.values.dtype), weight]
+    correlations, pull = z.values.new_empty(n_pairs), z.values.new_zeros(PUSH_PARTS, z.values.numel())
+    others, hinges = z.values.new_zeros(PUSH_PARTS, shift.numel()), z.values.new_zeros(PUSH_PARTS)
+    written = correlations, pull, others, hinges
+    in_parallel("push_apart", edges, first, second, *walk, z.values, shift, *numbers, *written)
+    return Pushed(correlations, pull.sum(0), others.sum(0), float(hinges.sum()) * weight)
 
 
-def push_by_lists(
-    entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, z_by_feature: Tensor, z: Scaled
-) -> Pushed:
+def push_by_lists(entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, z: Scaled) -> Pushed:
     """In tensor operations, from a list of all rows on which a pair meets."""
     met = meetings(entries, first, second)
-    z_first, z_second = z_by_feature[met.first], z_by_feature[met.second]
-    correlations = add_at(z_by_feature.new_zeros(first.numel()), met.pairs, z_first * z_second)
+    z_first, z_second = z.values[met.first], z.values[met.second]
+    correlations = add_at(z.values.new_zeros(first.numel()), met.pairs, z_first * z_second)
     if z.shift is not None:
         correlations = correlations - z.shift[first] * z.shift[second]
     weights = hinge_weights(correlations, tau, nominal, entries.values.dtype)
     met_weights = weights[met.pairs]
-    pull = add_at(torch.zeros_like(z_by_feature), met.first, met_weights * z_second)
+    pull = add_at(torch.zeros_like(z.values), met.first, met_weights * z_second)
     pull = add_at(pull, met.second, met_weights * z_first)
-    own_pull = weights * correlations
-    own = add_at(add_at(torch.zeros_like(z.inverse_norm), first, own_pull), second, own_pull)
-    others = torch.zeros_like(own)
+    others = z.values.new_zeros(0 if z.shift is None else entries.n_features)
     if z.shift is not None:
         others = add_at(add_at(others, first, weights * z.shift[second]), second, weights * z.shift[first])
-    return Pushed(correlations, pull, own, others)
+    return Pushed(correlations, pull, others, float(((correlations - tau) * weights).sum()))
 
 
 class Meetings(NamedTuple):
@@ -224,7 +222,7 @@ class Meetings(NamedTuple):
     pairs: Tensor
     """Position of the pair."""
     first: Tensor
-    """Entry of its first feature, counted feature by feature as in `Pattern.by_feature`."""
+    """Entry of its first feature."""
     second: Tensor
     """Entry of its second feature."""
 
@@ -245,6 +243,7 @@ def meetings(entries: Entries, first: Tensor, second: Tensor) -> Meetings:
     pairs, mine, places = pairs[met], mine[met], places[met]
     theirs = bitmap.rank(places, rows[met] & 63)
     swapped = swap[pairs]
+    mine, theirs = by_feature.order[mine], by_feature.order[theirs]
     return Meetings(pairs, torch.where(swapped, theirs, mine), torch.where(swapped, mine, theirs))
 
 

@@ -62,7 +62,7 @@ def low_support(support: Tensor, first: Tensor, second: Tensor) -> float:
     if first.numel() == 0:
         return 0.0
     rare = support <= 4
-    return float((rare[first] | rare[second]).double().mean())
+    return int((rare[first] | rare[second]).sum()) / first.numel()
 
 
 def live_pairs(n_live: int) -> int:
@@ -136,9 +136,10 @@ def best_pairs(
 
     Among ranks these are its own of the best anywhere; first features must ascend from rank to rank.
     """
-    levels, surplus = grid(correlations, steps), correlations.numel() - wanted
+    surplus = correlations.numel() - wanted
     if ranks.size == 1 and surplus <= 0:
         return first, second, correlations
+    levels = grid(correlations, steps)
     if ranks.size == 1:
         cut = levels.kthvalue(surplus + 1).values
         seats = wanted - int((levels > cut).sum())

@@ -16,6 +16,8 @@ import numpy as np
 LANES = 16
 SEARCHED = 16
 """A list of rows this many times longer than another is searched, not walked."""
+WALKED = 2
+"""Pairs are worked out together where their first feature leads fewer co-activations than this many a pair and row."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -125,17 +127,15 @@ def entries_from(bar, row_N, held, places):
 @no_type_check
 def count_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift, steps, bits, histogram, sums):
     """Ranks of the pairs led by features start..end, counted in bins; sums of their dots and of squares."""
-    dots, met = np.zeros(shift.size), np.empty(shift.size + 1, np.int64)
+    sparse, met, dots = np.zeros(shift.size), np.empty(shift.size + 1, np.int32), np.empty(shift.size + 1)
     total, squares = 0.0, 0.0
     for first in range(start, end):
-        n_met = meet_later(offsets[first], offsets[first + 1], entries, row_ends, indices, z, dots, met)
+        n_met = meet_later(offsets[first], offsets[first + 1], entries, row_ends, indices, z, sparse, met, dots)
         for m in range(n_met):
-            second = met[m]
-            apart = shift[first] * shift[second]
-            correlation = dots[second] - apart
-            total += dots[second]
+            apart = shift[first] * shift[met[m]]
+            correlation = dots[m] - apart
+            total += dots[m]
             squares += correlation * correlation - apart * apart
-            dots[second] = 0.0
             rank = np.int64(np.rint(correlation * steps))
             if rank > 0:
                 histogram[part, (rank - 1) >> bits] += 1
@@ -146,60 +146,108 @@ def count_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift,
 @no_type_check
 def place_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift, steps, bar, places, pairs, found):
     """Write the pairs led by features start..end whose rank is at least `bar`, from `places[part]` on."""
-    dots, met = np.zeros(shift.size), np.empty(shift.size + 1, np.int64)
+    sparse, met, dots = np.zeros(shift.size), np.empty(shift.size + 1, np.int32), np.empty(shift.size + 1)
     place = places[part]
     for first in range(start, end):
-        n_met = meet_later(offsets[first], offsets[first + 1], entries, row_ends, indices, z, dots, met)
+        n_met = meet_later(offsets[first], offsets[first + 1], entries, row_ends, indices, z, sparse, met, dots)
         for m in range(n_met):
-            second = met[m]
-            correlation = dots[second] - shift[first] * shift[second]
-            dots[second] = 0.0
+            correlation = dots[m] - shift[first] * shift[met[m]]
             if np.int64(np.rint(correlation * steps)) >= bar:
-                pairs[0, place], pairs[1, place], found[place] = first, second, correlation
+                pairs[0, place], pairs[1, place], found[place] = first, met[m], correlation
                 place += 1
 
 
 @compiled
 @no_type_check
-def meet_later(start, end, entries, row_ends, indices, z, dots, met):
-    """Add up the dot products of one feature with those after it; returns how many it met, and which in `met`."""
+def meet_later(start, end, entries, row_ends, indices, z, sparse, met, dots):
+    """Dot products of one feature with those after it: returns how many it met; which, in `met`, and their `dots`.
+
+    `sparse` [N] is zero before and after. A feature that fires once meets the rest of one row, each feature once.
+    """
     n_met = 0
+    if end - start == 1:
+        entry = entries[start]
+        for other in range(entry + 1, row_ends[start]):
+            met[n_met], dots[n_met] = indices[other], z[entry] * z[other]
+            n_met += 1
+        return n_met
     for at in range(start, end):
         entry = entries[at]
         own = z[entry]
         for other in range(entry + 1, row_ends[at]):
             second, product = indices[other], own * z[other]
             met[n_met] = second
-            n_met += (dots[second] == 0.0) & (product > 0.0)
-            dots[second] += product
+            n_met += (sparse[second] == 0.0) & (product > 0.0)
+            sparse[second] += product
+    for m in range(n_met):
+        dots[m] = sparse[met[m]]
+        sparse[met[m]] = 0.0
     return n_met
 
 
 @compiled
 @no_type_check
-def push_apart(part, start, end, firsts, seconds, offsets, rows, z, shift, tau, step, weight, found, pull, own, others):
-    """Correlations of pairs; what those above tau by more than a step add to the gradient of their sum.
+def push_apart(
+    part, start, end, firsts, seconds, offsets, order, rows, row_ends, indices, z, shift, tau, step, weight, found,
+    pull, others, hinges,
+):  # fmt: skip
+    """Correlations of pairs; for those above tau by more than a step, the sum over tau and parts of its gradient.
 
-    Entries are by feature. A part has its own row of `pull` [parts, nnz], which goes to the entry itself, and of `own`
-    and `others` [parts, N], which go through the norm and the mean of a whole feature.
+    A part has its own row of `pull` [parts, nnz], which goes to an entry itself, and of `others` [parts, N], which goes
+    through the mean of a whole feature; without shifts (cosine) `shift` and `others` are empty. Neighbouring pairs with
+    the same first feature that are many beside the co-activations it leads are worked out by walking these, others one
+    by one.
     """
-    mine, theirs = np.empty(z.size + 1, np.int64), np.empty(z.size + 1, np.int64)
-    pull, own, others = pull[part], own[part], others[part]
-    for pair in range(start, end):
-        first, second = firsts[pair], seconds[pair]
-        n_met = meet(offsets[first], offsets[first + 1], offsets[second], offsets[second + 1], rows, mine, theirs)
-        dot = 0.0
-        for m in range(n_met):
-            dot += z[mine[m]] * z[theirs[m]]
-        found[pair] = dot - shift[first] * shift[second]
-        if found[pair] - tau > step:
-            for m in range(n_met):
-                pull[mine[m]] += weight * z[theirs[m]]
-                pull[theirs[m]] += weight * z[mine[m]]
-            own[first] += weight * found[pair]
-            own[second] += weight * found[pair]
-            others[first] += weight * shift[second]
-            others[second] += weight * shift[first]
+    mine, theirs = np.empty(rows.size + 1, np.int64), np.empty(rows.size + 1, np.int64)
+    dots, weights = np.zeros(offsets.size), np.zeros(offsets.size)
+    pull, others = pull[part], others[part]
+    pair, hinge = start, 0.0
+    while pair < end:
+        run, first = pair, firsts[pair]
+        entry, last = offsets[first], offsets[first + 1]
+        led = 0
+        for at in range(entry, last):
+            led += row_ends[at] - 1 - order[at]
+        while pair < end and firsts[pair] == first:
+            pair += 1
+        walked = led <= WALKED * (pair - run) * (last - entry)
+        if walked:
+            for at in range(entry, last):
+                one = order[at]
+                for other in range(one + 1, row_ends[at]):
+                    dots[indices[other]] += z[one] * z[other]
+        for near in range(run, pair):
+            second = seconds[near]
+            correlation = dots[second]
+            if not walked:
+                n_met = meet(entry, last, offsets[second], offsets[second + 1], rows, mine, theirs)
+                for m in range(n_met):
+                    correlation += z[order[mine[m]]] * z[order[theirs[m]]]
+            if shift.size > 0:
+                correlation -= shift[first] * shift[second]
+            found[near] = correlation
+            if correlation - tau > step:
+                hinge += correlation - tau
+                if shift.size > 0:
+                    others[first] += weight * shift[second]
+                    others[second] += weight * shift[first]
+                if walked:
+                    weights[second] = weight
+                else:
+                    for m in range(n_met):
+                        pull[order[mine[m]]] += weight * z[order[theirs[m]]]
+                        pull[order[theirs[m]]] += weight * z[order[mine[m]]]
+        if walked:
+            for at in range(entry, last):
+                one = order[at]
+                for other in range(one + 1, row_ends[at]):
+                    second = indices[other]
+                    pull[one] += weights[second] * z[other]
+                    pull[other] += weights[second] * z[one]
+                    dots[second] = 0.0
+            for near in range(run, pair):
+                weights[seconds[near]] = 0.0
+    hinges[part] = hinge
 
 
 @compiled
