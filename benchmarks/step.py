@@ -49,6 +49,7 @@ PEERS = {
 DRIVERS = {
     "unbraid": "unbraid_steps.py",
     "unbraid, dense": "unbraid_steps.py",
+    "unbraid, 1/16 dead": "unbraid_steps.py",
     "product": "product_steps.py",
     "product, reused memory": "product_steps.py",
     "sae-lens": "sae_lens_steps.py",
@@ -61,6 +62,7 @@ def start(name: str, settings: dict, peers_python: Path) -> Contender:
     """A process that trains in the way of contender `name`."""
     python = peers_python if name in PEERS else Path(sys.executable)
     own = {"path": "dense" if name == "unbraid, dense" else "auto", "reuse": "reused" in name}
+    own["dead"] = settings["n_features"] // 16 if name == "unbraid, 1/16 dead" else 0
     return Contender(name, python, HERE / "peers" / DRIVERS[name], settings | own)
 
 
@@ -77,10 +79,8 @@ def run_cell(architecture: str, shape: str, arguments: argparse.Namespace) -> di
     settings |= {"distinct_batches": arguments.distinct_batches}
     if arguments.losses:
         settings |= {"l0": 0, "lr": arguments.lr}
-    names = ["unbraid", "unbraid, dense", "product", "product, reused memory"]
+    names = ["unbraid"] if arguments.losses else [name for name in DRIVERS if name not in PEERS]
     names += [name for name in PEERS if architecture in PEERS[name] and arguments.peers_python.exists()]
-    if arguments.losses:
-        names = [name for name in names if name not in ("unbraid, dense", "product", "product, reused memory")]
     contenders = [start(name, settings, arguments.peers_python) for name in names if name not in arguments.without]
     for contender in contenders:
         contender.train(arguments.warmup)

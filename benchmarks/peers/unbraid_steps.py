@@ -54,4 +54,5 @@ trainee = Trainee(
     tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long),
 )
 for step, x in zip(itertools.count(), feed, strict=False):
+    trainee.tokens_since_fired[: settings["dead"]] = config.sae.dead_after_tokens
     train_step(trainee, x, step, settings["lr"], log=False)
