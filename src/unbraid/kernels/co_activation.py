@@ -55,7 +55,7 @@ class RankedPairs:
         end: int,
     ):
         by_feature, later = pattern.by_feature, followers(pattern)
-        shift_N = z.new_zeros(pattern.n_features) if shift_N is None else shift_N
+        shift_N = z.new_empty(0) if shift_N is None else shift_N
         row_ends = pattern.offsets[1:][by_feature.rows]
         self.bits = bits
         self.edges = work_edges(pattern, later, PARTS, start, end)

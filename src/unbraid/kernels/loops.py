@@ -127,12 +127,12 @@ def entries_from(bar, row_N, held, places):
 @no_type_check
 def count_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift, steps, bits, histogram, sums):
     """Ranks of the pairs led by features start..end, counted in bins; sums of their dots and of squares."""
-    sparse, met, dots = np.zeros(shift.size), np.empty(shift.size + 1, np.int32), np.empty(shift.size + 1)
+    sparse, met, dots = np.zeros(offsets.size), np.empty(offsets.size, np.int32), np.empty(offsets.size)
     total, squares = 0.0, 0.0
     for first in range(start, end):
         n_met = meet_later(offsets[first], offsets[first + 1], entries, row_ends, indices, z, sparse, met, dots)
         for m in range(n_met):
-            apart = shift[first] * shift[met[m]]
+            apart = shift[first] * shift[met[m]] if shift.size > 0 else 0.0
             correlation = dots[m] - apart
             total += dots[m]
             squares += correlation * correlation - apart * apart
@@ -146,12 +146,14 @@ def count_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift,
 @no_type_check
 def place_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift, steps, bar, places, pairs, found):
     """Write the pairs led by features start..end whose rank is at least `bar`, from `places[part]` on."""
-    sparse, met, dots = np.zeros(shift.size), np.empty(shift.size + 1, np.int32), np.empty(shift.size + 1)
+    sparse, met, dots = np.zeros(offsets.size), np.empty(offsets.size, np.int32), np.empty(offsets.size)
     place = places[part]
     for first in range(start, end):
         n_met = meet_later(offsets[first], offsets[first + 1], entries, row_ends, indices, z, sparse, met, dots)
         for m in range(n_met):
-            correlation = dots[m] - shift[first] * shift[met[m]]
+            correlation = dots[m]
+            if shift.size > 0:
+                correlation -= shift[first] * shift[met[m]]
             if np.int64(np.rint(correlation * steps)) >= bar:
                 pairs[0, place], pairs[1, place], found[place] = first, met[m], correlation
                 place += 1
