@@ -62,7 +62,8 @@ def low_support(support: Tensor, first: Tensor, second: Tensor) -> float:
     if first.numel() == 0:
         return 0.0
     rare = support <= 4
-    return int((rare[first] | rare[second]).sum()) / first.numel()
+    low = rare.index_select(0, first) | rare.index_select(0, second)
+    return int(low.count_nonzero()) / first.numel()
 
 
 def live_pairs(n_live: int) -> int:

@@ -198,7 +198,7 @@ def push_apart(
     A part has its own row of `pull` [parts, nnz], which goes to an entry itself, and of `others` [parts, N], which goes
     through the mean of a whole feature; without shifts (cosine) `shift` and `others` are empty. Neighbouring pairs with
     the same first feature that are many beside the co-activations it leads are worked out by walking these, others one
-    by one.
+    by one; of a feature that fires once, by going through the rest of its row, in which S names its partners in order.
     """
     mine, theirs = np.empty(rows.size + 1, np.int64), np.empty(rows.size + 1, np.int64)
     dots, weights = np.zeros(offsets.size), np.zeros(offsets.size)
@@ -212,7 +212,8 @@ def push_apart(
             led += row_ends[at] - 1 - order[at]
         while pair < end and firsts[pair] == first:
             pair += 1
-        walked = led <= WALKED * (pair - run) * (last - entry)
+        lone = last - entry == 1
+        walked = not lone and led <= WALKED * (pair - run) * (last - entry)
         if walked:
             for at in range(entry, last):
                 one = order[at]
@@ -220,11 +221,23 @@ def push_apart(
                     dots[indices[other]] += z[one] * z[other]
         for near in range(run, pair):
             second = seconds[near]
-            correlation = dots[second]
-            if not walked:
+            if lone:
+                if near == run or second < seconds[near - 1]:
+                    one = other = order[entry]
+                while other < row_ends[entry] and indices[other] < second:
+                    other += 1
+                mine[0], theirs[0] = one, other
+                n_met = np.int64(other < row_ends[entry] and indices[other] == second)
+            elif not walked:
                 n_met = meet(entry, last, offsets[second], offsets[second + 1], rows, mine, theirs)
                 for m in range(n_met):
-                    correlation += z[order[mine[m]]] * z[order[theirs[m]]]
+                    mine[m], theirs[m] = order[mine[m]], order[theirs[m]]
+            correlation = 0.0
+            if walked:
+                correlation = dots[second]
+            else:
+                for m in range(n_met):
+                    correlation += z[mine[m]] * z[theirs[m]]
             if shift.size > 0:
                 correlation -= shift[first] * shift[second]
             found[near] = correlation
@@ -237,16 +250,17 @@ def push_apart(
                     weights[second] = weight
                 else:
                     for m in range(n_met):
-                        pull[order[mine[m]]] += weight * z[order[theirs[m]]]
-                        pull[order[theirs[m]]] += weight * z[order[mine[m]]]
+                        pull[mine[m]] += weight * z[theirs[m]]
+                        pull[theirs[m]] += weight * z[mine[m]]
         if walked:
             for at in range(entry, last):
-                one = order[at]
+                one, pulled = order[at], 0.0
                 for other in range(one + 1, row_ends[at]):
                     second = indices[other]
-                    pull[one] += weights[second] * z[other]
+                    pulled += weights[second] * z[other]
                     pull[other] += weights[second] * z[one]
                     dots[second] = 0.0
+                pull[one] += pulled
             for near in range(run, pair):
                 weights[seconds[near]] = 0.0
     hinges[part] = hinge
