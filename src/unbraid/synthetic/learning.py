@@ -7,18 +7,13 @@ the variants of a run do: drawing them costs more than a small SAE's step, and t
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from unbraid.config import VariantConfig
-from unbraid.decorrelation.build import build as build_decorrelation
 from unbraid.errors import TrainingError
 from unbraid.randomness import derive_seed, generator
 from unbraid.sae import SAE
-from unbraid.sae.build import build as build_sae
 from unbraid.synthetic.world import World
-from unbraid.training.optimiser import SAEOptimiser
 from unbraid.training.schedules import learning_rate
-from unbraid.training.trainee import Trainee, train_step
+from unbraid.training.trainee import train_step, untrained
 
 SCALE_SAMPLES = 16_384
 
@@ -58,7 +53,9 @@ def train_on_world(
     x_BD, _ = world.sample(SCALE_SAMPLES, generator(seed, "scale", device=world.device))
     scale = float(x_BD.double().square().sum(1).mean().rsqrt())
     mean_D = (x_BD.double().mean(0) * scale).float()
-    trainees = [_new_trainee(settings, seed, scale, mean_D, world.device) for settings in variants]
+    trainees = [
+        untrained(settings.sae.architecture, 0, settings, seed, scale, mean_D, world.device) for settings in variants
+    ]
     stream = world.batches(batch, generator(seed, "samples", device=world.device))
     for step in range(steps):
         x_BD = next(stream) * scale
@@ -69,22 +66,3 @@ def train_on_world(
     for trainee in trainees:
         trainee.sae.fold_scale(scale)
     return [trainee.sae.requires_grad_(False) for trainee in trainees]
-
-
-def _new_trainee(
-    settings: VariantConfig, seed: int, scale: float, mean_D: torch.Tensor, device: torch.device
-) -> Trainee:
-    sae = build_sae(settings.sae, len(mean_D), generator(seed, "init"), mean_D).to(device)
-    return Trainee(
-        name=settings.sae.architecture,
-        site=0,
-        config=settings,
-        scale=scale,
-        sae=sae,
-        optimiser=SAEOptimiser(sae, settings.optimiser),
-        decorrelate=build_decorrelation(
-            settings.decorrelation, sae.n_features, sae.d_in, derive_seed(seed, "pairs")
-        ).to(device),
-        generator=generator(seed, "training", device=device),
-        tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),
-    )

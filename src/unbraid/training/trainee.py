@@ -102,18 +102,32 @@ def new_trainee(
         mesh: who else trains it.
     """
     settings, place = config.variant(variant), config.sites[site]
-    seed = derive_seed(settings.seed, str(place))
-    shard = mesh.shard(settings.sae.n_features)
+    name, seed = config.sae_name(place, variant), derive_seed(settings.seed, str(place))
+    return untrained(name, site, settings, seed, scale, mean_D, device, mesh.shard(settings.sae.n_features))
+
+
+def untrained(
+    name: str,
+    site: int,
+    settings: VariantConfig,
+    seed: int,
+    scale: float,
+    mean_D: Tensor,
+    device: torch.device,
+    shard: Shard | None = None,
+) -> Trainee:
+    """A trainee of these settings before its first step, all of its randomness from `seed`; see `new_trainee`."""
     sae = build_sae(settings.sae, len(mean_D), generator(seed, "init"), mean_D, shard).to(device)
+    pairs_seed = derive_seed(seed, "pairs")
     return Trainee(
-        name=config.sae_name(place, variant),
+        name=name,
         site=site,
         config=settings,
         scale=scale,
         sae=sae,
         optimiser=SAEOptimiser(sae, settings.optimiser),
         decorrelate=build_decorrelation(
-            settings.decorrelation, shard.n_features, sae.d_in, derive_seed(seed, "pairs"), shard
+            settings.decorrelation, settings.sae.n_features, sae.d_in, pairs_seed, shard
         ).to(device),
         generator=generator(seed, "training", device=device),
         tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),
