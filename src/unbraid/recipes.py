@@ -19,7 +19,7 @@ from unbraid.config import (
 WITH_TWIN = {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0.0}}
 """Each SAE beside a twin that differs in nothing but lambda2 = 0: a controlled comparison in one pass."""
 
-SPARING = {"window": 4, "refresh": 16, "max_pairs_per_feature": 4}
+SPARING = {"window": 4, "refresh": 64, "interval": 2, "max_pairs_per_feature": 4}
 """Decorrelation settings that cost next to nothing: select on four batches every 128 steps, penalise every eighth step
 with weight 8. They pull less than the same lambda2 does on every step; `docs/method.md` has the figures."""
 
