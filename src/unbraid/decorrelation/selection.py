@@ -151,9 +151,10 @@ def best_pairs(
         seats -= sum(int(count) for count in ranks.gather(torch.tensor([ties.numel()]))[: ranks.rank])
     chosen = levels > cut
     if seats > 0 and ties.numel() > 0:
-        ids = first[ties] * n_features + second[ties]
+        ids = first.index_select(0, ties) * n_features + second.index_select(0, ties)
         chosen[ties[ids <= ids.kthvalue(min(seats, ties.numel())).values]] = True
-    return first[chosen], second[chosen], correlations[chosen]
+    kept = chosen.nonzero().squeeze(1)
+    return first.index_select(0, kept), second.index_select(0, kept), correlations.index_select(0, kept)
 
 
 class TopPairs:
