@@ -121,15 +121,16 @@ def test_the_loops_agree_with_the_lists_that_other_devices_work_from(f_BN, measu
 @pytest.mark.parametrize("n_features", [60, 900, 40_000])
 def test_few_pairs_of_a_feature_and_many_are_pushed_as_by_lists(n_features, measure):
     """From features that fire on every third row to features most of which fire once."""
-    entries = from_indices(*sparse_codes(300, n_features, 20, seed=8), n_features=n_features)
+    entries, later = (from_indices(*sparse_codes(300, n_features, 20, seed), n_features) for seed in (8, 9))
     chosen = coactive.select(entries, 1.0, measure)
-    some = torch.rand(chosen.first.numel(), generator=torch.Generator().manual_seed(0)) < 0.2
-    for kept in (slice(None), some):
+    shuffled = torch.randperm(chosen.first.numel(), generator=torch.Generator().manual_seed(0))
+    some = shuffled[: len(shuffled) // 5].sort().values
+    for batch, kept in ((entries, slice(None)), (entries, some), (entries, shuffled), (later, slice(None))):
         pairs = chosen.first[kept], chosen.second[kept], chosen.nominal, chosen.mean + chosen.std, measure
-        pushed = coactive.evaluate(entries, *pairs)
+        pushed = coactive.evaluate(batch, *pairs)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("unbraid.decorrelation.coactive.loops_take", lambda _: False)
-            listed = coactive.evaluate(entries, *pairs)
+            listed = coactive.evaluate(batch, *pairs)
         assert pushed.penalty == pytest.approx(listed.penalty, rel=1e-10) and pushed.penalty > 0
         torch.testing.assert_close(pushed.correlations, listed.correlations, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(pushed.gradient, listed.gradient, rtol=1e-9, atol=1e-15)
