@@ -138,14 +138,14 @@ def seldom(device: str, seeds: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Run and print."""
     parser = arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=None, help="of `decoder` (200) and `seldom` (2500)")
+    parser.add_argument("--steps", type=int, default=None, help="of `decoder` (200) and `seldom` (1000)")
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
     record(
         {
             "decoder": lambda: decoder(asked.device, asked.steps or 200),
             "planted": lambda: planted(asked.device),
-            "seldom": lambda: seldom(asked.device, asked.seeds, asked.steps or 2500),
+            "seldom": lambda: seldom(asked.device, asked.seeds, asked.steps or 1000),
         },
         asked,
         "decorrelation-quality",
