@@ -204,7 +204,7 @@ class DecorrelationConfig(Section):
     """auto: coactive (exact) within pair_budget, blocks above it; tiled: exact for dense codes, slow; naive: the N x N
     oracle."""
     scan_rows: int = Field(default=256, ge=1)
-    """space=decoder: rows compared with all others each step."""
+    """space=decoder: rows compared with all others at each penalised step; S is first chosen when all have been."""
     neighbours: int = Field(default=16, ge=1)
     """space=decoder: nearest rows remembered per feature."""
 

@@ -64,11 +64,11 @@ def require_decoder(decoder: Tensor | None, n_features: int | None) -> Tensor:
 
 def unit_rows(matrix_ND: Float[Tensor, "N D"]) -> UnitRows:
     """Rows over their norms, in float32 (float64 for float64)."""
-    matrix_ND = matrix_ND.detach()
-    norms = torch.linalg.vector_norm(matrix_ND, dim=1, dtype=torch.float64)
-    inverse = torch.where(norms > 0, norms, torch.inf).reciprocal()
     dtype = torch.promote_types(matrix_ND.dtype, torch.float32)
-    return UnitRows(matrix_ND.to(dtype) * inverse.to(dtype).unsqueeze(1), inverse)
+    matrix_ND = matrix_ND.detach()
+    norms = torch.linalg.vector_norm(matrix_ND, dim=1, dtype=dtype)
+    inverse = torch.where(norms > 0, norms, torch.inf).reciprocal()
+    return UnitRows(matrix_ND.to(dtype) * inverse.unsqueeze(1), inverse.double())
 
 
 def row_moments(unit_ND: Float[Tensor, "N D"]) -> tuple[float, float]:

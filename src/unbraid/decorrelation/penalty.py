@@ -107,10 +107,10 @@ class SelectiveDecorrelation(Penalty):
         self, batch: Batch | None, decoder: Tensor | None, acts: bool
     ) -> tuple[Evaluation | None, DecorrelationStats]:
         """See `Penalty.find`."""
-        rows = None if decoder is None or self.space == "codes" else unit_rows(decoder)
         if batch is None:
-            assert rows is not None
-            return self._find_among_decoder_rows(rows, acts)
+            assert decoder is not None
+            return self._find_among_decoder_rows(decoder, acts)
+        rows = None if decoder is None or self.space == "codes" else unit_rows(decoder)
         path = self.path_for(batch)
         if path == "blocks":
             return self._find_in_blocks(batch, rows, acts)
@@ -197,28 +197,26 @@ class SelectiveDecorrelation(Penalty):
             found = blocks.evaluate(chosen.selection, chosen.tau)
         return found, self._stats("blocks", batch, chosen, found)
 
-    def _find_among_decoder_rows(self, rows: UnitRows, acts: bool) -> tuple[Evaluation | None, DecorrelationStats]:
+    def _find_among_decoder_rows(self, decoder: Tensor, acts: bool) -> tuple[Evaluation | None, DecorrelationStats]:
         assert self.selection is not None
-        n_features = rows.unit_ND.shape[0]
-        self.selection.require_width(n_features)
-        refreshed = False
+        self.selection.require_width(len(decoder))
         path = "tiled" if self.lists is None else "neighbours"
         if self.training:
             self.selection.age()
-            due = not self.selection.known or self.selection.calls_since >= self.refresh
+        rows, refreshed = unit_rows(decoder) if acts else None, False
+        if rows is not None and self.training:  # Between two penalties nothing is looked at: those calls cost nothing.
+            refreshed = not self.selection.known or self.selection.calls_since >= self.refresh
             if self.lists is not None:
-                # A selection from lists that are not full yet must not stay in force for `refresh` steps.
-                due = due or not self.lists.complete
                 self.lists.scan(rows.unit_ND)
-            refreshed = acts and due
-        if refreshed:
+                refreshed = refreshed and self.lists.complete
+        if rows is not None and refreshed:
             wanted = self.config.fraction, self.config.max_pairs_per_feature
             found = self.lists.select(rows, *wanted) if self.lists else select_exactly(rows.unit_ND, *wanted)
-            self._remember(self._with_tau(found, rows, 0), path, n_features)
+            self._remember(self._with_tau(found, rows, 0), path, len(decoder))
         chosen = self._in_force(refreshed)
         if chosen is None:
             return None, DecorrelationStats("filling", penalised=False)
-        if not acts:
+        if rows is None:
             return None, self._stats(path, None, chosen, None)
         evaluation = evaluate_rows(rows, *chosen.penalised)
         return evaluation, self._stats(path, None, chosen, evaluation)

@@ -36,7 +36,8 @@ class DecorrelationStats:
     """One call of a penalty. Fields that a method has no use for keep their defaults."""
 
     path: str
-    """How it was computed: coactive, blocks, tiled, naive, decoder, ...; filling while a window has too few batches."""
+    """How it was computed: coactive, blocks, tiled, naive, decoder, ...; filling while a window has too few batches
+    or decoder rows have not all been looked at."""
     penalty: float = 0.0
     """R(tau), unweighted by lambda2 and by the interval."""
     tau: float = 0.0
