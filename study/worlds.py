@@ -36,7 +36,7 @@ FORMS: dict[str, Form] = {
 """The methods compared. Weights are those of earlier pilots on other seeds (0.1; OrtSAE its paper's 0.25), not chosen
 on the seeds of the table; `global` divides by all pairs and not by the few of S, so it gets ten times as much."""
 ARCHITECTURES = ["batch_topk", "matryoshka", "topk"]
-WEIGHTED = {"relu": (0.12, 0.2, 0.32), "jumprelu": (0.003, 0.006, 0.012)}
+WEIGHTED = {"relu": (0.12, 0.2, 0.32), "jumprelu": (0.006, 0.012, 0.02)}
 """lambda1 around L0 = 5, at which these architectures are compared by interpolation between its neighbours."""
 WEIGHTED_FORMS = ["none", "codes", "decoder", "ortsae", "co-active", "random"]
 
