@@ -60,10 +60,10 @@ def penalty_call(n_features: int, k: int, device: str, **settings: Any) -> Calla
 def scaling(device: str, turns: int) -> dict[str, Any]:
     """Cost of one call against N at fixed W, and against W at fixed N."""
     against_n: dict[str, dict[int, Any]] = {}
-    capped = {"max_pairs_per_feature": 8}
     series: dict[str, tuple[list[int], Callable[[int], Callable[[], Any]]]] = {
         "coactive": (WIDTHS, lambda n: penalty_call(n, K, device)),
-        "coactive, 8 pairs a feature": (WIDTHS, lambda n: penalty_call(n, K, device, **capped)),
+        "coactive, 8 pairs a feature": (WIDTHS, lambda n: penalty_call(n, K, device, max_pairs_per_feature=8)),
+        "coactive, 2 pairs a feature": (WIDTHS, lambda n: penalty_call(n, K, device, max_pairs_per_feature=2)),
         "blocks of 512": (BLOCK_WIDTHS, lambda n: penalty_call(n, K, device, path="blocks")),
         "oracle (N x N)": (ORACLE_WIDTHS, lambda n: penalty_call(n, K, device, path="naive")),
         "SAE step": (STEP_WIDTHS, lambda n: step_call(n, device)),
@@ -191,11 +191,11 @@ def scaling_tables(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Time and memory against N and against W, log-log, with the fitted exponents in the legend."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 9.5), layout="constrained")
     for column, (key, letter) in enumerate((("against_N", "N"), ("against_W", "W"))):
         for row, (quantity, what, unit) in enumerate((("wall_ms", "time", "ms a call"), ("peak_mib", "memory", "MiB"))):
             axis, slopes = axes[row][column], found["exponents"][f"{what} in {letter}"]
-            for (name, points), marker in zip(found[key].items(), "os^Dv", strict=False):
+            for (name, points), marker in zip(found[key].items(), "os^DvP", strict=False):
                 known = {
                     int(size): max(point[quantity], 1.0)
                     for size, point in points.items()
@@ -207,7 +207,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axis.set(xscale="log", yscale="log", xlabel=letter, ylabel=unit)
             axis.set_xscale("log", base=2 if letter == "N" else 10)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
             axis.set_title(f"{what} against {letter}" + (f", L0 = {K}" if letter == "N" else f", N = {N:,}"))
     figure.suptitle(f"One call of the penalty with its gradient, B = {B:,}")
     figure.savefig(path, dpi=120)

@@ -21,8 +21,8 @@ WITH_TWIN = {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0.0}}
 
 SPARING = {"window": 4, "refresh": 64, "interval": 4, "max_pairs_per_feature": 2, "scan_rows": 512}
 """Decorrelation settings that cost a few per cent of a step: pairs chosen every 64 steps, on four batches (in decoder
-space from lists of neighbours that are as old), at most two a feature, penalised every fourth step with weight 4. They
-pull less than the same lambda2 does on every step; `docs/method.md` has the figures."""
+space from lists of neighbours that are as old), at most two a feature, penalised every fourth step with weight 4. In
+decoder space they give what every step gives, in code space they pull less; `docs/method.md` has the figures."""
 
 APART = {"space": "decoder", "fraction": 0.01}
 """Decorrelation settings that docs/study.md found to help where the paper's code space hurts: the most overlapping 1 %
