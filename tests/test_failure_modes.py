@@ -152,13 +152,23 @@ def test_losses_and_gradients_are_finite_at_every_logged_step(tiny):
             assert math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
 
 
-@pytest.mark.parametrize(("lambda1", "expected"), [(0.0, "raise sae.lambda1"), (50.0, "lower sae.lambda1")])
-def test_a_run_that_ends_too_dense_or_dead_says_which_setting_to_move(lambda1, expected):
-    config = changed(recipes.tiny(), sae__lambda1=lambda1)
-    l0 = 100.0 if lambda1 == 0 else 0.0
+@pytest.mark.parametrize(
+    ("architecture", "l0", "dead", "expected"),
+    [
+        ("relu", 100.0, 0.0, "raise sae.lambda1"),
+        ("relu", 0.0, 0.0, "lower sae.lambda1"),
+        ("relu", 10.0, 0.9, "lower sae.lambda1"),
+        ("topk", 100.0, 0.0, "lower sae.k"),
+        ("topk", 0.0, 0.0, "raise sae.k"),
+        ("topk", 10.0, 0.9, "lower sae.dead_after_tokens"),
+    ],
+)
+def test_a_run_that_ends_too_dense_or_dead_says_which_setting_to_move(architecture, l0, dead, expected):
+    config = changed(recipes.tiny(), sae__architecture=architecture)
     documents = {"seen": 1, "skipped": {}}
-    summary = {"documents": documents, "saes": {config.sae_names[0]: {"l0": l0, "dead_fraction": 0.0}}}
-    assert any(expected in warning for warning in run.warnings_of(summary, config))
+    summary = {"documents": documents, "saes": {config.sae_names[0]: {"l0": l0, "dead_fraction": dead}}}
+    (warning,) = run.warnings_of(summary, config)
+    assert expected in warning
 
 
 def test_a_warning_goes_by_the_settings_of_the_variant_it_is_about():
