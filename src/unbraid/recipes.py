@@ -31,13 +31,16 @@ they are there to show it beside its twin; for features to use, train with these
 
 
 def tiny() -> RunConfig:
-    """A whole run in seconds, on a random two-layer model and generated text: for tests and for trying things out."""
+    """A whole run in seconds, on a random two-layer model and generated text: for tests and for trying things out.
+
+    Encoders start at full length as in `demo`, because a hundred steps are few for codes to become sparse in.
+    """
     return RunConfig(
         name="tiny",
         text=TextConfig(source="generated", context_length=32),
         model=ModelConfig(name="random:llama", sites=["resid_post.0", "resid_post.1"], batch_contexts=16),
         buffer=BufferConfig(contexts=64),
-        sae=SAEConfig(n_features=128, lambda1=0.04, dead_after_tokens=10_000),
+        sae=SAEConfig(n_features=128, lambda1=0.04, decoder_init_norm=1.0, dead_after_tokens=10_000),
         optimiser=OptimiserConfig(lr=3e-3, warmup_steps=10),
         training=TrainingConfig(
             tokens=25_600, batch_tokens=256, log_every=5, checkpoint_every=50, held_out_tokens=2_048, threads=1
