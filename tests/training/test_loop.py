@@ -61,7 +61,7 @@ def test_the_loop_executes_every_planned_step_and_learns(tmp_path):
     for trainee in trained.trainees:
         assert trainee.updates == 60
         first, last = lines[0]["saes"][trainee.name], lines[-1]["saes"][trainee.name]
-        assert last["loss"] < 0.8 * first["loss"]
+        assert last["loss"] < 0.9 * first["loss"]
         assert 0 < last["l0"] < 32
         assert torch.allclose(trainee.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
 
