@@ -138,12 +138,12 @@ def seldom(device: str, seeds: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Run and print."""
     parser = arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=None, help="of `decoder` (200) and `seldom` (1000)")
+    parser.add_argument("--steps", type=int, default=None, help="of `decoder` (220) and `seldom` (1000)")
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
     record(
         {
-            "decoder": lambda: decoder(asked.device, asked.steps or 200),
+            "decoder": lambda: decoder(asked.device, asked.steps or 220),
             "planted": lambda: planted(asked.device),
             "seldom": lambda: seldom(asked.device, asked.seeds, asked.steps or 1000),
         },

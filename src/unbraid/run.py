@@ -334,16 +334,15 @@ def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
     }
     for name, metrics in summary["saes"].items():
         sae = settings[name]
-        has_k = sae.architecture in ("topk", "batch_topk", "matryoshka")
         if not 0 < metrics["l0"] < sae.n_features / 2:
-            move = "lower" if has_k == (metrics["l0"] > 0) else "raise"
-            setting = f"sae.k (now {sae.k})" if has_k else f"sae.lambda1 (now {sae.lambda1:g})"
+            move = "lower" if sae.has_k == (metrics["l0"] > 0) else "raise"
+            setting = f"sae.k (now {sae.k})" if sae.has_k else f"sae.lambda1 (now {sae.lambda1:g})"
             found.append(
                 f"{name} ends with L0 = {metrics['l0']:.1f} of {sae.n_features} features; expected more than 0 and "
                 f"less than half; {move} {setting}"
             )
         if metrics["dead_fraction"] > 0.5:
-            setting = "sae.dead_after_tokens, after which they are revived," if has_k else "sae.lambda1"
+            setting = "sae.dead_after_tokens, after which they are revived," if sae.has_k else "sae.lambda1"
             found.append(
                 f"{name} ends with {metrics['dead_fraction']:.0%} dead features; lower {setting} or optimiser.lr"
             )

@@ -145,6 +145,11 @@ class SAEConfig(Section):
     decoder_init_norm: float | None = Field(default=None, gt=0.0, le=1.0)
     """Encoder columns start as this multiple of the unit decoder rows; none takes the one that reconstructs best."""
 
+    @property
+    def has_k(self) -> bool:
+        """Whether k says how sparse the codes are, and not lambda1."""
+        return self.architecture in ("topk", "batch_topk", "matryoshka")
+
     @model_validator(mode="after")
     def _widths_nest(self) -> "SAEConfig":
         widths = self.matryoshka_widths

@@ -50,7 +50,7 @@ def build(
     Raises:
         ConfigError: more active features are asked for than there are, or the architecture cannot be split.
     """
-    if config.architecture in ("topk", "batch_topk", "matryoshka") and config.k > config.n_features:
+    if config.has_k and config.k > config.n_features:
         raise ConfigError(f"sae.k is {config.k} but sae.n_features only {config.n_features}; lower sae.k")
     shard = shard or Shard(config.n_features)
     if config.architecture == "sparse_filtering" and not shard.whole:
