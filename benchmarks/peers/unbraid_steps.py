@@ -6,11 +6,8 @@ import torch
 from feed import Feed, bias_for_l0, settings_from_arguments
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
-from unbraid.decorrelation.build import build as build_decorrelation
 from unbraid.sae import Codes
-from unbraid.sae.build import build
-from unbraid.training.optimiser import SAEOptimiser
-from unbraid.training.trainee import Trainee, train_step
+from unbraid.training.trainee import train_step, untrained
 
 settings = settings_from_arguments()
 config = VariantConfig(
@@ -25,7 +22,6 @@ config = VariantConfig(
     decorrelation=DecorrelationConfig(method="none", lambda2=0.0),
     optimiser=OptimiserConfig(lr=settings["lr"], warmup_steps=0),
 )
-generator = torch.Generator().manual_seed(settings["seed"])
 
 
 def score(x):
@@ -34,7 +30,8 @@ def score(x):
 
 
 feed = Feed(settings, score)
-sae = build(config.sae, settings["d_in"], generator, feed.batches[0].mean(0))
+trainee = untrained("benchmark", 0, config, config.seed, 1.0, feed.batches[0].mean(0), torch.device("cpu"))
+sae = trainee.sae
 if settings["l0"]:
     with torch.no_grad():
         bias = sae.b_gate if settings["architecture"] == "gated" else sae.b_enc
@@ -42,17 +39,6 @@ if settings["l0"]:
 if settings["path"] != "auto":
     forward = sae.training_forward
     sae.training_forward = lambda x, dead, chance: forward(x, dead, chance, path=settings["path"])
-trainee = Trainee(
-    name="benchmark",
-    site=0,
-    config=config,
-    scale=1.0,
-    sae=sae,
-    optimiser=SAEOptimiser(sae, config.optimiser),
-    decorrelate=build_decorrelation(config.decorrelation, sae.n_features, sae.d_in, 0),
-    generator=generator,
-    tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long),
-)
 for step, x in zip(itertools.count(), feed, strict=False):
     trainee.tokens_since_fired[: settings["dead"]] = config.sae.dead_after_tokens
     train_step(trainee, x, step, settings["lr"], log=False)

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
-from unbraid.decorrelation.build import build as build_decorrelation
-from unbraid.sae.build import build as build_sae
-from unbraid.training.optimiser import SAEOptimiser
-from unbraid.training.trainee import Trainee, train_step
+from unbraid.training.trainee import Trainee, train_step, untrained
 
 B, D, K = 2048, 576, 64
 N = 16_384
@@ -23,18 +20,7 @@ def trainee(n_features: int, device: str, decorrelation: DecorrelationConfig) ->
         optimiser=OptimiserConfig(warmup_steps=0),
         decorrelation=decorrelation,
     )
-    sae = build_sae(settings.sae, D, torch.Generator().manual_seed(0)).to(device)
-    return Trainee(
-        name="topk",
-        site=0,
-        config=settings,
-        scale=1.0,
-        sae=sae,
-        optimiser=SAEOptimiser(sae, settings.optimiser),
-        decorrelate=build_decorrelation(settings.decorrelation, n_features, D, seed=0).to(device),
-        generator=torch.Generator(device).manual_seed(0),
-        tokens_since_fired=torch.zeros(n_features, dtype=torch.long, device=device),
-    )
+    return untrained("topk", 0, settings, 0, 1.0, torch.zeros(D), torch.device(device))
 
 
 def activations(count: int, device: str, seed: int = 0) -> list[Tensor]:
