@@ -43,8 +43,13 @@ MODEL = {
     "max cosine": "mean_max_decoder_cosine",
     "composition": "composition",
     "dead": "dead",
+    "probe, 1 feature": "probe_top_1",
+    "5 features": "probe_top_5",
+    "absorption": "absorption_fraction",
+    "full absorption": "full_absorption",
     "seeds agree": "agreement",
 }
+COST = {"wall time of a step": "wall_ratio", "CPU time": "cpu_ratio"}
 NOISE = {
     "pairs in S": "pairs",
     "a feature fired <= 4 times": "low_support",
@@ -121,8 +126,9 @@ READERS = {
     "budget": of_sweep,
     "real": lambda line: of_run(line["run"], line["sae"]),
     "noise": of_noise,
+    "real-cost": lambda line: (line["architecture"], line["method"], 0),
 }
-COLUMNS = {"real": MODEL, "noise": NOISE}
+COLUMNS = {"real": MODEL, "noise": NOISE, "real-cost": COST}
 
 
 def by_seed(metrics: dict[int, dict[str, Any]], metric: str) -> BySeed:

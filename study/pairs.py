@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from real import CACHE, RUNS, read
+from real import CACHE, HEADLINE, METHODS, RUNS, read
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +27,7 @@ from unbraid.evaluation.pairs import PairStatistics, View, pair_statistics, stac
 from unbraid.files import write_json
 from unbraid.randomness import generator
 
+RUN = f"batch_topk-k32-layer{HEADLINE}"
 BATCH, FRACTION = 2048, 1e-3
 REFERENCE_ROWS = 65_536
 SIZES = [256, 512, 2048, 8192, 32_768]
@@ -65,7 +66,7 @@ def noise() -> None:
     """Of the S of a window of M batches: how rare its features are, and what is left of it on other tokens."""
     path = RESULTS / "noise.jsonl"
     done = {line["run"] for line in read(path)}
-    for run in sorted(RUNS.glob("batch_topk-k32-s*")):
+    for run in sorted(RUNS.glob(f"{RUN}-s*")):
         if run.name in done:
             continue
         x_RD = rows_of(run, REFERENCE_ROWS + 2 * max(SIZES))
@@ -122,10 +123,10 @@ def correlations(codes: Any, pairs: np.ndarray) -> np.ndarray:
 
 def shapes() -> None:
     """Distributions of all live pairs' correlations, and the most entangled features before and after."""
-    run = RUNS / "batch_topk-k32-s0"
+    run = RUNS / f"{RUN}-s0"
     x_RD = rows_of(run, REFERENCE_ROWS)
     found: dict[str, Any] = {"levels": LEVELS, "share_above": {}, "run": run.name, "tokens": REFERENCE_ROWS}
-    codes = {method: codes_of(run, method, x_RD) for method in ("none", "codes", "decoder-floor", "ortsae")}
+    codes = {method: codes_of(run, method, x_RD) for method in METHODS}
     for method, own in codes.items():
         statistics = top(own, keep=1.0)
         above = [float((statistics.values > level).sum() / statistics.n_pairs) for level in LEVELS]

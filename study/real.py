@@ -3,63 +3,75 @@
     python study/real.py harvest                   # once: the model's activations into study/cache
     python study/real.py train                     # every run of the plan that is not complete
     python study/real.py judge                     # one line an SAE into study/results/real.jsonl
+    python study/real.py cost                      # what a step of each method takes: results/real-cost.jsonl
 
-This is the issue's experiment at the size two CPU cores could pay for: one layer of three and 0.4 M tokens. The whole
-one is the same with `--layers 6 14 22 --tokens 2000000`. A run holds all methods of one architecture, k and seed; an
-interrupted one is resumed to the same bytes.
+Layers, tokens and widths are those two CPU cores could pay for; `--tokens 2000000` makes it longer. A run holds all
+methods of one architecture, k, layer and seed; an interrupted one is resumed to the same bytes.
 """
 
 import argparse
 import json
+import re
+import statistics
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from trials import RESULTS, append
 
 import unbraid
+from unbraid.activations.cache import CachedActivations
+from unbraid.activations.rows import RowFilter
 from unbraid.config import EvaluationConfig, RunConfig
 from unbraid.evaluation.geometry import composition_rate, max_cosines, seed_agreement
 from unbraid.evaluation.suites import run_suites
-from unbraid.recipes import smollm2
+from unbraid.recipes import APART, smollm2
 from unbraid.run import fill_cache
+from unbraid.training.trainee import new_trainee, train_step
 
 HERE = Path(__file__).parent
 CACHE, RUNS = HERE / "cache", HERE / "runs"
+SUITES_EVERYWHERE: list[Any] = ["core", "correlation"]
+SUITES_OF_HEADLINE: list[Any] = ["probing", "absorption"]
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"method": "none", "lambda2": 0.0},
     "codes": {"lambda2": 0.1},
-    "decoder-floor": {"space": "decoder", "lambda2": 0.3, "floor": "chance", "refresh": 16},
+    "decoder": {**APART, "lambda2": 0.1, "refresh": 16, "neighbours": 64},
+    "decoder-strong": {"space": "decoder", "lambda2": 0.64, "refresh": 16},
     "ortsae": {"method": "orthogonal", "lambda2": 0.25, "interval": 5},
 }
-"""What is compared: no penalty, the paper's form, decoder space above chance level, and OrtSAE every fifth step (its
-paper's cheap form, as good there as every step)."""
+"""What is compared: no penalty, the paper's form, the recipe `APART`, decoder rows pushed as hard as on the known world
+(there 0.1 at k = 5 and a pair or two a feature; a feature's share of the reconstruction's gradient grows with k), and
+OrtSAE every fifth step (its paper's cheap form, as good there as every step)."""
+WARM_STEPS, TIMED_STEPS = 40, 80
+HEADLINE = 14
+"""The layer with three seeds, probing and absorption."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: an architecture at one k and seed."""
+    """One run: an architecture at one k, layer and seed."""
 
     architecture: str
     k: int
+    layer: int
     seed: int
 
     @property
     def name(self) -> str:
         """Its run folder."""
-        return f"{self.architecture}-k{self.k}-s{self.seed}"
+        return f"{self.architecture}-k{self.k}-layer{self.layer}-s{self.seed}"
 
 
+KINDS = ["batch_topk", "matryoshka"]
 PLAN = [
-    Cell("batch_topk", 32, 0),
-    Cell("batch_topk", 32, 1),
-    Cell("matryoshka", 32, 0),
-    Cell("batch_topk", 32, 2),
-    Cell("matryoshka", 32, 1),
-    Cell("batch_topk", 64, 0),
-    Cell("batch_topk", 16, 0),
-    Cell("matryoshka", 32, 2),
+    *(Cell(kind, 32, HEADLINE, seed) for seed in range(3) for kind in KINDS),
+    *(Cell(kind, 32, layer, 0) for layer in (6, 22) for kind in KINDS),
+    *(Cell("batch_topk", k, HEADLINE, 0) for k in (16, 64)),
 ]
 """In the order of worth."""
 
@@ -71,7 +83,7 @@ def settings(cell: Cell, asked: argparse.Namespace) -> RunConfig:
         "name": cell.name,
         "seed": cell.seed,
         "cache": str(CACHE),
-        "model": base.model.model_copy(update={"sites": [f"resid_post.{layer}" for layer in asked.layers]}),
+        "model": base.model.model_copy(update={"sites": [f"resid_post.{cell.layer}"]}),
         "sae": base.sae.model_copy(
             update={
                 "architecture": cell.architecture,
@@ -87,7 +99,7 @@ def settings(cell: Cell, asked: argparse.Namespace) -> RunConfig:
                 "batch_tokens": 1024,
                 "threads": 1,
                 "log_every": 50,
-                "checkpoint_every": 200,
+                "checkpoint_every": 400,
             }
         ),
         "variants": {
@@ -95,6 +107,14 @@ def settings(cell: Cell, asked: argparse.Namespace) -> RunConfig:
         },
     }
     return RunConfig.model_validate(base.model_copy(update=changes).model_dump())
+
+
+def harvest(asked: argparse.Namespace) -> None:
+    """The activations of every layer from one pass of the model."""
+    config = settings(PLAN[0], asked)
+    sites = [f"resid_post.{layer}" for layer in sorted({cell.layer for cell in PLAN})]
+    model = config.model.model_copy(update={"sites": sites})
+    fill_cache(RunConfig.model_validate(config.model_copy(update={"model": model}).model_dump()), CACHE)
 
 
 def train(cells: list[Cell], asked: argparse.Namespace) -> None:
@@ -117,7 +137,10 @@ def judge(cells: list[Cell]) -> None:
         if cell.name in done or not (folder / "summary.json").is_file():
             continue
         measured = EvaluationConfig(
-            suites=["core", "correlation"], replicates=2, splice_contexts=4, controls=cell.seed == 0
+            suites=SUITES_EVERYWHERE + (SUITES_OF_HEADLINE if cell.layer == HEADLINE else []),
+            replicates=2,
+            splice_contexts=8,
+            controls=cell.seed == 0 and cell.k == 32,
         )
         report = run_suites(folder, measured)
         summary = json.loads((folder / "summary.json").read_text())["saes"]
@@ -136,11 +159,17 @@ def numbers(found: dict[str, Any], summary: dict[str, Any] | None, sae: Any) -> 
     yield "alive", core["misc_metrics"]["frac_alive"]
     yield "correlation_top", codes.get("cosine", {}).get("top")
     yield "correlation_top_supported", codes.get("cosine_supported", {}).get("top")
+    if "probing" in found:
+        for k in (1, 5):
+            yield f"probe_top_{k}", found["probing"]["sae"][f"sae_top_{k}_test_accuracy"]
+    if "absorption" in found:
+        for name in ("absorption_fraction", "full_absorption"):
+            yield name, found["absorption"]["mean"][f"mean_{name}_score"]
     if sae is not None and summary is not None:
         W_dec = sae.W_dec.detach().float()
         yield "dead", summary["dead_fraction"]
         yield "mean_max_decoder_cosine", float(max_cosines(W_dec).double().mean())
-        yield "composition", composition_rate(W_dec, 300)
+        yield "composition", composition_rate(W_dec, 200)
 
 
 def agreement(cells: list[Cell]) -> None:
@@ -149,7 +178,7 @@ def agreement(cells: list[Cell]) -> None:
     done = {line["pair"] for line in read(path)}
     for first in cells:
         for second in cells:
-            alike = (first.architecture, first.k) == (second.architecture, second.k) and first.seed < second.seed
+            alike = replace(first, seed=0) == replace(second, seed=0) and first.seed < second.seed
             pair = f"{first.name} {second.name}"
             complete = all((RUNS / cell.name / "summary.json").is_file() for cell in (first, second))
             if not alike or pair in done or not complete:
@@ -165,18 +194,53 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
+def cost(asked: argparse.Namespace) -> None:
+    """Steps of every method of both architectures on the same cached batches, taking turns; one line each."""
+    path = RESULTS / "real-cost.jsonl"
+    path.unlink(missing_ok=True)
+    torch.set_num_threads(2)
+    for cell in PLAN[: len(KINDS)]:
+        config = settings(cell, asked)
+        source = CachedActivations(config, CACHE)
+        kept = RowFilter(config.buffer, config.sites, source.special_ids)
+        rows = torch.cat([kept(chunk)[0] for chunk in islice(source.chunks(None), 24)])
+        scale = float(rows.double().square().sum(1).mean().rsqrt())
+        batches = (rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))] * scale).split(1024)[:-1]
+        trainees = {
+            method: new_trainee(config, 0, method, scale, rows.mean(0) * scale, torch.device("cpu"))
+            for method in METHODS
+        }
+        taken: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
+        for step in range(WARM_STEPS + TIMED_STEPS):
+            for method, trainee in trainees.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                train_step(trainee, batches[step % len(batches)], step, 1e-3, log=False)
+                if step >= WARM_STEPS:
+                    taken[method].append((time.perf_counter() - wall, time.process_time() - cpu))
+        for method, times in taken.items():
+            # Means of whole cycles (16 steps choose pairs once, 5 push OrtSAE's once) against the same steps of `none`.
+            ratios = {
+                f"{kind}_ratio": statistics.fmean(own[i] for own in times)
+                / statistics.fmean(none[i] for none in taken["none"])
+                for i, kind in enumerate(("wall", "cpu"))
+            }
+            milliseconds = {"wall_ms": 1e3 * statistics.fmean(own[0] for own in times)}
+            append(path, {"architecture": cell.architecture, "method": method, "metrics": ratios | milliseconds})
+
+
 def main() -> None:
     """One step of the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["harvest", "train", "judge"])
-    parser.add_argument("--layers", type=int, nargs="+", default=[6])
-    parser.add_argument("--tokens", type=int, default=409_600)
-    parser.add_argument("--width", type=int, default=2304)
-    parser.add_argument("--only", default="", help="runs whose name holds this")
+    parser.add_argument("step", choices=["harvest", "train", "judge", "cost"])
+    parser.add_argument("--tokens", type=int, default=819_200)
+    parser.add_argument("--width", type=int, default=4608)
+    parser.add_argument("--only", default="", help="runs whose name this pattern finds")
     asked = parser.parse_args()
-    cells = [cell for cell in PLAN if asked.only in cell.name]
+    cells = [cell for cell in PLAN if re.search(asked.only, cell.name)]
     if asked.step == "harvest":
-        fill_cache(settings(PLAN[0], asked), CACHE)
+        harvest(asked)
+    elif asked.step == "cost":
+        cost(asked)
     elif asked.step == "train":
         train(cells, asked)
     else:

@@ -38,7 +38,7 @@ on the seeds of the table; `global` divides by all pairs and not by the few of S
 ARCHITECTURES = ["batch_topk", "matryoshka", "topk"]
 WEIGHTED = {"relu": (0.12, 0.2, 0.32), "jumprelu": (0.006, 0.012, 0.02)}
 """lambda1 around L0 = 5, at which these architectures are compared by interpolation between its neighbours."""
-WEIGHTED_FORMS = ["none", "codes", "decoder", "ortsae", "co-active", "random"]
+WEIGHTED_FORMS = [name for name in FORMS if name != "decoder-floor"]
 
 
 def grid(seed: int) -> list[Trial]:
