@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
-from estimates import estimate
+from estimates import difference, estimate
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from page import RESULTS, by_seed, lines, rows
@@ -20,8 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
-METHODS = ["none", "codes", "decoder", "decoder-floor", "ortsae", "co-active"]
-"""Those drawn; a method has one colour and marker in every figure."""
+METHODS = ["none", "codes", "decoder", "decoder-strong", "ortsae", "co-active"]
+"""Those drawn; a method has one colour in every figure."""
+ARCHITECTURES = {
+    "relu": "ReLU",
+    "topk": "TopK",
+    "batch_topk": "BatchTopK",
+    "jumprelu": "JumpReLU",
+    "matryoshka": "Matryoshka",
+}
 
 
 def look(method: str) -> dict[str, Any]:
@@ -31,28 +38,48 @@ def look(method: str) -> dict[str, Any]:
 
 
 def frontier() -> Figure:
-    """Quality of the features against reconstruction, each method a point with its spread over seeds."""
+    """Quality of the features against reconstruction: a point a method and architecture, with its spread over seeds."""
     found = rows("grid")
-    figure = Figure(figsize=(WIDTH_INCHES, 2.7))
+    figure = Figure(figsize=(WIDTH_INCHES, 3.0))
     panels = figure.subplots(1, 2)
+    drawn = ["none", "codes", "decoder", "ortsae"]
     for axes, (metric, title) in zip(panels, (("f1", "F1"), ("mcc", "MCC")), strict=True):
-        for where, filled in (("batch_topk", True), ("matryoshka", False)):
-            for method in [method for method in METHODS if method in found[where]]:
-                x, y = (estimate(by_seed(found[where][method], name).values()) for name in ("r2", metric))
-                axes.errorbar(
-                    x.mean,
-                    y.mean,
-                    xerr=x.sd,
-                    yerr=y.sd,
-                    **look(method),
-                    fillstyle="full" if filled else "none",
-                    label=method if filled else None,
-                )
-        axes.set_xlabel("$R^2$ (filled: BatchTopK, open: Matryoshka)")
+        for marker, (where, name) in zip("osD^P", ARCHITECTURES.items(), strict=True):
+            for method in drawn:
+                x, y = (estimate(by_seed(found[where][method], key).values()) for key in ("r2", metric))
+                style = look(method) | {"marker": marker}
+                axes.errorbar(x.mean, y.mean, xerr=x.sd, yerr=y.sd, **style)
+            axes.plot([], [], marker, color="0.35", markersize=4.2, label=name)
+        for method in drawn:
+            axes.plot([], [], color=look(method)["color"], linewidth=3, label=method)
+        axes.set_xlabel("$R^2$")
         axes.set_title(title)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncol=6, columnspacing=1.0, handletextpad=0.3)
-    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.16, top=0.82, wspace=0.2)
+    figure.legend(handles, labels, loc="upper center", ncol=9, columnspacing=0.9, handletextpad=0.3, handlelength=1.0)
+    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.15, top=0.82, wspace=0.17)
+    return figure
+
+
+def effects() -> Figure:
+    """Paired differences to no penalty in F1 and MCC, with their 95 % intervals, by architecture."""
+    found = rows("grid")
+    figure = Figure(figsize=(WIDTH_INCHES, 2.9))
+    panels = figure.subplots(1, 2, sharey=True)
+    drawn = ["codes", "co-active", "decoder", "ortsae"]
+    for axes, (metric, title) in zip(panels, (("f1", "F1"), ("mcc", "MCC")), strict=True):
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        for row, where in enumerate(ARCHITECTURES):
+            none = by_seed(found[where]["none"], metric)
+            for place, method in enumerate(drawn):
+                gap = difference(by_seed(found[where][method], metric), none)
+                at = row + (place - 1.5) * 0.17
+                axes.errorbar(gap.mean, at, xerr=gap.reach, **look(method), linestyle="", label=None if row else method)
+        axes.set_title(f"{title}, difference to no penalty")
+    panels[0].set_yticks(range(len(ARCHITECTURES)), list(ARCHITECTURES.values()))
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=4)
+    figure.subplots_adjust(left=0.12, right=0.985, bottom=0.18, top=0.91, wspace=0.06)
     return figure
 
 
@@ -126,6 +153,7 @@ def heat_map() -> Figure:
 
 FIGURES = {
     "study-frontier": frontier,
+    "study-effects": effects,
     "study-distributions": distributions,
     "study-weights": weights,
     "study-pairs": heat_map,

@@ -42,11 +42,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "codes": {"lambda2": 0.1},
     "decoder": {**APART, "lambda2": 0.1, "refresh": 16, "neighbours": 64},
     "decoder-strong": {"space": "decoder", "lambda2": 0.64, "refresh": 16},
+    "rarer": {"space": "decoder", "lambda2": 0.64, "floor": 0.1, "refresh": 16, "push": "rarer"},
     "ortsae": {"method": "orthogonal", "lambda2": 0.25, "interval": 5},
 }
 """What is compared: no penalty, the paper's form, the recipe `APART`, decoder rows pushed as hard as on the known world
-(there 0.1 at k = 5 and a pair or two a feature; a feature's share of the reconstruction's gradient grows with k), and
-OrtSAE every fifth step (its paper's cheap form, as good there as every step)."""
+(there 0.1 at k = 5 and a pair or two a feature; a feature's share of the reconstruction's gradient grows with k), the
+same by their rarer row, and OrtSAE every fifth step (its paper's cheap form, as good there as every step)."""
 WARM_STEPS, TIMED_STEPS = 40, 80
 HEADLINE = 14
 """The layer with three seeds, probing and absorption."""
@@ -70,7 +71,7 @@ class Cell:
 KINDS = ["batch_topk", "matryoshka"]
 PLAN = [
     *(Cell(kind, 32, HEADLINE, seed) for seed in range(3) for kind in KINDS),
-    *(Cell(kind, 32, layer, 0) for layer in (6, 22) for kind in KINDS),
+    *(Cell(kind, 32, layer, 0) for kind in KINDS for layer in (6, 22)),
     *(Cell("batch_topk", k, HEADLINE, 0) for k in (16, 64)),
 ]
 """In the order of worth."""

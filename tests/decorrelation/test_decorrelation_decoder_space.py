@@ -11,7 +11,7 @@ from unbraid.decorrelation.neighbours import NeighbourLists
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.decorrelation.selection import live_pairs
 from unbraid.decorrelation.threshold import chance_level
-from unbraid.errors import CodesError
+from unbraid.errors import CodesError, ConfigError
 
 
 def clustered_rows(n_features: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -155,3 +155,74 @@ def test_gradients_are_tangent_to_the_rows_and_zero_for_rows_of_zeros():
 def test_a_decoder_that_does_not_fit_the_codes_is_refused(decoder_ND, message):
     with pytest.raises(CodesError, match=message):
         SelectiveDecorrelation(space="co-active")(torch.ones(5, 3), decoder=decoder_ND)
+
+
+@given(st.integers(2, 30), st.integers(2, 10), st.integers(0, 1000))
+def test_only_the_rarer_row_of_a_pair_moves_and_twice_as_far(n_features, width, seed):
+    draws = torch.Generator().manual_seed(seed)
+    f_BN = torch.rand(50, n_features, dtype=torch.float64, generator=draws).sub(torch.rand(n_features, generator=draws))
+    f_BN = f_BN.clamp(min=0)
+    decoder_ND = torch.randn(n_features, width, dtype=torch.float64, generator=draws)
+    leaf, other = decoder_ND.clone().requires_grad_(), decoder_ND.clone().requires_grad_()
+    settings = {"fraction": 0.3, "space": "decoder", "path": "tiled"}
+    penalty, stats = SelectiveDecorrelation(**settings, push="rarer")(f_BN, decoder=leaf)
+    same, _ = SelectiveDecorrelation(**settings)(decoder=decoder_ND)
+    assert penalty.item() == same.item()
+    penalty.backward()
+
+    unit_ND = torch.nn.functional.normalize(other, dim=1)
+    fired = (f_BN > 0).sum(0).double()
+    expected = torch.zeros((), dtype=torch.float64)
+    for (i, j), cosine in zip(stats.pairs.tolist(), stats.correlations.tolist(), strict=True):
+        if cosine - stats.tau > 1e-11:
+            share = 0.5 if fired[i] == fired[j] else float(fired[i] < fired[j])
+            by_first, by_second = unit_ND[i] @ unit_ND[j].detach(), unit_ND[i].detach() @ unit_ND[j]
+            expected = expected + 2 * (share * by_first + (1 - share) * by_second) / stats.nominal
+    if expected.requires_grad:
+        expected.backward()
+    torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf) if other.grad is None else other.grad)
+
+
+def test_a_common_row_stays_where_a_rare_one_leans_on_it():
+    decoder_ND = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]]).requires_grad_()
+    f_BN = torch.tensor([[1.0, 0.0, 1.0]] * 99 + [[1.0, 1.0, 0.0]])
+    penalty, _ = SelectiveDecorrelation(0.3, space="decoder", path="tiled", push="rarer")(f_BN, decoder=decoder_ND)
+    penalty.backward()
+    moved = decoder_ND.grad.norm(dim=1)
+    assert float(moved[1]) > 0 == float(moved[0]) == float(moved[2])
+
+
+def test_firings_are_remembered_with_the_state_and_need_codes_of_one_width():
+    decoder_ND = clustered_rows(24, 8)
+    settings = {"space": "co-active", "min_support": 1, "fraction": 0.2, "push": "rarer"}
+    first, second = SelectiveDecorrelation(**settings), SelectiveDecorrelation(**settings)
+    rising = torch.linspace(0.2, 0.9, 24)
+    bars = (rising, rising, rising.flip(0))  # the features that were common are rare in the last batch
+    draws = torch.Generator().manual_seed(0)
+    batches = [torch.rand(40, 24, generator=draws).sub(bar).clamp(min=0) for bar in bars]
+    for f_BN in batches[:2]:
+        first(f_BN, decoder=decoder_ND)
+    second.load_state_dict(first.state_dict())
+    gradients = []
+    for decorrelate in (first, second, SelectiveDecorrelation(**settings)):
+        leaf = decoder_ND.clone().requires_grad_()
+        decorrelate(batches[2], decoder=leaf)[0].backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(gradients[0], gradients[1]) and not torch.equal(gradients[0], gradients[2])
+    with pytest.raises(CodesError, match="these codes have 3 features, those before had 24"):
+        first(torch.ones(5, 3), decoder=torch.ones(3, 8))
+    with pytest.raises(CodesError, match="0 forms of codes were passed"):
+        SelectiveDecorrelation(space="decoder", push="rarer")(decoder=decoder_ND)
+    with pytest.raises(ConfigError, match="push is 'rarer' with method 'selective' and space 'codes'"):
+        SelectiveDecorrelation(push="rarer")
+
+
+def test_before_any_firing_is_known_both_rows_of_a_pair_move_alike():
+    decoder_ND = clustered_rows(24, 8)
+    leaf, other = decoder_ND.clone().requires_grad_(), decoder_ND.clone().requires_grad_()
+    f_BN = torch.rand(40, 24, generator=torch.Generator().manual_seed(0)).double()
+    for rows, push in ((leaf, "rarer"), (other, "both")):
+        decorrelate = SelectiveDecorrelation(0.2, space="co-active", push=push).eval()
+        decorrelate(f_BN, decoder=rows)[0].backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+    assert float(leaf.grad.abs().sum()) > 0

@@ -179,6 +179,8 @@ class DecorrelationConfig(Section):
     """Correlation of two features over a batch; cosine is the paper's Eq. 2."""
     space: Literal["codes", "decoder", "co-active"] = "codes"
     """codes: the paper's; decoder: overlap of decoder rows; co-active: pairs chosen by codes, penalised by decoder."""
+    push: Literal["both", "rarer"] = "both"
+    """space=decoder and co-active: both rows of a pair move, or only the one of the feature that fires more seldom."""
     window: int = Field(default=1, ge=1)
     """Select on the codes of the last M batches, every M steps; 1 is the paper's per-batch form."""
     min_support: int = Field(default=1, ge=1)
@@ -212,6 +214,15 @@ class DecorrelationConfig(Section):
     """space=decoder: rows compared with all others at each penalised step; S is first chosen when all have been."""
     neighbours: int = Field(default=16, ge=1)
     """space=decoder: nearest rows remembered per feature."""
+
+    @model_validator(mode="after")
+    def _rows_can_be_pushed(self) -> "DecorrelationConfig":
+        if self.push == "rarer" and (self.space == "codes" or self.method not in ("selective", "random_pairs")):
+            raise ConfigError(
+                f"decorrelation.push is 'rarer' with method {self.method!r} and space {self.space!r}; expected "
+                "selective pairs of decoder rows; set decorrelation.space to decoder or co-active, or push to both"
+            )
+        return self
 
 
 class OptimiserConfig(Section):

@@ -25,10 +25,11 @@ class Penalty(nn.Module, ABC):
     Args:
         interval: act on every T-th call, the first included, with weight T; the others return zero.
         seed: of everything random.
-        space: what is penalised; "codes", "decoder" (which does not look at the codes), or "co-active" (both).
+        space: what is penalised; "codes", "decoder", or "co-active" (both).
         counts_calls: whether the number of calls matters even when interval is 1, so that it belongs to the state.
 
     Attributes:
+        reads_codes: whether calls must bring codes; in decoder space most penalties do not look at them.
         shard: set where codes come from an SAE split by features: the slice they are of. Stats then name the pairs
             whose first feature is in it.
     """
@@ -39,6 +40,7 @@ class Penalty(nn.Module, ABC):
     def __init__(self, interval: int, seed: int, space: str, *, counts_calls: bool = False):
         super().__init__()
         self.interval, self.seed, self.space = interval, seed, space
+        self.reads_codes = space != "decoder"
         self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=counts_calls or interval > 1)
 
     @torch.compiler.disable
@@ -63,7 +65,7 @@ class Penalty(nn.Module, ABC):
         Raises:
             CodesError: codes or decoder are missing, of the wrong shape, not finite, or negative.
         """
-        batch = None if self.space == "decoder" else Batch(f, indices, values, n_features, codes)
+        batch = Batch(f, indices, values, n_features, codes) if self.reads_codes else None
         if self.space == "codes":
             assert batch is not None
             target = batch.source

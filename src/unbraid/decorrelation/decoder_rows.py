@@ -120,23 +120,41 @@ def pair_cosines(
 
 
 def evaluate_rows(
-    rows: UnitRows, first: Int[Tensor, " P"], second: Int[Tensor, " P"], nominal: int, tau: float
+    rows: UnitRows,
+    first: Int[Tensor, " P"],
+    second: Int[Tensor, " P"],
+    nominal: int,
+    tau: float,
+    share: Float[Tensor, " P"] | None = None,
 ) -> Evaluation:
-    """R(tau) over given pairs of rows, and its gradient [N, D] with respect to the rows before scaling."""
+    """R(tau) over given pairs of rows, and its gradient [N, D] with respect to the rows before scaling.
+
+    Args:
+        rows: all rows.
+        first: one row of each pair.
+        second: the other.
+        nominal: |S|, the divisor.
+        tau: the threshold.
+        share: how much of a pair's push goes to its first row, the rest to the second; halves where not given, which
+            is the gradient of R. Any other share pushes a pair as hard, by other rows.
+    """
     unit_ND = rows.unit_ND
     n_rows = unit_ND.shape[0]
     cosines = pair_cosines(unit_ND, first, second).double()
     weights = hinge_weights(cosines, tau, nominal, unit_ND.dtype)
     penalty = float(((cosines - tau) * weights).sum())
     above = (weights > 0).nonzero().squeeze(1)
-    first, second, pull = first[above], second[above], weights[above]
-    own = add_at(torch.zeros_like(rows.inverse_norm), first, pull * cosines[above])
-    own = add_at(own, second, pull * cosines[above])
+    first, second = first[above], second[above]
+    on_first = on_second = weights[above]
+    if share is not None:
+        on_first, on_second = 2 * share[above] * on_first, 2 * (1 - share[above]) * on_second
+    own = add_at(torch.zeros_like(rows.inverse_norm), first, on_first * cosines[above])
+    own = add_at(own, second, on_second * cosines[above])
     ends, order = torch.sort(torch.cat([first, second]), stable=True)
     partners = torch.cat([second, first])[order]
-    both = torch.cat([pull, pull])[order].to(unit_ND.dtype)
+    pulls = torch.cat([on_first, on_second])[order].to(unit_ND.dtype)
     if partners.numel() == 0:
         return Evaluation(penalty, torch.zeros_like(unit_ND), cosines)
-    gradient = segment_sums(starts(ends, n_rows), partners, both, unit_ND)
+    gradient = segment_sums(starts(ends, n_rows), partners, pulls, unit_ND)
     gradient = gradient.addcmul_(unit_ND, own.to(unit_ND.dtype).unsqueeze(1), value=-1)
     return Evaluation(penalty, gradient.mul_(rows.inverse_norm.to(unit_ND.dtype).unsqueeze(1)), cosines)

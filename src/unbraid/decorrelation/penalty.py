@@ -30,7 +30,7 @@ from unbraid.decorrelation.neighbours import NeighbourLists
 from unbraid.decorrelation.selection import Selection
 from unbraid.decorrelation.stats import DecorrelationStats, stats_of
 from unbraid.decorrelation.threshold import Threshold, ThresholdKind
-from unbraid.decorrelation.window import CodesWindow, RememberedSelection
+from unbraid.decorrelation.window import CodesWindow, FiringCounts, RememberedSelection
 from unbraid.randomness import derive_seed
 
 EXACT_PATHS = {"coactive": coactive, "tiled": tiled, "naive": naive}
@@ -73,6 +73,7 @@ class SelectiveDecorrelation(Penalty):
         measure: Measure = DEFAULTS.measure,
         space: Literal["codes", "decoder", "co-active"] = DEFAULTS.space,
         *,
+        push: Literal["both", "rarer"] = DEFAULTS.push,
         refresh: int | None = DEFAULTS.refresh,
         interval: int = DEFAULTS.interval,
         threshold: ThresholdKind = DEFAULTS.threshold,
@@ -97,6 +98,8 @@ class SelectiveDecorrelation(Penalty):
         self.window = CodesWindow(window) if remembers and space != "decoder" else None
         self.lists = NeighbourLists(neighbours, scan_rows) if space == "decoder" and path != "tiled" else None
         self.selection = RememberedSelection() if remembers else None
+        self.firing = FiringCounts() if config.push == "rarer" else None
+        self.reads_codes = self.reads_codes or self.firing is not None
 
     def exact_selection(self, decoder: Tensor) -> Selection:
         """The true top pairs of decoder rows, on demand: O(N^2 D)."""
@@ -107,9 +110,13 @@ class SelectiveDecorrelation(Penalty):
         self, batch: Batch | None, decoder: Tensor | None, acts: bool
     ) -> tuple[Evaluation | None, DecorrelationStats]:
         """See `Penalty.find`."""
-        if batch is None:
+        if self.firing is not None and self.training:
+            assert batch is not None
+            self.firing.add(batch.entries)
+        if self.space == "decoder":
             assert decoder is not None
             return self._find_among_decoder_rows(decoder, acts)
+        assert batch is not None
         rows = None if decoder is None or self.space == "codes" else unit_rows(decoder)
         path = self.path_for(batch)
         if path == "blocks":
@@ -120,7 +127,7 @@ class SelectiveDecorrelation(Penalty):
         if not acts:
             return None, self._stats(path, batch, chosen, None)
         if rows is not None:
-            found = evaluate_rows(rows, *chosen.penalised)
+            found = self._push_rows(rows, chosen)
         else:
             found = EXACT_PATHS[path].evaluate(batch.entries, *chosen.penalised, self.config.measure)
         if self.shard is not None:
@@ -191,10 +198,7 @@ class SelectiveDecorrelation(Penalty):
         blocks = Blocks(batch, self.config.block, self.config.min_support, self.config.measure, seed)
         selection = blocks.select(self.config.fraction, self.config.max_pairs_per_feature)
         chosen = self._with_tau(selection, rows, batch.n_rows)
-        if rows is not None:
-            found = evaluate_rows(rows, *chosen.penalised)
-        else:
-            found = blocks.evaluate(chosen.selection, chosen.tau)
+        found = self._push_rows(rows, chosen) if rows is not None else blocks.evaluate(chosen.selection, chosen.tau)
         return found, self._stats("blocks", batch, chosen, found)
 
     def _find_among_decoder_rows(self, decoder: Tensor, acts: bool) -> tuple[Evaluation | None, DecorrelationStats]:
@@ -218,8 +222,14 @@ class SelectiveDecorrelation(Penalty):
             return None, DecorrelationStats("filling", penalised=False)
         if rows is None:
             return None, self._stats(path, None, chosen, None)
-        evaluation = evaluate_rows(rows, *chosen.penalised)
+        evaluation = self._push_rows(rows, chosen)
         return evaluation, self._stats(path, None, chosen, evaluation)
+
+    def _push_rows(self, rows: UnitRows, chosen: Chosen) -> Evaluation:
+        """R over pairs of decoder rows, and who moves how far."""
+        pairs = chosen.selection.first, chosen.selection.second
+        share = None if self.firing is None else self.firing.first_is_rarer(*pairs)
+        return evaluate_rows(rows, *chosen.penalised, share)
 
     def _stats(self, path: str, batch: Batch | None, chosen: Chosen, found: Evaluation | None) -> DecorrelationStats:
         selection = chosen.selection

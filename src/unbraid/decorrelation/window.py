@@ -15,6 +15,8 @@ from unbraid.decorrelation.selection import Selection
 from unbraid.errors import CodesError
 from unbraid.kernels.pattern import Pattern
 
+FADING = 0.99
+"""What a firing counts for, a batch later: the memory of `FiringCounts` is about a hundred batches."""
 LIMITS = ("fraction", "max_pairs_per_feature", "co-activation")
 PATHS = ("coactive", "blocks", "tiled", "naive", "neighbours")
 
@@ -84,6 +86,37 @@ class CodesWindow(ElasticState):
         """All batches as one."""
         offsets = torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)])
         return Entries(Pattern(offsets, self.indices.long(), n_features), self.values)
+
+
+class FiringCounts(ElasticState):
+    """How often each feature fired lately: on so many tokens, older batches fading."""
+
+    counts: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(0, dtype=torch.float64))
+
+    def add(self, entries: Entries) -> None:
+        """Count a batch.
+
+        Raises:
+            CodesError: it has another number of features than those before.
+        """
+        fired = torch.bincount(entries.indices, minlength=entries.n_features).double()
+        if self.counts.numel() not in (0, fired.numel()):
+            raise CodesError(
+                f"these codes have {fired.numel()} features, those before had {self.counts.numel()}; expected the same "
+                "SAE on every call; make one penalty for each SAE"
+            )
+        earlier = self.counts.to(fired.device) if self.counts.numel() else torch.zeros_like(fired)
+        self.remember(counts=earlier * FADING + fired)
+
+    def first_is_rarer(self, first: Tensor, second: Tensor) -> Tensor:
+        """[P] of pairs of features: 1 where the first fired less than the second, 0 where more, else a half."""
+        if self.counts.numel() == 0:
+            return torch.full(first.shape, 0.5, dtype=torch.float64, device=first.device)
+        return (1 + torch.sign(self.counts[second] - self.counts[first])) / 2
 
 
 class RememberedSelection(ElasticState):
