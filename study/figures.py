@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
-METHODS = ["none", "codes", "decoder", "decoder-strong", "ortsae", "co-active"]
+METHODS = ["none", "codes", "decoder", "rarer", "ortsae", "co-active"]
 """Those drawn; a method has one colour in every figure."""
 ARCHITECTURES = {
     "relu": "ReLU",
@@ -42,10 +42,10 @@ def frontier() -> Figure:
     found = rows("grid")
     figure = Figure(figsize=(WIDTH_INCHES, 3.0))
     panels = figure.subplots(1, 2)
-    drawn = ["none", "codes", "decoder", "ortsae"]
+    drawn = ["none", "codes", "decoder", "rarer", "ortsae"]
     for axes, (metric, title) in zip(panels, (("f1", "F1"), ("mcc", "MCC")), strict=True):
         for marker, (where, name) in zip("osD^P", ARCHITECTURES.items(), strict=True):
-            for method in drawn:
+            for method in [method for method in drawn if method in found[where]]:
                 x, y = (estimate(by_seed(found[where][method], key).values()) for key in ("r2", metric))
                 style = look(method) | {"marker": marker}
                 axes.errorbar(x.mean, y.mean, xerr=x.sd, yerr=y.sd, **style)
@@ -65,20 +65,23 @@ def effects() -> Figure:
     found = rows("grid")
     figure = Figure(figsize=(WIDTH_INCHES, 2.9))
     panels = figure.subplots(1, 2, sharey=True)
-    drawn = ["codes", "co-active", "decoder", "ortsae"]
+    drawn = ["codes", "co-active", "decoder", "rarer", "ortsae"]
     for axes, (metric, title) in zip(panels, (("f1", "F1"), ("mcc", "MCC")), strict=True):
         axes.axvline(0, color="0.6", linewidth=0.8)
         for row, where in enumerate(ARCHITECTURES):
             none = by_seed(found[where]["none"], metric)
             for place, method in enumerate(drawn):
+                if method not in found[where]:
+                    continue
                 gap = difference(by_seed(found[where][method], metric), none)
-                at = row + (place - 1.5) * 0.17
-                axes.errorbar(gap.mean, at, xerr=gap.reach, **look(method), linestyle="", label=None if row else method)
+                at = row + (place - 2) * 0.15
+                name = method if where == "batch_topk" else None
+                axes.errorbar(gap.mean, at, xerr=gap.reach, **look(method), linestyle="", label=name)
         axes.set_title(f"{title}, difference to no penalty")
     panels[0].set_yticks(range(len(ARCHITECTURES)), list(ARCHITECTURES.values()))
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=4)
+    figure.legend(handles, labels, loc="lower center", ncol=5)
     figure.subplots_adjust(left=0.12, right=0.985, bottom=0.18, top=0.91, wspace=0.06)
     return figure
 
@@ -88,8 +91,8 @@ def distributions() -> Figure:
     found = json.loads((RESULTS / "pairs.json").read_text())
     figure = Figure(figsize=(WIDTH_INCHES * 0.7, 2.5))
     axes = figure.subplots()
-    for label, shares in found["share_above"].items():
-        shares = np.array(shares)
+    for label in [label for label in METHODS if label in found["share_above"]]:
+        shares = np.array(found["share_above"][label])
         line = {"color": look(label)["color"], "linestyle": DASHES[METHODS.index(label) % len(DASHES)]}
         axes.plot(np.array(found["levels"])[shares > 0], shares[shares > 0], **line, label=label)
     axes.set_yscale("log")

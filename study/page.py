@@ -138,8 +138,10 @@ def by_seed(metrics: dict[int, dict[str, Any]], metric: str) -> BySeed:
 
 def table(name: str, where: str) -> str:
     """Means (standard deviations over seeds); arrows where the paired difference to `none` is outside the noise."""
-    columns, here = COLUMNS.get(name, TRUTH), rows(name)[where]
+    here = rows(name)[where]
     here |= {f"control: {label}": found for label, found in rows(name).get("control", {}).items()}
+    known = {metric for found in here.values() for metrics in found.values() for metric in metrics}
+    columns = {title: metric for title, metric in COLUMNS.get(name, TRUTH).items() if metric in known}
     out = [f"| | {' | '.join(columns)} | seeds |", f"|---|{'---|' * len(columns)}---|"]
     for label, found in here.items():
         none = here.get("none", {})
