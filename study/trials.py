@@ -6,12 +6,13 @@ from the same first directions, so differences between them are paired.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
 from unbraid.evaluation.controls import controls_of
@@ -66,15 +67,22 @@ class Trial:
         )
 
 
-def run(trials: Iterable[Trial], table: str) -> None:
-    """Train and judge the trials whose lines `table` does not hold yet, and add them."""
+def run(
+    trials: Iterable[Trial], table: str, penalty_of: Callable[[Trial], nn.Module | None] = lambda trial: None
+) -> None:
+    """Train and judge the trials whose lines `table` does not hold yet, and add them.
+
+    `penalty_of` gives the penalty of a trial whose settings do not describe it.
+    """
     path = RESULTS / f"{table}.jsonl"
     done = {Trial(**line["trial"]).key for line in read(table)}
     world = build_world("small")
     for group in groups(trial for trial in trials if trial.key not in done):
         print(f"{table}: {', '.join(f'{t.architecture}/{t.method}' for t in group)}; seed {group[0].seed}", flush=True)
         samples = group[0].steps * BATCH
-        for trial, sae in zip(group, train_on_world(world, [t.settings for t in group], samples, BATCH), strict=True):
+        penalties = [penalty_of(trial) for trial in group]
+        saes = train_on_world(world, [t.settings for t in group], samples, BATCH, penalties=penalties)
+        for trial, sae in zip(group, saes, strict=True):
             append(path, {"trial": asdict(trial), "metrics": judge(sae, world)})
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
+from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.errors import TrainingError
 from unbraid.synthetic import build_world
 from unbraid.synthetic.learning import train_on_world
@@ -28,6 +29,15 @@ def test_an_sae_trained_beside_others_is_the_one_trained_alone():
     assert not torch.equal(beside[0].W_dec, beside[2].W_dec)
     x_BD, _ = world.sample(64, torch.Generator().manual_seed(0))
     assert beside[0].encode(x_BD).shape == (64, 16)
+
+
+def test_a_penalty_of_your_own_takes_the_place_of_the_settings():
+    world = build_world("unit")
+    (expected,) = train_on_world(world, [variant(lambda2=0.3)], samples=2048, batch=256)
+    own = SelectiveDecorrelation(space="decoder")
+    settings = [variant(lambda2=0.3).model_copy(update={"decorrelation": DecorrelationConfig(lambda2=0.3)})] * 2
+    by_own, by_settings = train_on_world(world, settings, samples=2048, batch=256, penalties=[own, None])
+    assert torch.equal(by_own.W_dec, expected.W_dec) and not torch.equal(by_settings.W_dec, expected.W_dec)
 
 
 def test_training_on_a_world_refuses_no_step_and_seeds_that_differ():

@@ -7,6 +7,8 @@ the variants of a run do: drawing them costs more than a small SAE's step, and t
 
 from collections.abc import Callable, Sequence
 
+from torch import nn
+
 from unbraid.config import VariantConfig
 from unbraid.errors import TrainingError
 from unbraid.randomness import derive_seed, generator
@@ -24,6 +26,7 @@ def train_on_world(
     samples: int,
     batch: int = 1024,
     on_step: Callable[[int], None] | None = None,
+    penalties: Sequence[nn.Module | None] | None = None,
 ) -> list[SAE]:
     """An SAE for each of `variants`, all trained on the same `samples` fresh samples of `world`, on its device.
 
@@ -36,6 +39,9 @@ def train_on_world(
         samples: how many; `samples // batch` steps.
         batch: samples per step.
         on_step: called with the number of steps done.
+        penalties: penalties of your own, one a variant, in the place of those the settings describe (none: keep that
+            one), weighted by the variant's lambda2. Called with codes, as `f` or `codes=`, and `decoder=W_dec`; the
+            answer is a pair of a scalar and anything.
 
     Raises:
         TrainingError: there is no step to make, the seeds differ, or a loss is not finite.
@@ -56,6 +62,9 @@ def train_on_world(
     trainees = [
         untrained(settings.sae.architecture, 0, settings, seed, scale, mean_D, world.device) for settings in variants
     ]
+    for trainee, penalty in zip(trainees, penalties or [None] * len(trainees), strict=True):
+        if penalty is not None:
+            trainee.decorrelate = penalty
     stream = world.batches(batch, generator(seed, "samples", device=world.device))
     for step in range(steps):
         x_BD = next(stream) * scale
