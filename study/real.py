@@ -29,7 +29,7 @@ from unbraid.activations.rows import RowFilter
 from unbraid.config import EvaluationConfig, RunConfig
 from unbraid.evaluation.geometry import composition_rate, max_cosines, seed_agreement
 from unbraid.evaluation.suites import run_suites
-from unbraid.recipes import APART, smollm2
+from unbraid.recipes import smollm2
 from unbraid.run import fill_cache
 from unbraid.training.trainee import new_trainee, train_step
 
@@ -37,17 +37,20 @@ HERE = Path(__file__).parent
 CACHE, RUNS = HERE / "cache", HERE / "runs"
 SUITES_EVERYWHERE: list[Any] = ["core", "correlation"]
 SUITES_OF_HEADLINE: list[Any] = ["probing", "absorption"]
+DECODER: dict[str, Any] = {"space": "decoder", "refresh": 16}
+RARER: dict[str, Any] = {"floor": 0.1, "push": "rarer"}
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"method": "none", "lambda2": 0.0},
     "codes": {"lambda2": 0.1},
-    "decoder": {**APART, "lambda2": 0.1, "refresh": 16, "neighbours": 64},
-    "decoder-strong": {"space": "decoder", "lambda2": 0.64, "refresh": 16},
-    "rarer": {"space": "decoder", "lambda2": 0.64, "floor": 0.1, "refresh": 16, "push": "rarer"},
+    "decoder": {**DECODER, "fraction": 0.01, "lambda2": 0.1, "neighbours": 64},
+    "decoder-strong": {**DECODER, "lambda2": 0.64},
+    "rarer": {**DECODER, "fraction": 0.01, "lambda2": 0.1, "neighbours": 64, **RARER},
+    "rarer-strong": {**DECODER, "lambda2": 0.64, **RARER},
     "ortsae": {"method": "orthogonal", "lambda2": 0.25, "interval": 5},
 }
-"""What is compared: no penalty, the paper's form, the recipe `APART`, decoder rows pushed as hard as on the known world
-(there 0.1 at k = 5 and a pair or two a feature; a feature's share of the reconstruction's gradient grows with k), the
-same by their rarer row, and OrtSAE every fifth step (its paper's cheap form, as good there as every step)."""
+"""What is compared: no penalty, the paper's form, decoder rows with the known world's weight and share of pairs, fewer
+of them pushed harder, both also by the rarer row of a pair (tau no lower than 0.6 of chance level, as on the known
+world), and OrtSAE every fifth step (its paper's cheap form, as good there as every step)."""
 WARM_STEPS, TIMED_STEPS = 40, 80
 HEADLINE = 14
 """The layer with three seeds, probing and absorption."""
