@@ -50,13 +50,13 @@ def frontier() -> Figure:
                 style = look(method) | {"marker": marker}
                 axes.errorbar(x.mean, y.mean, xerr=x.sd, yerr=y.sd, **style)
             axes.plot([], [], marker, color="0.35", markersize=4.2, label=name)
-        for method in drawn:
-            axes.plot([], [], color=look(method)["color"], linewidth=3, label=method)
+            method = drawn[list(ARCHITECTURES).index(where)]
+            axes.plot([], [], color=look(method)["color"], linewidth=3, label=method)  # a column of the legend each
         axes.set_xlabel("$R^2$")
         axes.set_title(title)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncol=9, columnspacing=0.9, handletextpad=0.3, handlelength=1.0)
-    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.15, top=0.82, wspace=0.17)
+    figure.legend(handles, labels, loc="upper center", ncol=5, columnspacing=1.6, handletextpad=0.5, handlelength=1.0)
+    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.15, top=0.8, wspace=0.17)
     return figure
 
 
@@ -138,9 +138,10 @@ def draw_weights(axes: "Axes", trials: list[dict[str, Any]], method: str, fracti
 
 def heat_map() -> Figure:
     """Correlations of the most entangled features without a penalty, and of their counterparts with one."""
-    found = json.loads((RESULTS / "pairs.json").read_text())["heat"]
+    heat = json.loads((RESULTS / "pairs.json").read_text())["heat"]
+    found = {label: heat[label] for label in METHODS if label in heat}
     ramp = LinearSegmentedColormap.from_list("ramp", ["#ffffff", "#6fb7e9", "#1f2a6b"])
-    figure = Figure(figsize=(WIDTH_INCHES, 1.75))
+    figure = Figure(figsize=(WIDTH_INCHES, 1.35))
     panels = figure.subplots(1, len(found))
     for axes, (label, matrix) in zip(panels, found.items(), strict=True):
         shown = np.array(matrix)
@@ -149,7 +150,8 @@ def heat_map() -> Figure:
         axes.set_title(label)
         axes.set_xticks([])
         axes.set_yticks([])
-    bar = figure.colorbar(image, ax=panels, fraction=0.02, pad=0.02)
+    figure.subplots_adjust(left=0.01, right=0.9, bottom=0.04, top=0.84, wspace=0.1)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.915, 0.06, 0.012, 0.74)))
     bar.set_label("C")
     return figure
 

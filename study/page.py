@@ -169,9 +169,9 @@ def look_up(name: str, place: str, metric: str) -> BySeed:
     return by_seed(rows(name)[where][label], metric)
 
 
-def again() -> str:
-    """The cell that was trained once more: how many of its numbers came out the same."""
-    (line,) = lines("again")
+def again(cell_name: str) -> str:
+    """A cell that was trained once more: how far its numbers are from the first ones, and how many are the same."""
+    (line,) = [line for line in lines("again") if "/".join(of_trial(line)[:2]) == cell_name]
     (first,) = [other for other in lines("grid") if other["trial"] == line["trial"]]
     trial, own, other = line["trial"], line["metrics"], first["metrics"]
     same = sum(own[name] == other[name] for name in other)
@@ -182,9 +182,9 @@ def again() -> str:
 
 def fill(directive: str) -> str:
     """What a directive stands for."""
-    if directive == "again":
-        return again()
     kind, name, *rest = directive.split("|")
+    if kind == "again":
+        return again(name)
     if kind == "table":
         return table(name, *rest)
     place, metric, *other = rest

@@ -26,7 +26,9 @@ decoder space they give what every step gives, in code space they pull less; `do
 
 APART = {"space": "decoder", "fraction": 0.01}
 """Decorrelation settings that docs/study.md found to help where the paper's code space hurts: the most overlapping 1 %
-of decoder rows pushed apart, at the default weight, best on Matryoshka SAEs. The recipes keep the paper's form, because
+of decoder rows pushed apart, at the default weight, best on Matryoshka SAEs. On the study's world ReLU, BatchTopK and
+JumpReLU SAEs gain more with `"push": "rarer"` and a floor of 0.2, which is 0.6 of chance level there (take 0.6 times
+sqrt(2 ln N / D) for your SAE); on a language model that has not been seen. The recipes keep the paper's form, because
 they are there to show it beside its twin; for features to use, train with these (`DecorrelationConfig(**APART)`)."""
 
 

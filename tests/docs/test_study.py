@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from unbraid.decorrelation.penalty import SelectiveDecorrelation
 
 ROOT = Path(__file__).parents[2]
 STUDY, PAGE = ROOT / "study", ROOT / "docs" / "study.md"
@@ -79,3 +82,20 @@ def test_metrics_at_an_l0_lie_between_those_of_its_neighbours(monkeypatch):
     several = [{"l0": 8.0, "f1": 0.2, "gap": None}, {"l0": 4.0, "f1": 0.6, "gap": 1.0}, {"l0": 2.0, "f1": 0.1}]
     assert at_l0(several, 5.0) == pytest.approx({"l0": 5.0, "f1": 0.5})
     assert at_l0(several, 9.0) == {} and at_l0(several, 1.0) == {}
+
+
+@pytest.mark.parametrize("moves", ["both", "rarer"])
+def test_a_hybrid_without_a_variation_is_the_librarys_penalty(monkeypatch, moves):
+    monkeypatch.syspath_prepend(str(STUDY))
+    hybrids = pytest.importorskip("hybrids")
+    draws = torch.Generator().manual_seed(0)
+    f_BN = torch.rand(64, 40, generator=draws).sub(torch.linspace(0.3, 0.95, 40)).clamp(min=0)
+    decoder_ND = torch.randn(40, 12, generator=draws)
+    own, expected = decoder_ND.clone().requires_grad_(), decoder_ND.clone().requires_grad_()
+    penalty, _ = hybrids.Hybrid(1, moves=moves, floor=0.2)(f_BN, decoder=own)
+    settings = {"fraction": hybrids.FRACTION, "space": "decoder", "path": "tiled", "floor": 0.2, "push": moves}
+    value, _ = SelectiveDecorrelation(**settings)(f_BN, decoder=expected)
+    penalty.backward()
+    value.backward()
+    assert float(expected.grad.abs().sum()) > 0
+    torch.testing.assert_close(own.grad, expected.grad)
