@@ -4,7 +4,8 @@ A change that is not meant to alter training must leave them alone. After one th
 
     python tests/sae/test_golden_curves.py
 
-and say in the commit why they moved. Sums are ordered differently on different processors, hence the tolerance.
+and say in the commit why they moved. Sums are ordered differently on different processors, hence the tolerances: after
+a hundred steps gradient norms differ most (.3 % between two of them for sparse filtering, its losses within .2 %).
 """
 
 import json
@@ -63,7 +64,8 @@ def test_the_loss_curve_is_the_golden_one(architecture):
     golden = json.loads((FOLDER / f"{architecture}.json").read_text(encoding="utf-8"))
     measured = curve(architecture)
     for name, values in golden.items():
-        assert measured[name] == pytest.approx(values, rel=2e-3, abs=2e-5), name
+        rel = 1e-2 if name == "grad_norm" else 2e-3
+        assert measured[name] == pytest.approx(values, rel=rel, abs=2e-5), name
 
 
 def test_every_golden_curve_goes_down():
