@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from real import CACHE, HEADLINE, METHODS, RUNS, read
+from real import HEADLINE, METHODS, RUNS, rows_of
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
-from trials import RESULTS, append
+from trials import RESULTS, append, read
 
 import unbraid
-from unbraid.activations.cache import CachedActivations
-from unbraid.activations.rows import RowFilter
 from unbraid.config import load_config
 from unbraid.evaluation.pairs import PairStatistics, View, pair_statistics, stack_codes
 from unbraid.files import write_json
-from unbraid.randomness import generator
 
 RUN = f"batch_topk-k32-layer{HEADLINE}"
 BATCH, FRACTION = 2048, 1e-3
@@ -35,20 +31,6 @@ SIZES = [256, 512, 2048, 8192, 32_768]
 LEVELS = [round(0.02 * step, 2) for step in range(51)]
 SHOWN = 24
 """Features in the heat map."""
-
-
-def rows_of(run: Path, count: int) -> Tensor:
-    """Activations `run` trained on, `[count, D]`, shuffled."""
-    config = load_config(run / "config.json")
-    source = CachedActivations(config, CACHE)
-    kept = RowFilter(config.buffer, config.sites, source.special_ids)
-    parts: list[Tensor] = []
-    for chunk in source.chunks(None):
-        parts.append(kept(chunk)[0])
-        if sum(map(len, parts)) >= count:
-            break
-    x_RD = torch.cat(parts)[:count]
-    return x_RD[torch.randperm(len(x_RD), generator=generator(0, "study pairs"))]
 
 
 def load(run: Path, method: str) -> Any:
@@ -65,11 +47,11 @@ def codes_of(run: Path, method: str, x_RD: Tensor) -> Any:
 def noise() -> None:
     """Of the S of a window of M batches: how rare its features are, and what is left of it on other tokens."""
     path = RESULTS / "noise.jsonl"
-    done = {line["run"] for line in read(path)}
+    done = {line["run"] for line in read(path.stem)}
     for run in sorted(RUNS.glob(f"{RUN}-s*")):
         if run.name in done:
             continue
-        x_RD = rows_of(run, REFERENCE_ROWS + 2 * max(SIZES))
+        x_RD = rows_of(load_config(run / "config.json"), REFERENCE_ROWS + 2 * max(SIZES))
         codes = codes_of(run, "none", x_RD)
         reference = codes[:REFERENCE_ROWS]
         wanted = set(map(tuple, top(reference).pairs))
@@ -124,7 +106,7 @@ def correlations(codes: Any, pairs: np.ndarray) -> np.ndarray:
 def shapes() -> None:
     """Distributions of all live pairs' correlations, and the most entangled features before and after."""
     run = RUNS / f"{RUN}-s0"
-    x_RD = rows_of(run, REFERENCE_ROWS)
+    x_RD = rows_of(load_config(run / "config.json"), REFERENCE_ROWS)
     found: dict[str, Any] = {"levels": LEVELS, "share_above": {}, "run": run.name, "tokens": REFERENCE_ROWS}
     codes = {method: codes_of(run, method, x_RD) for method in METHODS}
     for method, own in codes.items():

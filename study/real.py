@@ -16,12 +16,11 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from trials import RESULTS, append
+from trials import RESULTS, append, read
 
 import unbraid
 from unbraid.activations.cache import CachedActivations
@@ -29,6 +28,7 @@ from unbraid.activations.rows import RowFilter
 from unbraid.config import EvaluationConfig, RunConfig
 from unbraid.evaluation.geometry import composition_rate, max_cosines, seed_agreement
 from unbraid.evaluation.suites import run_suites
+from unbraid.randomness import generator
 from unbraid.recipes import smollm2
 from unbraid.run import fill_cache
 from unbraid.training.trainee import new_trainee, train_step
@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """What is compared: no penalty, the paper's form, decoder rows with the known world's weight and share of pairs, fewer
 of them pushed harder, both also by the rarer row of a pair (tau no lower than 0.6 of chance level, as on the known
 world), and OrtSAE every fifth step (its paper's cheap form, as good there as every step)."""
-WARM_STEPS, TIMED_STEPS = 40, 80
+WARM_STEPS, TIMED_STEPS, TIMED_ON = 40, 80, 65_536
 HEADLINE = 14
 """The layer with three seeds, probing and absorption."""
 
@@ -135,7 +135,7 @@ def train(cells: list[Cell], asked: argparse.Namespace) -> None:
 def judge(cells: list[Cell]) -> None:
     """`unbraid eval` of every complete run, and what compares seeds: one line an SAE."""
     path = RESULTS / "real.jsonl"
-    done = {line["run"] for line in read(path)}
+    done = {line["run"] for line in read(path.stem)}
     for cell in cells:
         folder = RUNS / cell.name
         if cell.name in done or not (folder / "summary.json").is_file():
@@ -179,7 +179,7 @@ def numbers(found: dict[str, Any], summary: dict[str, Any] | None, sae: Any) -> 
 def agreement(cells: list[Cell]) -> None:
     """How alike the decoders of two seeds of one method are: a line for each pair of seeds."""
     path = RESULTS / "real-agreement.jsonl"
-    done = {line["pair"] for line in read(path)}
+    done = {line["pair"] for line in read(path.stem)}
     for first in cells:
         for second in cells:
             alike = replace(first, seed=0) == replace(second, seed=0) and first.seed < second.seed
@@ -193,9 +193,17 @@ def agreement(cells: list[Cell]) -> None:
                 append(path, {"pair": pair, "sae": one.name, "metrics": {"agreement": seed_agreement(*rows)}})
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a table."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+def rows_of(config: RunConfig, count: int) -> torch.Tensor:
+    """Activations a run trains on, `[count, D]`, shuffled, as training's batches are."""
+    source = CachedActivations(config, CACHE)
+    kept = RowFilter(config.buffer, config.sites, source.special_ids)
+    parts: list[torch.Tensor] = []
+    for chunk in source.chunks(None):
+        parts.append(kept(chunk)[0])
+        if sum(map(len, parts)) >= count:
+            break
+    x_RD = torch.cat(parts)[:count]
+    return x_RD[torch.randperm(len(x_RD), generator=generator(0, "study pairs"))]
 
 
 def cost(asked: argparse.Namespace) -> None:
@@ -205,11 +213,9 @@ def cost(asked: argparse.Namespace) -> None:
     torch.set_num_threads(2)
     for cell in PLAN[: len(KINDS)]:
         config = settings(cell, asked)
-        source = CachedActivations(config, CACHE)
-        kept = RowFilter(config.buffer, config.sites, source.special_ids)
-        rows = torch.cat([kept(chunk)[0] for chunk in islice(source.chunks(None), 24)])
+        rows = rows_of(config, TIMED_ON)
         scale = float(rows.double().square().sum(1).mean().rsqrt())
-        batches = (rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))] * scale).split(1024)[:-1]
+        batches = (rows * scale).split(1024)
         trainees = {
             method: new_trainee(config, 0, method, scale, rows.mean(0) * scale, torch.device("cpu"))
             for method in METHODS

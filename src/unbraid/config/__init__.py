@@ -6,12 +6,11 @@ constants where it gives them (Adam, lr 3e-4, lambda1 0.04, 1000 warm-up steps, 
 """
 
 from unbraid.config.checks import validated
+from unbraid.config.decorrelation import DecorrelationConfig, Floor
 from unbraid.config.measuring import EvaluationConfig, ProbingConfig, SpellingConfig, SynthConfig, WorldConfig
 from unbraid.config.run import (
     Architecture,
     BufferConfig,
-    DecorrelationConfig,
-    Floor,
     ModelConfig,
     OptimiserConfig,
     RunConfig,

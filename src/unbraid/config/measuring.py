@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from tyro.constructors import PrimitiveConstructorSpec
 
 from unbraid.config.checks import Section
-from unbraid.config.run import Architecture, DecorrelationConfig, TextConfig
+from unbraid.config.decorrelation import DecorrelationConfig
+from unbraid.config.run import Architecture, TextConfig
 from unbraid.errors import ConfigError
 
 

@@ -166,6 +166,11 @@ class Batch:
         return _pairs_within((self.f_BN > 0).sum(1))
 
     @property
+    def support(self) -> Tensor:
+        """[N] rows on which each feature fires, known without listing the entries of dense codes."""
+        return self.entries.support if self.f_BN is None else (self.f_BN > 0).sum(0)
+
+    @property
     def source(self) -> Tensor:
         """The tensor a penalty attaches to when its value does not depend on the entries."""
         return self.entries.values if self.f_BN is None else self.f_BN

@@ -112,7 +112,7 @@ class SelectiveDecorrelation(Penalty):
         """See `Penalty.find`."""
         if self.firing is not None and self.training:
             assert batch is not None
-            self.firing.add(batch.entries)
+            self.firing.add(batch.support)
         if self.space == "decoder":
             assert decoder is not None
             return self._find_among_decoder_rows(decoder, acts)

@@ -97,13 +97,13 @@ class FiringCounts(ElasticState):
         super().__init__()
         self.register_buffer("counts", torch.zeros(0, dtype=torch.float64))
 
-    def add(self, entries: Entries) -> None:
-        """Count a batch.
+    def add(self, support: Tensor) -> None:
+        """Count a batch: its tokens [N] on which each feature fires.
 
         Raises:
             CodesError: it has another number of features than those before.
         """
-        fired = torch.bincount(entries.indices, minlength=entries.n_features).double()
+        fired = support.double()
         if self.counts.numel() not in (0, fired.numel()):
             raise CodesError(
                 f"these codes have {fired.numel()} features, those before had {self.counts.numel()}; expected the same "
