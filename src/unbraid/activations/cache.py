@@ -6,7 +6,7 @@ activations; a context's position in the text is its chunk's. The manifest is re
 interrupted harvest goes on where it stood, and nothing that is not in the manifest is ever read.
 """
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from unbraid.activations.rows import Chunk, RowFilter, StopSignal, never
 from unbraid.config import RunConfig
 from unbraid.errors import ActivationError, TextError
 from unbraid.files import checksum, free_bytes, held, holds_nothing, write_json, write_whole
+from unbraid.json_files import is_count, read_json_object
 
 FORMAT_VERSION = 1
 CHUNKS_PER_SHARD = 8
@@ -183,27 +184,70 @@ def _write_shard(
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format_version"] > FORMAT_VERSION:
-            raise ActivationError(
-                f"cache {str(folder)!r} has format version {manifest['format_version']}; this unbraid reads up to "
-                f"{FORMAT_VERSION}; upgrade unbraid"
-            )
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    expected = "one made by `unbraid harvest`; harvest again into a new folder"
+    manifest = read_json_object(folder / "manifest.json", ActivationError, f"a cache's manifest, {expected}")
+    version = manifest.get("format_version")
+    if is_count(version, FORMAT_VERSION + 1):
         raise ActivationError(
-            f"{str(folder)!r} holds no readable manifest.json ({error}); expected a folder made by `unbraid harvest`"
-        ) from error
+            f"cache {str(folder)!r} has format version {version}; this unbraid reads up to {FORMAT_VERSION}; "
+            "upgrade unbraid"
+        )
+    problem = _problem_in_manifest(manifest)
+    if problem is not None:
+        raise ActivationError(f"{str(folder / 'manifest.json')!r} is damaged: {problem}; expected {expected}")
+    return manifest
+
+
+def _problem_in_manifest(manifest: dict[str, Any]) -> str | None:
+    """What about a manifest no harvest could have written; None for a good one."""
+    if manifest.get("format_version") != FORMAT_VERSION or not isinstance(manifest.get("complete"), bool):
+        return f"format_version {manifest.get('format_version')!r}, complete {manifest.get('complete')!r}"
+    sites, recipe, parts = manifest.get("sites"), manifest.get("recipe"), manifest.get("parts")
+    if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
+        return f"sites {sites!r}"
+    if not isinstance(recipe, dict):
+        return f"recipe {recipe!r}"
+    if not isinstance(parts, dict) or not all(isinstance(parts.get(part), list) for part in PARTS):
+        return f"parts {parts!r}"
+    if manifest["complete"] or "d_model" in manifest:
+        if not is_count(manifest.get("d_model"), 1) or not isinstance(manifest.get("prepends_bos"), bool):
+            return f"d_model {manifest.get('d_model')!r}, prepends_bos {manifest.get('prepends_bos')!r}"
+        special_ids = manifest.get("special_ids")
+        if not isinstance(special_ids, list) or not all(map(is_count, special_ids)):
+            return f"special_ids {special_ids!r}"
+    return next(
+        (
+            f"{part} shard {number} has {problem}"
+            for part in PARTS
+            for number, shard in enumerate(parts[part])
+            if (problem := _problem_in_shard(shard, part))
+        ),
+        None,
+    )
+
+
+def _problem_in_shard(shard: Any, part: str) -> str | None:
+    if not isinstance(shard, dict):
+        return repr(shard)
+    file, contexts, positions = shard.get("file"), shard.get("contexts"), shard.get("positions")
+    if not isinstance(file, str) or not re.fullmatch(rf"{part}_\d+\.safetensors", file):
+        return f"file {file!r}"
+    if not isinstance(contexts, list) or not contexts or not all(is_count(count, 1) for count in contexts):
+        return f"contexts {contexts!r}"
+    if not isinstance(positions, list) or len(positions) != len(contexts):
+        return f"{len(positions) if isinstance(positions, list) else positions!r} positions for {len(contexts)} chunks"
+    if not all(isinstance(position, dict) for position in positions) or not isinstance(shard.get("filter"), dict):
+        return f"positions {positions!r}, filter {shard.get('filter')!r}"
+    return None
 
 
 def _check_recipe(manifest: dict[str, Any], config: RunConfig, folder: Path) -> None:
     expected, found = recipe_of_activations(config), manifest["recipe"]
     for group in expected:
-        if found[group] != expected[group]:
+        if found.get(group) != expected[group]:
             raise ActivationError(
-                f"cache {str(folder)!r} was harvested with {group} = {found[group]}; the run has {expected[group]}; "
-                "expected the same settings; change the run's, or harvest into another folder"
+                f"cache {str(folder)!r} was harvested with {group} = {found.get(group)}; the run has "
+                f"{expected[group]}; expected the same settings; change the run's, or harvest into another folder"
             )
     missing = [str(site) for site in config.sites if str(site) not in manifest["sites"]]
     if missing:
@@ -277,11 +321,20 @@ class CachedActivations:
         path = self.folder / shard["file"]
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in ("tokens", *map(str, self.sites))}
+                tensors = {name: file.get_tensor(name) for name in ("tokens", *map(str, self.sites))}
         except (OSError, safetensors.SafetensorError) as error:
             raise ActivationError(
                 f"shard {str(path)!r} cannot be read ({error}); harvest again into a new folder"
             ) from error
+        contexts = (sum(shard["contexts"]), self.context_length)
+        for name, tensor in tensors.items():
+            expected = contexts if name == "tokens" else (*contexts, self.d_model)
+            if tuple(tensor.shape) != expected:
+                raise ActivationError(
+                    f"shard {str(path)!r} holds {name} of shape {tuple(tensor.shape)}; the manifest says {expected}; "
+                    "harvest again into a new folder"
+                )
+        return tensors
 
     def count_contexts(self, limit: int) -> int:
         """Training contexts in the cache, counted no further than `limit`."""

@@ -11,6 +11,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from unbraid.config.checks import Section, set_by_path, validated
 from unbraid.config.decorrelation import DecorrelationConfig
 from unbraid.errors import ConfigError
+from unbraid.json_files import parse_json, read_json_object
 
 SITE_PATTERN = re.compile(r"^(resid_post|mlp_out|attn_out)\.(\d+)$")
 
@@ -219,12 +220,7 @@ class TrainingConfig(Section):
 
 
 def _read_variants(text: str) -> dict[str, dict[str, Any]]:
-    try:
-        variants = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"variants = {text!r} is not JSON ({error}); expected an object of name -> overrides"
-        ) from None
+    variants = parse_json(text, lambda why: ConfigError(f"variants {why}; expected an object of name -> overrides"))
     if not isinstance(variants, dict) or not all(isinstance(overrides, dict) for overrides in variants.values()):
         raise ConfigError(f"variants = {text!r}; expected a JSON object of name -> object of overrides")
     return variants
@@ -335,12 +331,5 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: the file is missing, not JSON, or holds unknown or unacceptable settings.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the settings file {str(path)!r}: {error.strerror}; expected a readable JSON file"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{str(path)!r} is not JSON ({error}); expected settings as in a run's config.json") from None
+    data = read_json_object(path, ConfigError, "settings as in a run's config.json")
     return validated(RunConfig, data, str(path))

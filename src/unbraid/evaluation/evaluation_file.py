@@ -5,7 +5,6 @@ So each suite stands with the settings it ran under, and one that is not run aga
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from unbraid.config.measuring import SUITES
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.subjects import Judged
 from unbraid.files import write_json, write_whole
+from unbraid.json_files import read_json_object
 
 Report = dict[str, Any]
 
@@ -47,7 +47,7 @@ class EvaluationFile:
             for name, before in self.earlier.get(kind, {}).items():
                 sections = {suite: before[suite] for suite in kept if suite in before}
                 if sections or name in report[kind]:
-                    now = {"site": before["site"]} | sections | report[kind].get(name, {})
+                    now = {"site": before.get("site")} | sections | report[kind].get(name, {})
                     report[kind][name] = {key: now[key] for key in ("site", *SUITES) if key in now}
         for suite, reason in self.earlier.get("skipped", {}).items():
             if suite.partition(" at ")[0] in kept:
@@ -73,14 +73,27 @@ def read_evaluation(path: Path) -> Report:
     Raises:
         EvaluationError: it cannot be read.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except ValueError as problem:
-        raise EvaluationError(
-            f"{path} is not JSON ({problem}); expected an earlier evaluation; move it away"
-        ) from problem
+    report = read_json_object(path, EvaluationError, "an earlier evaluation; move it away")
+    problem = _problem(report)
+    if problem is not None:
+        raise EvaluationError(f"{path}: {problem}; expected an earlier evaluation; move it away")
+    return report
+
+
+def _problem(report: Report) -> str | None:
+    """What about an evaluation nobody could have written; None for a good one."""
+    for table in ("saes", "controls", "settings", "seconds", "skipped"):
+        if not isinstance(report.get(table, {}), dict):
+            return f"{table} is {report[table]!r}"
+    for kind in ("saes", "controls"):
+        for name, sections in report.get(kind, {}).items():
+            if not isinstance(sections, dict):
+                return f"{kind}.{name} is {sections!r}"
+            if not all(isinstance(sections[suite], dict) for suite in SUITES if suite in sections):
+                return f"{kind}.{name} has a suite that is no object"
+    return None
 
 
 def _checksum(judged: Sequence[Judged]) -> str:

@@ -15,6 +15,7 @@ from scipy import stats
 from unbraid.config import VariantConfig
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.evaluation_file import read_evaluation
+from unbraid.json_files import is_number
 from unbraid.reporting.figures import COLOURS, DASHES, MARKERS, STYLE, WIDTH_INCHES, save_figure
 from unbraid.reporting.training_log import split_name
 from unbraid.training.run_folder import RunFolder
@@ -83,7 +84,7 @@ def frontier(runs: list[Path | str]) -> list[Point]:
             measured |= {"ce_loss_score": spliced.get(name)}
             site, variant = split_name(name)
             settings = shared | _flat(config.variant(variant))
-            values = {metric: float(measured[metric]) for metric in METRICS if measured.get(metric) is not None}
+            values = {metric: float(measured[metric]) for metric in METRICS if is_number(measured.get(metric))}
             groups.setdefault(repr((site, sorted(settings.items()))), []).append((site, settings, values))
     differing = _differing([members[0][1] for members in groups.values()])
     points = [
@@ -105,8 +106,12 @@ def frontier(runs: list[Path | str]) -> list[Point]:
 def _ce_loss_scores(run: Path) -> dict[str, float]:
     """By SAE, from the run's evaluation.json, where there is one."""
     saes = read_evaluation(run / "evaluation.json").get("saes", {})
-    cores = {name: sae["core"] for name, sae in saes.items() if "core" in sae}
-    return {name: core["model_performance_preservation"]["ce_loss_score"] for name, core in cores.items()}
+    spliced = {name: sae.get("core", {}).get("model_performance_preservation") for name, sae in saes.items()}
+    return {name: found["ce_loss_score"] for name, found in spliced.items() if _has_number(found, "ce_loss_score")}
+
+
+def _has_number(found: Any, name: str) -> bool:
+    return isinstance(found, dict) and is_number(found.get(name))
 
 
 def _flat(settings: VariantConfig) -> dict[str, Any]:

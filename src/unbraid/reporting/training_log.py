@@ -8,13 +8,19 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from unbraid.errors import TrainingError
+from unbraid.json_files import is_count, is_number
 from unbraid.training.run_folder import read_json_lines
 
 NAME_PATTERN = re.compile(r"^(?P<site>[a-z_]+\.\d+)(?:_(?P<variant>.+))?$")
+
+SAFE_NAME = r"[\w.+:-]{1,255}"
+LARGEST = 1e100
+"""Beyond this no training goes, and a figure's axes overflow."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +75,29 @@ class TrainingLog:
         lines = read_json_lines(path)
         if not lines:
             raise TrainingError(f"{str(path)!r} has no line yet; expected at least one logged step; train first")
-        try:
-            records = [line["saes"] for line in lines]
-            return cls(list(records[0]), np.array([line["step"] for line in lines], dtype=float), records)
-        except (KeyError, TypeError) as error:
-            raise TrainingError(f"{str(path)!r} lacks {error}; expected the metrics.jsonl of a training run") from None
+        for number, line in enumerate(lines, start=1):
+            problem = _problem(line)
+            if problem is not None:
+                raise TrainingError(
+                    f"{str(path)!r} is damaged: line {number} has {problem}; expected the metrics.jsonl of a training "
+                    "run"
+                )
+        records = [line["saes"] for line in lines]
+        return cls(list(records[0]), np.array([line["step"] for line in lines], dtype=float), records)
 
     def curve(self, name: str, quantity: str) -> Curve:
-        """`quantity` (such as "loss" or "tau") of the SAE `name`."""
+        """`quantity` (such as "loss" or "tau") of the SAE `name`.
+
+        Raises:
+            TrainingError: something logged under that name is no number.
+        """
         values = [record.get(name, {}).get(quantity) for record in self._records]
+        for value in values:
+            if value is not None and not (is_number(value) and abs(value) <= LARGEST):
+                raise TrainingError(
+                    f"metrics.jsonl has {quantity} = {value!r} for {name}; expected a number or null; the log is "
+                    "damaged"
+                )
         return Curve(self.step, np.array([math.nan if value is None else float(value) for value in values]))
 
 
@@ -85,6 +105,21 @@ def split_name(name: str) -> tuple[str, str]:
     """`"resid_post.3_twin"` -> `("resid_post.3", "twin")`; a name of another form is a site of its own."""
     match = NAME_PATTERN.match(name)
     return (match["site"], match["variant"] or "") if match else (name, "")
+
+
+def _problem(line: dict[str, Any]) -> str | None:
+    """What about a line of the log nobody could have written; None for a good one."""
+    if not is_count(line.get("step")):
+        return f"step {line.get('step')!r}"
+    saes = line.get("saes")
+    if not isinstance(saes, dict) or not saes:
+        return f"saes {saes!r}"
+    for name, record in saes.items():
+        if not re.fullmatch(SAFE_NAME, name):
+            return f"an SAE named {name!r}"
+        if not isinstance(record, dict):
+            return f"{record!r} for {name}"
+    return None
 
 
 def _mean(values: np.ndarray) -> float:

@@ -124,7 +124,7 @@ class FileSource:
             record = json.loads(line)
         except UnicodeDecodeError:
             return line
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return record.get(self.column) if isinstance(record, dict) else None
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import CheckpointError
 from unbraid.files import checksum, discard, free_bytes, sync
+from unbraid.json_files import is_count, read_json_object
 
 FORMAT_VERSION = 1
 SPARE_BYTES = 64 << 20
@@ -123,19 +124,24 @@ def read_checkpoint(path: Path, wanted: Callable[[str], bool] = every_file) -> t
         CheckpointError: a file is missing, altered or truncated, or the format is newer than this version reads.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json_object(path / "manifest.json", ValueError, "the manifest of a checkpoint")
         version, checksums = manifest["format_version"], manifest["checksums"]
+        if not is_count(version, 1) or not isinstance(checksums, dict):
+            raise ValueError(f"manifest.json has format_version {version!r} and checksums {checksums!r}")
         if version > FORMAT_VERSION:
             raise CheckpointError(
                 f"checkpoint {str(path)!r} has format version {version}; this unbraid reads up to {FORMAT_VERSION}; "
                 "upgrade unbraid"
             )
+        for name in checksums:
+            if not re.fullmatch(r"[^/\\\0]+\.(safetensors|json)", name):
+                raise ValueError(f"manifest.json names {name!r}, which is no file of a checkpoint")
         stems = [name.removesuffix(".safetensors") for name in checksums if name.endswith(".safetensors")]
         stems = [stem for stem in stems if wanted(stem)]
         for name in ("state.json", *(f"{stem}.safetensors" for stem in stems)):
             if checksum(path / name) != checksums[name]:
                 raise CheckpointError(_damaged(path, f"{name} does not match its checksum"))
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = read_json_object(path / "state.json", ValueError, "the state of a run")
         return {stem: safetensors.torch.load_file(path / f"{stem}.safetensors") for stem in stems}, state
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise CheckpointError(_damaged(path, f"{type(error).__name__}: {error}")) from error

@@ -20,6 +20,7 @@ from unbraid.config import RunConfig, load_config
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import TrainingError
 from unbraid.files import held, holds_nothing, write_json
+from unbraid.json_files import is_count, is_number, parse_json, read_json_object
 
 
 class RunFolder:
@@ -98,16 +99,16 @@ class RunFolder:
         Raises:
             TrainingError: the run is not complete, or the file is damaged.
         """
-        try:
-            return json.loads(self.summary.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not self.summary.exists():
             raise TrainingError(
                 f"run {str(self.path)!r} is not complete (no summary.json); finish it with `unbraid resume {self.path}`"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise TrainingError(
-                f"{str(self.summary)!r} cannot be read ({error}); expected the summary of a finished run"
-            ) from error
+            )
+        expected = "the summary of a finished run"
+        summary = read_json_object(self.summary, TrainingError, expected)
+        problem = _problem_in_summary(summary, self.config.sae_names)
+        if problem is not None:
+            raise TrainingError(f"{str(self.summary)!r}: {problem}; expected {expected}")
+        return summary
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -180,12 +181,36 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         TrainingError: the file cannot be read or a complete line is not JSON.
     """
+    expected = "the log of a run that has started, one JSON object per line"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
-    except OSError as error:
-        raise TrainingError(
-            f"cannot read {str(path)!r}: {error.strerror}; expected the log of a run that has started"
-        ) from error
-    except ValueError as error:
-        raise TrainingError(f"{str(path)!r} is damaged ({error}); expected one JSON object per line") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot read {str(path)!r}: {error}; expected {expected}") from error
+    lines = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        lines.append(parse_json(line, lambda why, at=number: _damaged_line(path, at, why, expected)))
+        if not isinstance(lines[-1], dict):
+            raise _damaged_line(path, number, f"holds {type(lines[-1]).__name__}", expected)
+    return lines
+
+
+def _damaged_line(path: Path, number: int, why: str, expected: str) -> TrainingError:
+    return TrainingError(f"{str(path)!r} is damaged: line {number} {why}; expected {expected}")
+
+
+def _problem_in_summary(summary: dict[str, Any], names: list[str]) -> str | None:
+    """What about a summary nobody could have written; None for a good one."""
+    saes, steps = summary.get("saes"), summary.get("steps", {})
+    if not isinstance(steps, dict) or not all(map(is_count, steps.values())):
+        return f"steps is {steps!r}"
+    if not isinstance(saes, dict):
+        return f"saes is {saes!r}"
+    for name, metrics in saes.items():
+        if name not in names:
+            return f"saes names {name!r}, which the run's settings do not have"
+        if not isinstance(metrics, dict):
+            return f"saes.{name} is {metrics!r}"
+        for metric, value in metrics.items():
+            if not (value is None or is_number(value) or isinstance(value, bool | dict)):
+                return f"saes.{name}.{metric} is {value!r}"
+    return None

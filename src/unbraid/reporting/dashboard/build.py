@@ -99,7 +99,7 @@ def fill_site(
 ) -> None:
     """Everything of a dashboard, into the empty folder `folder`."""
     sites = {str(site): index for index, site in enumerate(config.sites)}
-    names = [name for name in log.names if name in saes]
+    names = [name for name in log.names if name in saes and split_name(name)[0] in sites]
     located = {name: (sites[split_name(name)[0]], saes[name].to(device)) for name in names}
     held_out = held_out_pass(
         config, source, located, tokens, device, lambda done, wanted: say(f"held-out rows: {done:,} of {wanted:,}")
