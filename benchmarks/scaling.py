@@ -31,6 +31,7 @@ from unbraid.distributed.mesh import Mesh
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.randomness import generator
 from unbraid.sae import Codes
+from unbraid.training.normalisation import Normalisation
 from unbraid.training.trainee import new_trainee, train_step
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def steps_of(ranks: Ranks, job: Job, steps: int) -> dict[str, Any]:
         "decorrelation": {"lambda2": 0.1, "max_pairs_per_feature": 1},
     }
     config = RunConfig.model_validate(settings)
-    trainee = new_trainee(config, 0, "", 1.0, torch.zeros(job.width), CPU, Mesh(ranks, ranks))
+    trainee = new_trainee(config, 0, "", Normalisation.none(job.width), CPU, Mesh(ranks, ranks))
     rows = torch.randn(steps + 2, job.rows, job.width, generator=generator(0, "rows")) / job.width**0.5
     seconds, before = [], ranks.payload.copy()
     for step, x_BD in enumerate(rows):

@@ -31,6 +31,7 @@ from unbraid.evaluation.suites import run_suites
 from unbraid.randomness import generator
 from unbraid.recipes import smollm2
 from unbraid.run import fill_cache
+from unbraid.training.normalisation import Normalisation
 from unbraid.training.trainee import new_trainee, train_step
 
 HERE = Path(__file__).parent
@@ -214,12 +215,9 @@ def cost(asked: argparse.Namespace) -> None:
     for cell in PLAN[: len(KINDS)]:
         config = settings(cell, asked)
         rows = rows_of(config, TIMED_ON)
-        scale = float(rows.double().square().sum(1).mean().rsqrt())
-        batches = (rows * scale).split(1024)
-        trainees = {
-            method: new_trainee(config, 0, method, scale, rows.mean(0) * scale, torch.device("cpu"))
-            for method in METHODS
-        }
+        normalise = Normalisation.of(rows)
+        batches = normalise(rows).split(1024)
+        trainees = {method: new_trainee(config, 0, method, normalise, torch.device("cpu")) for method in METHODS}
         taken: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
         for step in range(WARM_STEPS + TIMED_STEPS):
             for method, trainee in trainees.items():

@@ -17,6 +17,8 @@ from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.errors import ConfigError, ModelError
 from unbraid.randomness import generator
 from unbraid.sae import build
+from unbraid.training.checkpoint import list_checkpoints, read_checkpoint
+from unbraid.training.normalisation import Normalisation
 from unbraid.training.trainee import new_trainee, train_step
 
 
@@ -97,7 +99,7 @@ def test_every_site_and_variant_has_a_file_of_its_own(tiny):
 def test_the_loss_is_equations_one_to_four_by_hand():
     """Squared error summed over D, averaged over tokens; lambda1 L1; lambda2 R with every pair counted once."""
     config = changed(recipes.tiny(), optimiser__warmup_steps=0)
-    trainee = new_trainee(config, 0, "decorrelated", 1.0, torch.zeros(16), torch.device("cpu"))
+    trainee = new_trainee(config, 0, "decorrelated", Normalisation.none(16), torch.device("cpu"))
     x_BD = torch.randn(64, 16, generator=generator(0, "x"))
     f_BN = trainee.sae.encode(x_BD).detach().double()
     error_BD = x_BD.double() - f_BN @ trainee.sae.W_dec.detach().double() - trainee.sae.b_dec.detach().double()
@@ -185,7 +187,7 @@ def test_a_warning_goes_by_the_settings_of_the_variant_it_is_about():
 
 
 def test_the_exported_sae_reproduces_training_time_reconstructions_on_raw_activations(tmp_path, monkeypatch):
-    """The scale is folded once, by outputs: SAE in training units against the folder on disk."""
+    """Mean and scale are folded once, by outputs: SAE in training units against the folder on disk."""
     config = changed(recipes.tiny(), training__tokens=5120)
     kept: list[tuple[Tensor, Tensor]] = []
     held_out_metrics = run.held_out_metrics
@@ -197,7 +199,8 @@ def test_the_exported_sae_reproduces_training_time_reconstructions_on_raw_activa
 
     monkeypatch.setattr(run, "held_out_metrics", remember)
     finished = unbraid.train(config, tmp_path / "run")
-    for (name, sae), (scaled, reconstruction) in zip(finished.saes.items(), kept, strict=True):
-        scale = finished.summary["saes"][name]["scale"]
-        folded = sae(scaled / scale) * scale
+    tensors, _ = read_checkpoint(list_checkpoints(finished.path / "checkpoints")[-1])
+    for (name, sae), (units, reconstruction) in zip(finished.saes.items(), kept, strict=True):
+        mean_D, scale = tensors[f"sae-{name}"]["trainee.mean"], finished.summary["saes"][name]["scale"]
+        folded = (sae(mean_D + units / scale) - mean_D) * scale
         assert (folded - reconstruction).norm() < 1e-5 * reconstruction.norm()

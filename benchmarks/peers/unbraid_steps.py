@@ -7,6 +7,7 @@ from feed import Feed, bias_for_l0, settings_from_arguments
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
 from unbraid.sae import Codes
+from unbraid.training.normalisation import Normalisation
 from unbraid.training.trainee import train_step, untrained
 
 settings = settings_from_arguments()
@@ -30,8 +31,10 @@ def score(x):
 
 
 feed = Feed(settings, score)
-trainee = untrained("benchmark", 0, config, config.seed, 1.0, feed.batches[0].mean(0), torch.device("cpu"))
+trainee = untrained("benchmark", 0, config, config.seed, Normalisation.none(settings["d_in"]), torch.device("cpu"))
 sae = trainee.sae
+with torch.no_grad():
+    sae.b_dec.copy_(feed.batches[0].mean(0))
 if settings["l0"]:
     with torch.no_grad():
         bias = sae.b_gate if settings["architecture"] == "gated" else sae.b_enc

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
+from unbraid.training.normalisation import Normalisation
 from unbraid.training.trainee import Trainee, train_step, untrained
 
 B, D, K = 2048, 576, 64
@@ -20,7 +21,7 @@ def trainee(n_features: int, device: str, decorrelation: DecorrelationConfig) ->
         optimiser=OptimiserConfig(warmup_steps=0),
         decorrelation=decorrelation,
     )
-    return untrained("topk", 0, settings, 0, 1.0, torch.zeros(D), torch.device(device))
+    return untrained("topk", 0, settings, 0, Normalisation.none(D), torch.device(device))
 
 
 def activations(count: int, device: str, seed: int = 0) -> list[Tensor]:

@@ -242,7 +242,7 @@ def _finish(
     held_out = list(_held_out_rows(config, source, trained.buffer.filter))
     metrics: dict[str, HeldOutMetrics] = {}
     for trainee in trained.trainees:
-        rows = (batch[trainee.site].to(device, torch.float32) * trainee.scale for batch in held_out)
+        rows = (trainee.normalise(batch[trainee.site].to(device, torch.float32)) for batch in held_out)
         metrics[trainee.name] = held_out_metrics(trainee.sae, rows, config.decorrelation.fraction)
     assert trained.buffer.position is not None
     seconds = trained.seconds["buffer"] + trained.seconds["training"]
@@ -254,7 +254,7 @@ def _finish(
                 (trainee.tokens_since_fired >= trainee.config.sae.dead_after_tokens).double().mean()
             ),
             "steps": {"planned": config.steps, "executed": trainee.updates},
-            "scale": trainee.scale,
+            "scale": trainee.normalise.scale,
         }
         for trainee in trained.trainees
     }
@@ -268,7 +268,7 @@ def _finish(
             "prepend_bos": source.prepends_bos,
             "training_tokens": tokens,
         }
-        trainee.sae.fold_scale(trainee.scale)
+        trainee.sae.fold(trainee.normalise.mean_D, trainee.normalise.scale)
         frequency_N = metrics[trainee.name].frequency_N
         formats.save(trainee.sae, folder.saes / trainee.name, metadata=metadata, frequency_N=frequency_N)
     measured = everyone.united(measured)

@@ -77,10 +77,10 @@ def test_the_files_are_the_ones_sae_lens_reads(tmp_path: Path):
     torch.testing.assert_close(formats.open_folder(folder).log10_frequency_N, torch.full((N,), -2.0))
 
 
-def test_a_scale_folded_before_saving_reproduces_training_time_reconstructions_on_raw_activations(any_sae, x, tmp_path):
-    scale = 0.037
-    at_training = any_sae(x * scale) / scale
-    any_sae.fold_scale(scale)
+def test_an_sae_folded_before_saving_reproduces_training_time_reconstructions_on_raw_activations(any_sae, x, tmp_path):
+    scale, mean_D = 0.037, torch.linspace(-2, 3, x.shape[-1])
+    at_training = mean_D + any_sae((x - mean_D) * scale) / scale
+    any_sae.fold(mean_D, scale)
     loaded = formats.load(formats.save(any_sae, tmp_path / "sae"))
     error = (loaded(x) - at_training).norm() / at_training.norm()
     assert error < 1e-5

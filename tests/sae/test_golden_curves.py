@@ -14,49 +14,52 @@ from pathlib import Path
 import pytest
 import torch
 
-from unbraid.config import OptimiserConfig, SAEConfig
+from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
 from unbraid.randomness import generator
-from unbraid.sae import build
 from unbraid.sae.build import ARCHITECTURES
-from unbraid.training.optimiser import SAEOptimiser
+from unbraid.training.normalisation import Normalisation
+from unbraid.training.trainee import train_step, untrained
 
 FOLDER = Path(__file__).parent / "golden"
 D, N, K, B, STEPS, TRUE_FEATURES = 32, 128, 6, 256, 120, 64
 LAMBDA1 = 0.05
+DEAD_AFTER_STEPS = 9
+CURVES = ("reconstruction", "sparsity", "auxiliary", "l0", "dead_fraction", "grad_norm")
 
 
 def batches() -> list[torch.Tensor]:
-    """Sparse non-negative sums of random directions, a few of them popular, with E||x||^2 = 1."""
+    """Sparse non-negative sums of random directions, a few of them popular, in training units."""
     truth = torch.nn.functional.normalize(torch.randn(TRUE_FEATURES, D, generator=generator(0, "truth")), dim=1)
     popularity = torch.arange(1, TRUE_FEATURES + 1) ** -0.5
     chance = torch.rand(STEPS * B, TRUE_FEATURES, generator=generator(0, "firing"))
     size = torch.rand(STEPS * B, TRUE_FEATURES, generator=generator(0, "size")) + 0.5
     x = ((chance < 0.3 * popularity) * size) @ truth + 0.05
-    return list((x / x.square().sum(1).mean().sqrt()).split(B))
+    return list(Normalisation.of(x)(x).split(B))
 
 
 def curve(architecture: str) -> dict[str, list[float]]:
     """Losses and L0 at every tenth step of a short run in which some features count as dead."""
-    config = SAEConfig(architecture=architecture, n_features=N, k=K, lambda1=LAMBDA1, bandwidth=0.05)
-    data = batches()
-    sae = build(config, D, generator(0, "init"), data[0].mean(0))
-    optimiser = SAEOptimiser(sae, OptimiserConfig())
-    since = torch.zeros(N)
-    record: dict[str, list[float]] = {"reconstruction": [], "sparsity": [], "auxiliary": [], "l0": [], "grad_norm": []}
-    for step, x_BD in enumerate(data):
-        out = sae.training_forward(x_BD, since > 8, generator(0, "noise", step))
-        optimiser.zero_grad()
-        (out.reconstruction + LAMBDA1 * out.sparsity + out.auxiliary).backward()
-        norm = optimiser.step(2e-3)
-        f_BN = out.codes.to_dense() if out.path == "sparse" else out.codes
-        since = torch.where((f_BN > 0).any(0), 0.0, since + 1)
-        if step % 10 == 9:
-            record["reconstruction"].append(round(out.reconstruction.item(), 6))
-            record["sparsity"].append(round(out.sparsity.item(), 6))
-            record["auxiliary"].append(round(out.auxiliary.item(), 6))
-            record["l0"].append(round((f_BN > 0).float().sum(1).mean().item(), 4))
-            record["grad_norm"].append(round(norm, 6))
-    return record
+    settings = VariantConfig(
+        seed=0,
+        sae=SAEConfig(
+            architecture=architecture,
+            n_features=N,
+            k=K,
+            lambda1=LAMBDA1,
+            bandwidth=0.05,
+            dead_after_tokens=DEAD_AFTER_STEPS * B,
+        ),
+        decorrelation=DecorrelationConfig(method="none"),
+        optimiser=OptimiserConfig(warmup_steps=0),
+    )
+    trainee = untrained(architecture, 0, settings, 0, Normalisation.none(D), torch.device("cpu"))
+    curves: dict[str, list[float]] = {name: [] for name in CURVES}
+    for step, x_BD in enumerate(batches()):
+        record = train_step(trainee, x_BD, step, 2e-3, log=step % 10 == 9)
+        if record is not None:
+            for name, values in curves.items():
+                values.append(round(record[name], 6))
+    return curves
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

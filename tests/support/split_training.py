@@ -1,5 +1,7 @@
 """What ranks do in the tests of split SAEs; importable by the processes they run in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,20 +12,20 @@ from fake_source import FakeSource
 
 from unbraid import recipes
 from unbraid.activations.live import LiveActivations
-from unbraid.config import OptimiserConfig, RunConfig, SAEConfig
+from unbraid.config import DecorrelationConfig, OptimiserConfig, RunConfig, SAEConfig, VariantConfig
 from unbraid.decorrelation.base import Penalty
 from unbraid.distributed.mesh import Mesh, lay_out
 from unbraid.distributed.ranks import Ranks
 from unbraid.distributed.shard import Shard, among_top, among_top_k
 from unbraid.randomness import generator
-from unbraid.sae import Codes
-from unbraid.sae.build import build
+from unbraid.sae import Codes, base
 from unbraid.training.loop import TrainingInterrupted, train_saes
-from unbraid.training.optimiser import SAEOptimiser
+from unbraid.training.normalisation import Normalisation
 from unbraid.training.run_folder import RunFolder
-from unbraid.training.trainee import new_trainee, train_step
+from unbraid.training.trainee import new_trainee, train_step, untrained
 
 D, ROWS = 12, 48
+LOGGED = ("loss", "sparsity", "grad_norm", "dead_fraction")
 
 
 def whole(ranks: Ranks, name: str, tensor: torch.Tensor, shared: tuple[str, ...]) -> np.ndarray:
@@ -41,23 +43,48 @@ def batch_of(step: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def train_split(ranks: Ranks, settings: dict[str, Any], steps: int, path: str, dtype: str = "float32") -> dict:
-    """Weights of the whole SAE after `steps` steps, and the first step's loss, norm and sparsity."""
-    config, kind = SAEConfig(**settings), getattr(torch, dtype)
-    sae = build(config, D, generator(0, "init"), torch.full((D,), 0.01), Shard(config.n_features, ranks)).to(kind)
-    optimiser = SAEOptimiser(sae, OptimiserConfig(lr=3e-3))
-    since_fired = torch.zeros(sae.n_features, dtype=torch.long)
-    noise, told = generator(0, "noise"), {}
-    for step in range(steps):
-        dead_N = since_fired >= config.dead_after_tokens
-        out = sae.training_forward(batch_of(step, kind), dead_N, noise, path)
-        loss = out.reconstruction + config.lambda1 * out.sparsity + out.auxiliary
-        optimiser.zero_grad()
-        loss.backward()
-        told[f"step {step}"] = np.array([loss.item(), out.sparsity.item(), optimiser.step(3e-3)])
-        codes = out.codes if isinstance(out.codes, torch.Tensor) else out.codes.to_dense()
-        since_fired = torch.where((codes > 0).any(0), 0, since_fired + ROWS)
+    """Weights of the whole SAE after `steps` steps on a forced path, and each step's loss, norm and sparsity."""
+    variant = VariantConfig(
+        seed=0,
+        sae=SAEConfig(**settings),
+        decorrelation=DecorrelationConfig(method="none"),
+        optimiser=OptimiserConfig(warmup_steps=0),
+    )
+    kind, told = getattr(torch, dtype), {}
+    shard = Shard(variant.sae.n_features, ranks)
+    with _default(kind), _forced(path):
+        trainee = untrained("split", 0, variant, 0, Normalisation.none(D), torch.device("cpu"), shard)
+        with torch.no_grad():
+            trainee.sae.b_dec += 0.01
+        for step in range(steps):
+            record = train_step(trainee, batch_of(step, kind), step, 3e-3, log=True)
+            assert record is not None and record["path"] == path
+            told[f"step {step}"] = np.array([record[name] for name in LOGGED])
+    sae = trainee.sae
     weights = {name: whole(ranks, name, tensor, sae.shared) for name, tensor in sae.state_dict().items()}
     return weights | told
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """Weights, moments and losses are made in this precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _forced(path: str) -> Iterator[None]:
+    """Every step takes this path, whatever its density."""
+    before = dict(base.SPARSE_BELOW)
+    base.SPARSE_BELOW["cpu"] = {"sparse": 2.0, "dense": -1.0}[path]
+    try:
+        yield
+    finally:
+        base.SPARSE_BELOW.update(before)
 
 
 def train_several(ranks: Ranks, settings: dict[str, Any], jobs: list[tuple[dict, str]], *rest: Any) -> list[dict]:
@@ -167,8 +194,7 @@ def payload_of_a_step(ranks: Ranks, settings: dict[str, Any], rows: int) -> dict
     """Bytes handed over in one step that is not logged, and the active entries of each rank in it."""
     config = run_config(settings, {"each": {}})
     mesh = Mesh(ranks, ranks)
-    start = torch.zeros(SPLIT["D"])
-    trainee = new_trainee(config, 0, "each", 1.0, start, torch.device("cpu"), mesh)
+    trainee = new_trainee(config, 0, "each", Normalisation.none(SPLIT["D"]), torch.device("cpu"), mesh)
     x_BD = torch.randn(rows, SPLIT["D"], generator=generator(1, "rows"))
     train_step(trainee, x_BD, 0, 1e-3, log=False)
     codes = trainee.sae.training_forward(x_BD).codes

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fake_source import FakeSource
 
+from unbraid.activations.buffer import ActivationBuffer
 from unbraid.config import BufferConfig, ModelConfig, OptimiserConfig, RunConfig, SAEConfig, TrainingConfig
 from unbraid.errors import TrainingError
 from unbraid.training.checkpoint import list_checkpoints
@@ -194,16 +195,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path
         loop.new_trainee = restore
 
 
-def test_activations_are_scaled_so_that_their_mean_square_norm_is_one(tmp_path):
-    trained = train(tmp_path / "run", make_config(steps=2))
-    source = make_source()
-    rows = torch.cat([chunk.activations[0].flatten(0, 1) for chunk in source.chunks(None)])
-    scaled = rows * trained.trainees[0].scale
-    assert abs(float(scaled.square().sum(1).mean()) - 1) < 0.05
+def test_activations_are_centred_then_scaled_so_that_their_mean_square_norm_is_one(tmp_path):
+    config = make_config(steps=2)
+    trained = train(tmp_path / "run", config)
+    buffer = ActivationBuffer(make_source(), config.buffer, 32, 0, planned_rows=64)
+    buffer.fill()
+    units = trained.trainees[0].normalise(buffer.rows()[0])
+    assert float(units.square().sum(1).mean()) == pytest.approx(1, abs=1e-5)
+    assert float(units.mean(0).norm()) < 1e-5
+
+
+def test_the_decoder_bias_starts_at_zero_in_training_units(tmp_path):
+    trained = train(tmp_path / "run", make_config(steps=1))
+    moved = max(float(trainee.sae.b_dec.detach().abs().max()) for trainee in trained.trainees)
+    assert moved <= 1.01e-2 / 4  # one step of Adam at the warm-up's first learning rate, from zero
 
 
 def test_twins_start_from_the_same_weights(tmp_path):
-    from unbraid.activations.buffer import ActivationBuffer
     from unbraid.distributed.mesh import SINGLE
     from unbraid.training.loop import _start
 
@@ -214,4 +222,5 @@ def test_twins_start_from_the_same_weights(tmp_path):
     for name, tensor in trainees["resid_post.0_decorrelated"].items():
         assert torch.equal(tensor, trainees["resid_post.0_twin"][name])
     assert not torch.equal(trainees["resid_post.0_twin"]["W_dec"], trainees["resid_post.1_twin"]["W_dec"])
-    assert all(tensor.abs().sum() > 0 for name, tensor in trainees["resid_post.0_twin"].items() if "b_enc" not in name)
+    weights = {name: tensor for name, tensor in trainees["resid_post.0_twin"].items() if not name.startswith("b_")}
+    assert all(tensor.abs().sum() > 0 for tensor in weights.values())

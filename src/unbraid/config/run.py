@@ -123,8 +123,8 @@ class SAEConfig(Section):
     k: int = Field(default=64, ge=1)
     """Active features per token, for topk, batch_topk and matryoshka."""
     lambda1: float = Field(default=0.04, ge=0.0)
-    """Weight of the sparsity loss (relu, gated, denoising: L1; jumprelu: L0 or tanh; sparse_filtering: its own), with
-    E||x||^2 = 1."""
+    """Weight of the sparsity loss (relu, gated, denoising: L1; jumprelu: L0 or tanh; sparse_filtering: its own), on
+    activations without their mean, scaled so that E||x||^2 = 1."""
     aux_k: int | None = Field(default=None, ge=0)
     """Dead features used to explain the residual (topk family); none picks D/2, 0 turns it off."""
     aux_weight: float = Field(default=1 / 32, ge=0.0)

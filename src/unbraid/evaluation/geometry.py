@@ -57,7 +57,9 @@ def composition_rate(rows_ND: Float[Tensor, "N D"], steps: int = META_STEPS, see
     rows_ND = F.normalize(rows_ND.float(), dim=1)
     width = max(math.ceil(len(rows_ND) * META_WIDTH_RATIO), META_K, 2)
     config = SAEConfig(architecture="batch_topk", n_features=width, k=META_K)
-    meta = build(config, rows_ND.shape[1], generator(seed, "meta-SAE"), rows_ND.mean(0)).to(rows_ND.device)
+    meta = build(config, rows_ND.shape[1], generator(seed, "meta-SAE")).to(rows_ND.device)
+    with torch.no_grad():
+        meta.b_dec.copy_(rows_ND.mean(0))
     optimiser = SAEOptimiser(meta, OptimiserConfig(lr=META_LR))
     chance = generator(seed, "meta-SAE rows")
     for _ in range(steps):

@@ -90,9 +90,9 @@ class SAE(nn.Module):
     shared: ClassVar[tuple[str, ...]] = ("b_dec",)
     """Parameters every rank of a split SAE holds; their gradients are summed over the ranks."""
     scaled_with_input: ClassVar[tuple[str, ...]] = ("b_enc",)
-    """Parameters and buffers in units of pre-activations, which `fold_scale` divides."""
+    """Parameters and buffers in units of pre-activations, which `fold` divides."""
 
-    def __init__(self, config: SAEConfig, d_in: int, generator: torch.Generator, mean_D: Tensor | None, shard: Shard):
+    def __init__(self, config: SAEConfig, d_in: int, generator: torch.Generator, shard: Shard):
         super().__init__()
         self.config = config
         self.d_in = d_in
@@ -101,7 +101,7 @@ class SAE(nn.Module):
         W_dec = random_unit_rows(shard, d_in, generator)
         self.encoder_ND = nn.Parameter(W_dec * (config.decoder_init_norm or self.initial_encoder_norm()))
         self.W_dec = nn.Parameter(W_dec)
-        self.b_dec = nn.Parameter(torch.zeros(d_in) if mean_D is None else mean_D.detach().float().cpu().clone())
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.add_biases()
 
     def initial_share(self) -> float:
@@ -155,7 +155,7 @@ class SAE(nn.Module):
         """One training pass over a batch.
 
         Args:
-            x_BD: `[B, D]`, activations scaled so that E||x||^2 = 1.
+            x_BD: `[B, D]`, activations without their mean, scaled so that E||x||^2 = 1.
             dead_N: features that have not fired for long, to be revived by the auxiliary loss.
             generator: chance for architectures that use it (denoising).
             path: force one of the two computations; auto takes the faster one at this batch's density.
@@ -269,12 +269,12 @@ class SAE(nn.Module):
         return self.config.aux_weight * pull_to_threshold(self, seen_BD, dead_N, self.b_enc)
 
     @torch.no_grad()
-    def fold_scale(self, scale: float) -> None:
-        """Turn an SAE that acts on `x * scale` into one that acts on raw `x`, in place.
+    def fold(self, mean_D: Tensor, scale: float) -> None:
+        """Turn an SAE that acts on `(x - mean) * scale` into one that acts on raw `x`, in place.
 
         Decoder rows keep unit norm, so codes come out divided by `scale`, and with them every bias and threshold.
         """
-        self.b_dec /= scale
+        self.b_dec.copy_(mean_D.to(self.b_dec.device, torch.float64) + self.b_dec.double() / scale)
         for name in self.scaled_with_input:
             getattr(self, name).div_(scale)
 

@@ -1,7 +1,6 @@
 """From settings to an SAE: the one table of architectures, and the one place an SAE gets its first weights."""
 
 import torch
-from torch import Tensor
 
 from unbraid.config import SAEConfig
 from unbraid.distributed.shard import Shard
@@ -35,7 +34,6 @@ def build(
     config: SAEConfig,
     d_in: int,
     generator: torch.Generator,
-    mean_D: Tensor | None = None,
     shard: Shard | None = None,
 ) -> SAE:
     """A fresh SAE: decoder rows random of unit norm, encoder a multiple of their transpose, biases zero.
@@ -44,7 +42,6 @@ def build(
         config: architecture, width and sparsity.
         d_in: model width D.
         generator: the only source of chance; the same state gives the same weights.
-        mean_D: `[D]`, where b_dec starts (the mean activation); zero without it.
         shard: the features this rank holds, with the weights they have in the whole SAE; all of them without it.
 
     Raises:
@@ -58,4 +55,4 @@ def build(
             f"sae.architecture = 'sparse_filtering' looks at all features of a token at once and cannot be split over "
             f"{shard.ranks.size} ranks; expected training.feature_shards = 1"
         )
-    return ARCHITECTURES[config.architecture](config, d_in, generator, mean_D, shard)
+    return ARCHITECTURES[config.architecture](config, d_in, generator, shard)

@@ -1,8 +1,8 @@
 """Training SAEs on a synthetic world: the run's own training step, fed with samples instead of a language model.
 
-The SAEs learn on activations scaled to E||x||^2 = 1 and come back acting on raw ones, as a run's SAEs do, so what is
-found on a world holds for the trainer that is used on language models. SAEs trained together see the same samples, as
-the variants of a run do: drawing them costs more than a small SAE's step, and the comparison is paired.
+The SAEs learn in a run's units (`Normalisation`) and come back acting on raw activations, as a run's SAEs do, so what
+is found on a world holds for the trainer that is used on language models. SAEs trained together see the same samples,
+as the variants of a run do: drawing them costs more than a small SAE's step, and the comparison is paired.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from unbraid.errors import TrainingError
 from unbraid.randomness import derive_seed, generator
 from unbraid.sae import SAE
 from unbraid.synthetic.world import World
+from unbraid.training.normalisation import Normalisation
 from unbraid.training.schedules import learning_rate
 from unbraid.training.trainee import train_step, untrained
 
@@ -57,21 +58,20 @@ def train_on_world(
         )
     seed = derive_seed(seeds.pop(), "world")
     x_BD, _ = world.sample(SCALE_SAMPLES, generator(seed, "scale", device=world.device))
-    scale = float(x_BD.double().square().sum(1).mean().rsqrt())
-    mean_D = (x_BD.double().mean(0) * scale).float()
+    normalise = Normalisation.of(x_BD, "the world's samples")
     trainees = [
-        untrained(settings.sae.architecture, 0, settings, seed, scale, mean_D, world.device) for settings in variants
+        untrained(settings.sae.architecture, 0, settings, seed, normalise, world.device) for settings in variants
     ]
     for trainee, penalty in zip(trainees, penalties or [None] * len(trainees), strict=True):
         if penalty is not None:
             trainee.decorrelate = penalty
     stream = world.batches(batch, generator(seed, "samples", device=world.device))
     for step in range(steps):
-        x_BD = next(stream) * scale
+        x_BD = normalise(next(stream))
         for trainee in trainees:
             train_step(trainee, x_BD, step, learning_rate(trainee.config.optimiser, step, steps), log=False)
         if on_step is not None:
             on_step(step + 1)
     for trainee in trainees:
-        trainee.sae.fold_scale(scale)
+        trainee.sae.fold(normalise.mean_D, normalise.scale)
     return [trainee.sae.requires_grad_(False) for trainee in trainees]

@@ -23,7 +23,8 @@ from unbraid.errors import CheckpointError
 from unbraid.files import checksum, discard, free_bytes, sync
 from unbraid.json_files import is_count, read_json_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: SAEs train on centred activations, and a checkpoint knows its mean."""
 SPARE_BYTES = 64 << 20
 """Room left on the disk beyond the checkpoint itself, for metrics and exported SAEs."""
 
@@ -132,6 +133,11 @@ def read_checkpoint(path: Path, wanted: Callable[[str], bool] = every_file) -> t
             raise CheckpointError(
                 f"checkpoint {str(path)!r} has format version {version}; this unbraid reads up to {FORMAT_VERSION}; "
                 "upgrade unbraid"
+            )
+        if version < FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint {str(path)!r} was written by unbraid 0.1, which trained in other units; expected one of "
+                "this version; finish this run with `pip install 'unbraid<0.2'`, or train again into a new run folder"
             )
         for name in checksums:
             if not re.fullmatch(r"[^/\\\0]+\.(safetensors|json)", name):

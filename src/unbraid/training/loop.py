@@ -20,8 +20,9 @@ from unbraid.activations.rows import ChunkSource, StopSignal, never
 from unbraid.config import RunConfig
 from unbraid.distributed.mesh import SINGLE, Mesh
 from unbraid.distributed.ranks import ALONE
-from unbraid.errors import TrainingError, UnbraidError
+from unbraid.errors import UnbraidError
 from unbraid.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
+from unbraid.training.normalisation import Normalisation
 from unbraid.training.pieces import join, overlaps, piece_stem
 from unbraid.training.run_folder import JsonLines, RunFolder
 from unbraid.training.schedules import learning_rate
@@ -123,7 +124,7 @@ def train_saes(
             records: dict[str, Any] = {}
             for trainee in trainees:
                 lr = learning_rate(trainee.config.optimiser, step, config.steps)
-                records[trainee.name] = train_step(trainee, batch[trainee.site] * trainee.scale, step, lr, log)
+                records[trainee.name] = train_step(trainee, trainee.normalise(batch[trainee.site]), step, lr, log)
 
             seconds["buffer"] += fed - started
             seconds["training"] += time.perf_counter() - fed
@@ -160,7 +161,6 @@ def _save(
     state = {
         "step": step,
         "metrics_offset": metrics.sync(),
-        "scales": mesh.everyone.united({trainee.name: trainee.scale for trainee in trainees}),
         "buffer": buffer_data,
         "seconds": seconds,
     }
@@ -177,15 +177,11 @@ def _trained_here(config: RunConfig, mesh: Mesh) -> list[tuple[int, str]]:
 
 
 def _start(config: RunConfig, buffer: ActivationBuffer, device: torch.device, mesh: Mesh) -> list[Trainee]:
-    """New trainees, with scale and decoder bias taken from the rows of the first fill."""
-    scales, means = [], []
-    for rows_RD in buffer.rows():
-        if len(rows_RD) == 0:
-            raise TrainingError("no row survived the buffer's filter; raise buffer.norm_limit or check the text")
-        scales.append(float(rows_RD.double().square().sum(1).mean().rsqrt()))
-        means.append((rows_RD.double().mean(0) * scales[-1]).float())
+    """New trainees, with mean and scale taken from the rows of the first fill."""
+    rows = zip(config.sites, buffer.rows(), strict=True)
+    normalise = [Normalisation.of(rows_RD, str(site)) for site, rows_RD in rows]
     return [
-        new_trainee(config, site, variant, scales[site], means[site], device, mesh)
+        new_trainee(config, site, variant, normalise[site], device, mesh)
         for site, variant in _trained_here(config, mesh)
     ]
 
@@ -194,7 +190,7 @@ def _restore(
     path: Path, config: RunConfig, buffer: ActivationBuffer, d_model: int, device: torch.device, mesh: Mesh
 ) -> tuple[list[Trainee], int, dict[str, float], int]:
     trainees = [
-        new_trainee(config, site, variant, 1.0, torch.zeros(d_model), device, mesh)
+        new_trainee(config, site, variant, Normalisation.none(d_model), device, mesh)
         for site, variant in _trained_here(config, mesh)
     ]
     stems = {f"sae-{trainee.name}": trainee for trainee in trainees}
@@ -210,5 +206,5 @@ def _restore(
         buffer.load_final_state(state["buffer"])
     for stem, trainee in stems.items():
         trainee.load_tensors(join(tensors, stem, trainee.shard, trainee.sae.shared))
-        trainee.scale, trainee.updates = state["scales"][trainee.name], done
+        trainee.updates = done
     return trainees, done, state["seconds"], state["metrics_offset"]

@@ -20,6 +20,7 @@ from unbraid.errors import TrainingError
 from unbraid.randomness import derive_seed, generator
 from unbraid.sae import SAE, Codes
 from unbraid.sae.build import build as build_sae
+from unbraid.training.normalisation import Normalisation
 from unbraid.training.optimiser import SAEOptimiser
 from unbraid.training.precision import encoder_autocast
 from unbraid.training.schedules import warm_up
@@ -32,7 +33,7 @@ class Trainee:
     Attributes:
         name: folder and metric name.
         site: index of its site among the run's sites.
-        scale: activations are multiplied by this so that E||x||^2 = 1.
+        normalise: from raw activations to training units.
         tokens_since_fired: [N] int64, of the features held here.
         updates: successful optimiser steps so far.
     """
@@ -40,7 +41,7 @@ class Trainee:
     name: str
     site: int
     config: VariantConfig
-    scale: float
+    normalise: Normalisation
     sae: SAE
     optimiser: SAEOptimiser
     decorrelate: nn.Module
@@ -59,7 +60,12 @@ class Trainee:
             "sae": dict(self.sae.state_dict()),
             "optimiser": self.optimiser.state_tensors(),
             "decorrelate": dict(self.decorrelate.state_dict()),
-            "trainee": {"generator": self.generator.get_state(), "tokens_since_fired": self.tokens_since_fired},
+            "trainee": {
+                "generator": self.generator.get_state(),
+                "tokens_since_fired": self.tokens_since_fired,
+                "mean": self.normalise.mean_D,
+                "scale": torch.tensor(self.normalise.scale, dtype=torch.float64),
+            },
         }
         return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
@@ -79,14 +85,14 @@ class Trainee:
         own = group("trainee")
         self.generator.set_state(own["generator"])
         self.tokens_since_fired.copy_(own["tokens_since_fired"])
+        self.normalise = Normalisation(own["mean"].to(self.tokens_since_fired.device), float(own["scale"]))
 
 
 def new_trainee(
     config: RunConfig,
     site: int,
     variant: str,
-    scale: float,
-    mean_D: Tensor,
+    normalise: Normalisation,
     device: torch.device,
     mesh: Mesh = SINGLE,
 ) -> Trainee:
@@ -96,14 +102,13 @@ def new_trainee(
         config: the run.
         site: index of where its activations are read among the run's sites.
         variant: name of its variant.
-        scale: activations are multiplied by this.
-        mean_D: where b_dec starts.
+        normalise: from raw activations to training units.
         device: where it is trained.
         mesh: who else trains it.
     """
     settings, place = config.variant(variant), config.sites[site]
     name, seed = config.sae_name(place, variant), derive_seed(settings.seed, str(place))
-    return untrained(name, site, settings, seed, scale, mean_D, device, mesh.shard(settings.sae.n_features))
+    return untrained(name, site, settings, seed, normalise, device, mesh.shard(settings.sae.n_features))
 
 
 def untrained(
@@ -111,19 +116,18 @@ def untrained(
     site: int,
     settings: VariantConfig,
     seed: int,
-    scale: float,
-    mean_D: Tensor,
+    normalise: Normalisation,
     device: torch.device,
     shard: Shard | None = None,
 ) -> Trainee:
     """A trainee of these settings before its first step, all of its randomness from `seed`; see `new_trainee`."""
-    sae = build_sae(settings.sae, len(mean_D), generator(seed, "init"), mean_D, shard).to(device)
+    sae = build_sae(settings.sae, len(normalise.mean_D), generator(seed, "init"), shard).to(device)
     pairs_seed = derive_seed(seed, "pairs")
     return Trainee(
         name=name,
         site=site,
         config=settings,
-        scale=scale,
+        normalise=normalise.to(device),
         sae=sae,
         optimiser=SAEOptimiser(sae, settings.optimiser),
         decorrelate=build_decorrelation(
