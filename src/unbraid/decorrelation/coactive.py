@@ -96,7 +96,7 @@ def top_pairs(
     """Go through all co-activations of `pattern`, whose entries are `z_values`, in at least float32."""
     dtype, shard = torch.promote_types(dtype, torch.float32), shard or Shard(pattern.n_features)
     if not loops_take(z_values):
-        return listed_top_pairs(pattern, z, z_values.to(dtype), wanted, shard)
+        return listed_top_pairs(pattern, z, z_values, wanted, dtype, shard)
     steps = steps_per_unit(dtype)
     ranked = RankedPairs(pattern, z_values, z.shift, steps, bin_bits(steps), shard.start, shard.end)
     bar = bar_for(ranked.histogram, wanted, ranked.bits)
@@ -104,14 +104,17 @@ def top_pairs(
     return Found(first, second, found.to(dtype), ranked.total, ranked.squares)
 
 
-def listed_top_pairs(pattern: Pattern, z: Scaled, z_values: Tensor, wanted: int, shard: Shard) -> Found:
-    """The same in tensor operations, from a list of all co-activations."""
-    top = TopPairs(wanted, pattern.n_features, z_values.dtype, z_values.device)
+def listed_top_pairs(
+    pattern: Pattern, z: Scaled, z_values: Tensor, wanted: int, dtype: torch.dtype, shard: Shard
+) -> Found:
+    """The same in tensor operations, from a list of all co-activations; in float64 where shifts are subtracted."""
+    top = TopPairs(wanted, pattern.n_features, dtype, z_values.device)
+    z_values = z_values if z.shift is not None else z_values.to(dtype)
     total = squares = 0.0
     for chunk in co_activations(pattern, z_values, shard.start, shard.end):
         correlations, chunk_total, chunk_squares = correlations_of(chunk, z)
         total, squares = total + chunk_total, squares + chunk_squares
-        top.add(correlations, chunk)
+        top.add(correlations.to(dtype), chunk)
     return Found(*top.result(shard.ranks), total, squares)
 
 
@@ -124,7 +127,7 @@ def correlations_of(chunk: CoActivations, z: Scaled) -> tuple[Tensor, float, flo
     apart = z.shift[chunk.first] * z.shift[chunk.second]
     together = dots.double() - apart
     squares = (together * together - apart * apart).sum()
-    return together.to(dots.dtype), float(dots.sum(dtype=torch.float64)), float(squares)
+    return together, float(dots.sum(dtype=torch.float64)), float(squares)
 
 
 def sums_without_meeting(z: Scaled, groups: Tensor | None = None, n_groups: int = 1) -> tuple[float, float]:

@@ -14,10 +14,12 @@ from unbraid.decorrelation.selection import Selection, grid, low_support, nomina
 
 
 def correlation_matrix(f_BN: Float[Tensor, "B N"], measure: Measure) -> Float[Tensor, "N N"]:
-    """Eq. 2 for every pair; 0 for features that never fire (or, for Pearson, never vary)."""
+    """Eq. 2 for every pair, in float64; 0 for features that never fire (or, for Pearson, never vary)."""
+    f_BN = f_BN.double()
     squares = (f_BN * f_BN).sum(0)
     if measure == "pearson":
         centred_BN = f_BN - f_BN.mean(0, keepdim=True)
+        centred_BN = centred_BN - centred_BN.mean(0, keepdim=True)
         norms = (centred_BN * centred_BN).sum(0)
         varies = norms > CONSTANT * squares
     else:
@@ -57,7 +59,7 @@ def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_fe
     n_live = int(live.sum())
     mean, std = (float(known.double().mean()), float(known.double().std(correction=0))) if n_live > 1 else (0.0, 0.0)
     wanted, limit = nominal_pairs(n_live, fraction, max_pairs_per_feature)
-    ranks = grid(known, steps_per_unit(known.dtype))
+    ranks = grid(known, steps_per_unit(torch.promote_types(f_BN.dtype, torch.float32)))
     order = torch.sort(ranks, descending=True, stable=True)[1][:wanted]
     chosen = torch.sort(order[ranks[order] > 0])[0]
     limit = "co-activation" if chosen.numel() < wanted else limit

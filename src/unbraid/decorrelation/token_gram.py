@@ -27,7 +27,9 @@ MEETINGS = 1_000_000
 def mean_square(entries: Entries, measure: Measure) -> tuple[Evaluation, float, float, int]:
     """The mean of C^2 over live pairs, its gradient at active entries, mu, sigma, and the number of live features."""
     z = scaled(entries, measure)
-    values = z.values.to(torch.promote_types(entries.values.dtype, torch.float32))
+    values = z.values  # Stays float64 for Pearson, where the Gram matrix is centred after the product.
+    if z.shift is None:
+        values = values.to(torch.promote_types(entries.values.dtype, torch.float32))
     n_live = int((entries.support > 0).sum())
     n_pairs = live_pairs(n_live)
     gram_BB = token_gram(entries, values)

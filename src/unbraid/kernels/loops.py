@@ -126,8 +126,12 @@ def entries_from(bar, row_N, held, places):
 @compiled
 @no_type_check
 def count_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift, steps, bits, histogram, sums):
-    """Ranks of the pairs led by features start..end, counted in bins; sums of their dots and of squares."""
-    sparse, met, dots = np.zeros(offsets.size), np.empty(offsets.size, np.int32), np.empty(offsets.size)
+    """Ranks of the pairs led by features start..end, counted in bins; sums of their dots and of squares.
+
+    Rounding can take a correlation beyond 1 and its rank beyond the last bin, which counts it.
+    """
+    last = histogram.shape[1] - 1
+    sparse, met, dots = np.full(offsets.size, np.nan), np.empty(offsets.size, np.int32), np.empty(offsets.size)
     total, squares = 0.0, 0.0
     for first in range(start, end):
         n_met = meet_later(offsets[first], offsets[first + 1], entries, row_ends, indices, z, sparse, met, dots)
@@ -138,7 +142,7 @@ def count_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift,
             squares += correlation * correlation - apart * apart
             rank = np.int64(np.rint(correlation * steps))
             if rank > 0:
-                histogram[part, (rank - 1) >> bits] += 1
+                histogram[part, min((rank - 1) >> bits, last)] += 1
     sums[part, 0], sums[part, 1] = total, squares
 
 
@@ -146,7 +150,7 @@ def count_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift,
 @no_type_check
 def place_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift, steps, bar, places, pairs, found):
     """Write the pairs led by features start..end whose rank is at least `bar`, from `places[part]` on."""
-    sparse, met, dots = np.zeros(offsets.size), np.empty(offsets.size, np.int32), np.empty(offsets.size)
+    sparse, met, dots = np.full(offsets.size, np.nan), np.empty(offsets.size, np.int32), np.empty(offsets.size)
     place = places[part]
     for first in range(start, end):
         n_met = meet_later(offsets[first], offsets[first + 1], entries, row_ends, indices, z, sparse, met, dots)
@@ -164,7 +168,7 @@ def place_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift,
 def meet_later(start, end, entries, row_ends, indices, z, sparse, met, dots):
     """Dot products of one feature with those after it: returns how many it met; which, in `met`, and their `dots`.
 
-    `sparse` [N] is zero before and after. A feature that fires once meets the rest of one row, each feature once.
+    `sparse` [N] is NaN before and after: zero is a dot product, of centred values any sign is. A feature that fires once meets the rest of one row, each feature once.
     """
     n_met = 0
     if end - start == 1:
@@ -178,12 +182,14 @@ def meet_later(start, end, entries, row_ends, indices, z, sparse, met, dots):
         own = z[entry]
         for other in range(entry + 1, row_ends[at]):
             second, product = indices[other], own * z[other]
+            before = sparse[second]
+            new = before != before
             met[n_met] = second
-            n_met += (sparse[second] == 0.0) & (product > 0.0)
-            sparse[second] += product
+            n_met += new
+            sparse[second] = product if new else before + product
     for m in range(n_met):
         dots[m] = sparse[met[m]]
-        sparse[met[m]] = 0.0
+        sparse[met[m]] = np.nan
     return n_met
 
 
