@@ -123,6 +123,28 @@ def test_a_state_saved_anywhere_goes_on_to_the_same_bytes(settings):
             assert torch.equal(found[2], values_grad) and torch.equal(found[3], decoder_grad)
 
 
+@pytest.mark.parametrize("space", ["codes", "decoder", "co-active"])
+def test_every_third_call_penalises_three_times_as_hard(space):
+    """Value and gradient of a call that acts are `interval` times those of a penalty on every call; others are zero."""
+    decoder_ND = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    settings: dict = {"scan_rows": 200} if space == "decoder" else {}
+    each, third = (SelectiveDecorrelation(0.05, space=space, interval=interval, **settings) for interval in (1, 3))
+    for call, batch in enumerate(batches(7)):
+        found = []
+        for decorrelate in (each, third):
+            leaves = batch["values"].clone().requires_grad_(), decoder_ND.clone().requires_grad_()
+            penalty, stats = decorrelate(**batch | {"values": leaves[0]}, decoder=leaves[1])
+            penalty.backward()
+            found.append((penalty.item(), stats.penalty, leaves[space != "codes"].grad))
+        (value, logged, gradient), (thirds, thirds_logged, thirds_gradient) = found
+        assert value > 0 and float(gradient.abs().sum()) > 0
+        if call % 3 == 0:
+            assert (thirds, thirds_logged) == (pytest.approx(3 * value), logged)
+            torch.testing.assert_close(thirds_gradient, 3 * gradient)
+        else:
+            assert thirds == 0 and (thirds_gradient is None or not thirds_gradient.any())
+
+
 def test_evaluation_mode_reads_what_is_remembered_and_changes_nothing():
     made = batches(6)
     decorrelate = SelectiveDecorrelation(0.01, window=2, threshold="running")

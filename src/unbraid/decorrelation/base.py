@@ -36,6 +36,8 @@ class Penalty(nn.Module, ABC):
 
     step: Tensor
     shard: Shard | None = None
+    remembers: bool = False
+    """Whether calls change more than their number."""
 
     def __init__(self, interval: int, seed: int, space: str, *, counts_calls: bool = False):
         super().__init__()
@@ -65,15 +67,13 @@ class Penalty(nn.Module, ABC):
         Raises:
             CodesError: codes or decoder are missing, of the wrong shape, not finite, or negative.
         """
-        batch = Batch(f, indices, values, n_features, codes) if self.reads_codes else None
+        batch, decoder = self._inputs(f, indices, values, n_features, codes, decoder)
+        target = decoder
         if self.space == "codes":
             assert batch is not None
             target = batch.source
-        else:
-            target = decoder = require_decoder(decoder, batch.n_features if batch else None)
-        acts = int(self.step) % self.interval == 0
-        if self.training:
-            self.step += 1
+        assert target is not None
+        acts = self._count_call()
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
             everything = None
             if batch is not None and self.shard is not None:
@@ -86,6 +86,57 @@ class Penalty(nn.Module, ABC):
         if batch is not None and self.space == "codes" and gradient.shape != target.shape:
             target = batch.entries.values
         return attached(target, self.interval * found.penalty, self.interval * gradient), stats
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def advance(
+        self,
+        f: Tensor | None = None,
+        *,
+        indices: Tensor | None = None,
+        values: Tensor | None = None,
+        n_features: int | None = None,
+        codes: SparseCodes | None = None,
+        decoder: Tensor | None = None,
+    ) -> None:
+        """A call whose penalty nobody asks for: what is remembered ends as after `forward`, without the cost of R.
+
+        Arguments and errors are those of `forward`.
+        """
+        acts = self._count_call()
+        if not (self.remembers and self.training):
+            return
+        batch, decoder = self._inputs(f, indices, values, n_features, codes, decoder)
+        if batch is not None and self.shard is not None:
+            batch = Batch(codes=gathered(batch.entries, self.shard).entries)
+        source = decoder if batch is None else batch.source
+        assert source is not None
+        with torch.autocast(source.device.type, enabled=False):
+            self.remember(batch, decoder, acts)
+
+    def _inputs(
+        self,
+        f: Tensor | None,
+        indices: Tensor | None,
+        values: Tensor | None,
+        n_features: int | None,
+        codes: SparseCodes | None,
+        decoder: Tensor | None,
+    ) -> tuple[Batch | None, Tensor | None]:
+        batch = Batch(f, indices, values, n_features, codes) if self.reads_codes else None
+        if self.space != "codes":
+            decoder = require_decoder(decoder, batch.n_features if batch else None)
+        return batch, decoder
+
+    def _count_call(self) -> bool:
+        """Whether this call penalises."""
+        acts = int(self.step) % self.interval == 0
+        if self.training:
+            self.step += 1
+        return acts
+
+    def remember(self, batch: Batch | None, decoder: Tensor | None, acts: bool) -> None:
+        """What `find` does to the state, for penalties whose `remembers` is true."""
 
     @abstractmethod
     def find(

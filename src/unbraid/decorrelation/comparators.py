@@ -33,7 +33,7 @@ class NoDecorrelation(Penalty):
         self, batch: Batch | None, decoder: Tensor | None, acts: bool
     ) -> tuple[Evaluation | None, DecorrelationStats]:
         """See `Penalty.find`."""
-        return None, DecorrelationStats("none", penalised=False)
+        return None, DecorrelationStats("none", refreshed=False, penalised=False)
 
 
 class GlobalDecorrelation(Penalty):
@@ -49,7 +49,7 @@ class GlobalDecorrelation(Penalty):
         """See `Penalty.find`."""
         assert batch is not None
         if not acts:
-            return None, DecorrelationStats("global", penalised=False)
+            return None, DecorrelationStats("global", refreshed=False, penalised=False)
         found, mean, std, n_live = token_gram.mean_square(batch.entries, self.measure)
         stats = DecorrelationStats(
             "global", found.penalty, mean=mean, std=std, n_live=n_live, nominal=live_pairs(n_live)
@@ -67,6 +67,7 @@ class StaticGroups(Penalty):
     def __init__(self, groups: int, measure: Measure, threshold: Threshold, interval: int, seed: int):
         super().__init__(interval, seed, space="codes")
         self.groups, self.threshold = groups, threshold
+        self.remembers = threshold.kind == "running"
         self.measure: Measure = measure
 
     def group_of(self, n_features: int) -> Tensor:
@@ -80,14 +81,22 @@ class StaticGroups(Penalty):
         """See `Penalty.find`."""
         assert batch is not None
         if not acts:
-            return None, DecorrelationStats("static groups", penalised=False)
+            return None, DecorrelationStats("static groups", refreshed=False, penalised=False)
         entries = batch.entries
-        groups = self.group_of(entries.n_features).to(entries.indices.device)
-        selection = coactive.select_inside_groups(entries, groups, self.groups, self.measure)
-        tau = self.threshold(selection.mean, selection.std, selection.n_live, entries.n_rows)
+        selection, tau = self._choose(entries)
         found = coactive.evaluate(entries, selection.first, selection.second, selection.nominal, tau, self.measure)
         stats = stats_of("static groups", selection, tau, found)
         return found, dataclasses.replace(stats, co_activations=batch.co_activations)
+
+    def remember(self, batch: Batch | None, decoder: Tensor | None, acts: bool) -> None:
+        """See `Penalty.remember`."""
+        if acts and batch is not None:
+            self._choose(batch.entries)
+
+    def _choose(self, entries: Entries) -> tuple[Selection, float]:
+        groups = self.group_of(entries.n_features).to(entries.indices.device)
+        selection = coactive.select_inside_groups(entries, groups, self.groups, self.measure)
+        return selection, self.threshold(selection.mean, selection.std, selection.n_live, entries.n_rows)
 
 
 class RandomPairs(SelectiveDecorrelation):
@@ -125,7 +134,7 @@ class OrthogonalDecoder(Penalty):
         """See `Penalty.find`."""
         assert decoder is not None
         if not acts:
-            return None, DecorrelationStats("orthogonal", penalised=False)
+            return None, DecorrelationStats("orthogonal", refreshed=False, penalised=False)
         order = torch.randperm(decoder.shape[0], generator=generator(self.seed, "orthogonal", int(self.step)))
         found = nearest_in_chunk(unit_rows(decoder), order.to(decoder.device), self.chunk)
         return found, DecorrelationStats("orthogonal", found.penalty)

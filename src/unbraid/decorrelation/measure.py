@@ -20,7 +20,7 @@ from unbraid.decorrelation.hinge import add_at
 
 Measure = Literal["cosine", "pearson"]
 CONSTANT = 1e-36
-"""Centred sums of squares up to this share of the plain ones are the rounding of a constant (float64, centred twice)."""
+"""Centred sums of squares up to this share of the plain ones are the rounding of a constant."""
 
 
 @dataclass(frozen=True)

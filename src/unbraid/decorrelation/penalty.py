@@ -44,6 +44,8 @@ class Chosen:
     tau: float
     refreshed: bool
     overlap: float | None = None
+    blocks: Blocks | None = None
+    """Where S was found, if not on an exact path."""
 
     @property
     def penalised(self) -> tuple[Tensor, Tensor, int, float]:
@@ -99,6 +101,7 @@ class SelectiveDecorrelation(Penalty):
         self.lists = NeighbourLists(neighbours, scan_rows) if space == "decoder" and path != "tiled" else None
         self.selection = RememberedSelection() if remembers else None
         self.firing = FiringCounts() if config.push == "rarer" else None
+        self.remembers = remembers or self.firing is not None or threshold == "running"
         self.reads_codes = self.reads_codes or self.firing is not None
 
     def exact_selection(self, decoder: Tensor) -> Selection:
@@ -110,29 +113,40 @@ class SelectiveDecorrelation(Penalty):
         self, batch: Batch | None, decoder: Tensor | None, acts: bool
     ) -> tuple[Evaluation | None, DecorrelationStats]:
         """See `Penalty.find`."""
-        if self.firing is not None and self.training:
-            assert batch is not None
-            self.firing.add(batch.support)
-        if self.space == "decoder":
-            assert decoder is not None
-            return self._find_among_decoder_rows(decoder, acts)
-        assert batch is not None
-        rows = None if decoder is None or self.space == "codes" else unit_rows(decoder)
-        path = self.path_for(batch)
-        if path == "blocks":
-            return self._find_in_blocks(batch, rows, acts)
-        chosen = self._choose(batch.entries, rows, path, acts)
+        path, rows = self._path(batch), self._rows(decoder, acts)
+        chosen = self._choose(batch, decoder, rows, path, acts)
         if chosen is None:
-            return None, DecorrelationStats("filling" if self.selection else path, penalised=False)
+            filling = self.selection is not None and path != "blocks"
+            return None, DecorrelationStats("filling" if filling else path, refreshed=False, penalised=False)
+        found = None
         if not acts:
-            return None, self._stats(path, batch, chosen, None)
-        if rows is not None:
+            pass
+        elif rows is not None:
             found = self._push_rows(rows, chosen)
+        elif chosen.blocks is not None:
+            found = chosen.blocks.evaluate(chosen.selection, chosen.tau)
         else:
+            assert batch is not None
             found = EXACT_PATHS[path].evaluate(batch.entries, *chosen.penalised, self.config.measure)
-        if self.shard is not None:
+        if found is not None and self.shard is not None and batch is not None:
             found = completed(found, self.shard.ranks, batch.entries.values.dtype)
         return found, self._stats(path, batch, chosen, found)
+
+    def remember(self, batch: Batch | None, decoder: Tensor | None, acts: bool) -> None:
+        """See `Penalty.remember`."""
+        self._choose(batch, decoder, self._rows(decoder, acts), self._path(batch), acts)
+
+    def _rows(self, decoder: Tensor | None, acts: bool) -> UnitRows | None:
+        """Decoder rows where they are compared on this call; a call between two penalties costs nothing."""
+        if self.space == "codes" or decoder is None or not (acts or self.space == "co-active"):
+            return None
+        return unit_rows(decoder)
+
+    def _path(self, batch: Batch | None) -> str:
+        if self.space == "decoder":
+            return "tiled" if self.lists is None else "neighbours"
+        assert batch is not None
+        return self.path_for(batch)
 
     def path_for(self, batch: Batch) -> str:
         """The path these codes take."""
@@ -148,8 +162,21 @@ class SelectiveDecorrelation(Penalty):
             return coactive.select(supported, *wanted, self.shard)
         return EXACT_PATHS[path].select(supported, *wanted)
 
-    def _choose(self, entries: Entries, rows: UnitRows | None, path: str, acts: bool) -> Chosen | None:
-        """S for this call: of this batch, or the one in force after looking whether a new one is due."""
+    def _choose(
+        self, batch: Batch | None, decoder: Tensor | None, rows: UnitRows | None, path: str, acts: bool
+    ) -> Chosen | None:
+        """S for this call, if there is one; everything that is remembered changes here."""
+        if self.firing is not None and self.training:
+            assert batch is not None
+            self.firing.add(batch.support)
+        if self.space == "decoder":
+            assert decoder is not None and self.selection is not None
+            self.selection.require_width(len(decoder))
+            return self._choose_decoder_rows(rows, path)
+        assert batch is not None
+        if path == "blocks":
+            return self._choose_in_blocks(batch, rows) if acts else None
+        entries = batch.entries
         if self.selection is None or self.window is None:
             return self._with_tau(self.select(entries, path), rows, entries.n_rows) if acts else None
         self.selection.require_width(entries.n_features)
@@ -187,28 +214,20 @@ class SelectiveDecorrelation(Penalty):
         tau = self.threshold(selection.mean, selection.std, n_features, n_dimensions)
         return Chosen(selection, tau, refreshed=True)
 
-    def _find_in_blocks(
-        self, batch: Batch, rows: UnitRows | None, acts: bool
-    ) -> tuple[Evaluation | None, DecorrelationStats]:
-        """Codes too dense to remember or to list: select and penalise this batch, block by block."""
-        if not acts:
-            return None, DecorrelationStats("blocks", co_activations=batch.co_activations, penalised=False)
+    def _choose_in_blocks(self, batch: Batch, rows: UnitRows | None) -> Chosen:
+        """Codes too dense to remember or to list: S of this batch, block by block."""
         # Drawn from the codes themselves: a resumed run draws the same partition, and nothing has to be remembered.
         seed = derive_seed(self.seed, "blocks", float(batch.source.sum(dtype=torch.float64)).hex())
         blocks = Blocks(batch, self.config.block, self.config.min_support, self.config.measure, seed)
         selection = blocks.select(self.config.fraction, self.config.max_pairs_per_feature)
-        chosen = self._with_tau(selection, rows, batch.n_rows)
-        found = self._push_rows(rows, chosen) if rows is not None else blocks.evaluate(chosen.selection, chosen.tau)
-        return found, self._stats("blocks", batch, chosen, found)
+        return dataclasses.replace(self._with_tau(selection, rows, batch.n_rows), blocks=blocks)
 
-    def _find_among_decoder_rows(self, decoder: Tensor, acts: bool) -> tuple[Evaluation | None, DecorrelationStats]:
+    def _choose_decoder_rows(self, rows: UnitRows | None, path: str) -> Chosen | None:
         assert self.selection is not None
-        self.selection.require_width(len(decoder))
-        path = "tiled" if self.lists is None else "neighbours"
         if self.training:
             self.selection.age()
-        rows, refreshed = unit_rows(decoder) if acts else None, False
-        if rows is not None and self.training:  # Between two penalties nothing is looked at: those calls cost nothing.
+        refreshed = False
+        if rows is not None and self.training:
             refreshed = not self.selection.known or self.selection.calls_since >= self.refresh
             if self.lists is not None:
                 self.lists.scan(rows.unit_ND)
@@ -216,14 +235,8 @@ class SelectiveDecorrelation(Penalty):
         if rows is not None and refreshed:
             wanted = self.config.fraction, self.config.max_pairs_per_feature
             found = self.lists.select(rows, *wanted) if self.lists else select_exactly(rows.unit_ND, *wanted)
-            self._remember(self._with_tau(found, rows, 0), path, len(decoder))
-        chosen = self._in_force(refreshed)
-        if chosen is None:
-            return None, DecorrelationStats("filling", penalised=False)
-        if rows is None:
-            return None, self._stats(path, None, chosen, None)
-        evaluation = self._push_rows(rows, chosen)
-        return evaluation, self._stats(path, None, chosen, evaluation)
+            self._remember(self._with_tau(found, rows, 0), path, len(rows.unit_ND))
+        return self._in_force(refreshed)
 
     def _push_rows(self, rows: UnitRows, chosen: Chosen) -> Evaluation:
         """R over pairs of decoder rows, and who moves how far."""
@@ -238,7 +251,7 @@ class SelectiveDecorrelation(Penalty):
             selection,
             chosen.tau,
             found,
-            co_activations=0 if batch is None else batch.co_activations,
+            co_activations=None if batch is None or self.space == "decoder" else batch.co_activations,
             overlap=chosen.overlap,
             refreshed=chosen.refreshed,
         )

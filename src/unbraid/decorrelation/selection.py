@@ -182,7 +182,7 @@ class TopPairs:
         self._kept.append((*chunk.features(positions[better]), found[better]))
 
     def _raise_bar(self, ranks: Tensor) -> None:
-        """Count newcomers in bins; what is not above zero falls into none, what rounding took beyond 1 into the last."""
+        """Count newcomers in bins; what is not above zero falls into none, beyond 1 (rounding) into the last."""
         bins = (ranks.clamp(0, self.steps) + ((1 << self.bits) - 1)) >> self.bits
         self._histogram += torch.bincount(bins, minlength=BIN_COUNT + 3)[1:]
         self._bar = bar_for(self._histogram, self.wanted, self.bits)

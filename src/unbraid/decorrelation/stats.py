@@ -1,5 +1,6 @@
 """What a penalty says about itself: enough to draw Figure 1 and to see whether S is signal or noise."""
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -33,20 +34,24 @@ NOTHING = PairsFound(NO_PAIRS, NO_PAIRS, torch.empty(0, dtype=torch.float64))
 
 @dataclass(frozen=True)
 class DecorrelationStats:
-    """One call of a penalty. Fields that a method has no use for keep their defaults."""
+    """One call of a penalty.
+
+    What was not measured, because the method does not look at it or because this call neither selects nor penalises
+    and nothing is remembered, is NaN here and None in `scalars`.
+    """
 
     path: str
     """How it was computed: coactive, blocks, tiled, naive, decoder, ...; filling while a window has too few batches
     or decoder rows have not all been looked at."""
-    penalty: float = 0.0
+    penalty: float = math.nan
     """R(tau), unweighted by lambda2 and by the interval."""
-    tau: float = 0.0
+    tau: float = math.nan
     """The threshold of Eq. 4 in force."""
-    mean: float = 0.0
+    mean: float = math.nan
     """mu: mean correlation over all live pairs at the latest selection."""
-    std: float = 0.0
+    std: float = math.nan
     """sigma: population standard deviation of the same."""
-    cut: float = 0.0
+    cut: float = math.nan
     """The lowest correlation that got into S."""
     found: PairsFound = field(default=NOTHING, repr=False)
     """S as the path left it; `pairs` and `correlations` are the same in order, sorted when somebody asks."""
@@ -56,9 +61,9 @@ class DecorrelationStats:
     """|S| as defined: the divisor of Eq. 3."""
     limit: str = "fraction"
     """What bounds |S|: fraction, max_pairs_per_feature or co-activation."""
-    co_activations: int = 0
+    co_activations: int | None = None
     """W of this batch: what the exact path costs."""
-    low_support: float = 0.0
+    low_support: float = math.nan
     """Share of S in which a feature fired at most 4 times in the window: the share that is mostly noise."""
     overlap: float | None = None
     """Share of S that was in the S before it; none where no earlier S is remembered."""
@@ -93,7 +98,8 @@ class DecorrelationStats:
         found = PairsFound(*(torch.cat(ranks.gather_ragged(part)) for part in self.found))
         pairs, overlap = self.found.first.numel(), self.overlap or 0.0
         remembered = ranks.any(self.overlap is not None)
-        total, low, overlapping = ranks.total(pairs, pairs * self.low_support, pairs * overlap)
+        low_support = 0.0 if pairs == 0 else pairs * self.low_support
+        total, low, overlapping = ranks.total(pairs, low_support, pairs * overlap)
         cut = float(ranks.min(torch.tensor(self.cut if pairs else torch.inf, dtype=torch.float64)))
         return replace(
             self,
@@ -109,28 +115,36 @@ class DecorrelationStats:
             return 0.0
         return float(torch.isin(self.found.ids, previous.found.ids).double().mean())
 
-    def scalars(self) -> dict[str, float | int | str]:
-        """The numbers worth a line in a log, ready for JSON."""
+    @property
+    def top(self) -> float:
+        """Mean correlation over the nominal |S|: a pair that is missing from S counts as 0."""
+        if math.isnan(self.tau):
+            return math.nan
+        return float(self.found.correlations.sum(dtype=torch.float64)) / max(1, self.nominal)
+
+    def scalars(self) -> dict[str, float | int | str | None]:
+        """The numbers worth a line in a log, ready for JSON; None where nothing was measured."""
         correlations = self.found.correlations
-        some = correlations.numel() > 0
-        numbers: dict[str, float | int | str] = {
+        some, known, selected = correlations.numel() > 0, not math.isnan(self.mean), not math.isnan(self.tau)
+        numbers: dict[str, float | int | str | None] = {
             "path": self.path,
             "penalty": self.penalty,
             "tau": self.tau,
             "mean": self.mean,
             "std": self.std,
             "cut": self.cut,
-            "pairs": correlations.numel(),
-            "nominal_pairs": self.nominal,
-            "mean_selected": float(correlations.mean(dtype=torch.float64)) if some else 0.0,
-            "above_tau": float((correlations > self.tau).double().mean()) if some else 0.0,
-            "n_live": self.n_live,
-            "limit": self.limit,
+            "pairs": correlations.numel() if selected else None,
+            "nominal_pairs": self.nominal if known else None,
+            "mean_selected": float(correlations.mean(dtype=torch.float64)) if some else None,
+            "above_tau": float((correlations > self.tau).double().mean()) if some else None,
+            "n_live": self.n_live if known else None,
+            "limit": self.limit if selected else None,
             "co_activations": self.co_activations,
             "low_support": self.low_support,
             "refreshed": int(self.refreshed),
             "penalised": int(self.penalised),
         }
+        numbers = {name: None if isinstance(n, float) and math.isnan(n) else n for name, n in numbers.items()}
         return numbers if self.overlap is None else numbers | {"overlap": self.overlap}
 
 
@@ -138,7 +152,7 @@ def stats_of(path: str, selection: Selection, tau: float, found: Evaluation | No
     """Stats of a selection and, where it was penalised, of what was found."""
     return DecorrelationStats(
         path=path,
-        penalty=0.0 if found is None else found.penalty,
+        penalty=math.nan if found is None else found.penalty,
         tau=tau,
         mean=selection.mean,
         std=selection.std,

@@ -168,7 +168,8 @@ def place_pairs(part, start, end, offsets, entries, row_ends, indices, z, shift,
 def meet_later(start, end, entries, row_ends, indices, z, sparse, met, dots):
     """Dot products of one feature with those after it: returns how many it met; which, in `met`, and their `dots`.
 
-    `sparse` [N] is NaN before and after: zero is a dot product, of centred values any sign is. A feature that fires once meets the rest of one row, each feature once.
+    `sparse` [N] is NaN before and after, as centred values may have a dot product of any sign, or zero. A feature that
+    fires once meets the rest of one row, each feature once.
     """
     n_met = 0
     if end - start == 1:

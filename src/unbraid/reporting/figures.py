@@ -125,7 +125,7 @@ def _looks(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _line(axes: "Axes", curve: Curve, look: dict[str, Any], site: int) -> None:
-    curve = curve.thinned(POINTS)
+    curve = curve.found.thinned(POINTS)
     n = len(curve.step)
     stride = max(1, n // 5)
     axes.plot(curve.step, curve.value, **look, markevery=(min(n - 1, (site * stride) // 3 + stride // 2), stride))
@@ -176,7 +176,7 @@ def _correlation_panel(figure: "Figure", place: Any, log: TrainingLog, looks: di
         members = [name for name in log.names if split_name(name)[0] == site]
         drawn = False
         for position, name in enumerate(members):
-            mean, std = (log.curve(name, f"correlation_{part}").thinned(POINTS) for part in ("mean", "std"))
+            mean, std = (log.curve(name, f"correlation_{part}").found.thinned(POINTS) for part in ("mean", "std"))
             if not mean.measured:
                 continue
             drawn = True

@@ -40,6 +40,12 @@ class Curve:
         """Whether any value is there."""
         return bool(np.isfinite(self.value).any())
 
+    @property
+    def found(self) -> "Curve":
+        """Only where the quantity was measured, so that lone points are joined."""
+        there = np.isfinite(self.value)
+        return Curve(self.step[there], self.value[there])
+
     def thinned(self, points: int) -> "Curve":
         """At most `points` bin means; the last point is kept as it is, so that a curve ends where the run ended."""
         n = len(self.step)

@@ -5,6 +5,8 @@ the seed and its settings, never from its neighbours: trained beside others it e
 alone. Split by features over ranks, a trainee is one slice, and its step exchanges what the slices must agree on.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.config import RunConfig, VariantConfig
+from unbraid.decorrelation.base import Penalty
 from unbraid.decorrelation.build import build as build_decorrelation
 from unbraid.decorrelation.stats import DecorrelationStats
 from unbraid.distributed.mesh import SINGLE, Mesh
@@ -162,6 +165,10 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
     if lambda2 > 0 or log:
         with torch.set_grad_enabled(lambda2 > 0):
             penalty, stats = _decorrelate(trainee.decorrelate, out.codes, sae.W_dec)
+    else:  # What a penalty remembers must not depend on how often it is logged.
+        advance = trainee.decorrelate.advance if isinstance(trainee.decorrelate, Penalty) else trainee.decorrelate
+        with torch.no_grad():
+            _decorrelate(advance, out.codes, sae.W_dec)
     if penalty is not None and lambda2 > 0:
         loss = loss + lambda2 * penalty
     trainee.optimiser.zero_grad()
@@ -182,7 +189,7 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
             "reconstruction": out.reconstruction.item(),
             "sparsity": out.sparsity.item(),
             "auxiliary": out.auxiliary.item(),
-            "penalty": penalty.item() if penalty is not None else None,
+            "penalty": penalty.item() if penalty is not None and getattr(stats, "penalised", True) else None,
             "l0": active / len(x_BD),
             "r2": 1 - ((x_BD - out.x_hat_BD).double().square().sum() / variance).item(),
             "dead_fraction": dead / trainee.shard.n_features,
@@ -198,20 +205,19 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
 
 def correlation_record(stats: DecorrelationStats) -> dict[str, Any]:
     """What metrics.jsonl says about correlation; `correlation_top` is the mean over the nominal |S|."""
+    scalars = stats.scalars()
     return {
-        "tau": stats.tau,
-        "correlation_mean": stats.mean,
-        "correlation_std": stats.std,
-        "correlation_top": float(stats.correlations.double().sum()) / max(1, stats.nominal),
-        "pairs": len(stats.pairs),
-        "decorrelation": stats.scalars(),
+        "tau": scalars["tau"],
+        "correlation_mean": scalars["mean"],
+        "correlation_std": scalars["std"],
+        "correlation_top": None if math.isnan(stats.top) else stats.top,
+        "pairs": scalars["pairs"],
+        "decorrelation": scalars,
     }
 
 
-def _decorrelate(decorrelate: nn.Module, codes: Codes | Tensor, W_dec: Tensor) -> tuple[Tensor, DecorrelationStats]:
-    if isinstance(codes, Codes):
-        return decorrelate(codes=codes, decoder=W_dec)
-    return decorrelate(codes, decoder=W_dec)
+def _decorrelate(penalty: Callable[..., Any], codes: Codes | Tensor, W_dec: Tensor) -> Any:
+    return penalty(codes=codes, decoder=W_dec) if isinstance(codes, Codes) else penalty(codes, decoder=W_dec)
 
 
 @torch.no_grad()
