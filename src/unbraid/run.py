@@ -30,7 +30,6 @@ from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import ConfigError, TextError
 from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.files import write_json
-from unbraid.formats.sae_lens import hook_name
 from unbraid.training.checkpoint import steps_done
 from unbraid.training.loggers import Loggers, check_loggers, open_loggers
 from unbraid.training.loop import Trained, TrainingInterrupted, train_saes
@@ -172,7 +171,7 @@ def _run(folder: RunFolder, console: Console, everyone: Ranks) -> Run:
         with status, everyone.first_ahead():
             source = open_activations(config, device, everyone)
         say(
-            f"model: {config.model.name} on {device}, {source.d_model} wide, read at "
+            f"model: {config.model.name} on {device}, {'/'.join(map(str, dict.fromkeys(source.widths)))} wide, read at "
             f"{', '.join(map(str, config.sites))}"
         )
         if start < config.steps and everyone.first:
@@ -262,8 +261,8 @@ def _finish(
         site = config.sites[trainee.site]
         metadata = {
             "model_name": config.model.name,
-            "hook_name": hook_name(str(site)),
-            "hook_layer": site.layer,
+            "hook_name": site.hook,
+            "hook_layer": site.layer or 0,
             "context_size": config.text.context_length,
             "prepend_bos": source.prepends_bos,
             "training_tokens": tokens,

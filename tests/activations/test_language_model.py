@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from unbraid.activations.language_model import LanguageModel, load_language_model
 from unbraid.activations.random_model import FAMILIES
-from unbraid.config import ModelConfig, Site
+from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
+from unbraid.sites import Site
 
 SITES = ["resid_post.0", "attn_out.1", "mlp_out.1", "resid_post.1"]
 FINAL_NORMS = {"llama": "norm", "gemma2": "norm", "qwen2": "norm", "gpt2": "ln_f", "gpt_neox": "final_layer_norm"}
@@ -161,11 +162,18 @@ def test_a_site_that_never_fires_is_an_error() -> None:
         model.logits(tokens_of(model), "attn_out.1", lambda x: x)
 
 
-@pytest.mark.parametrize("wrong", [lambda x: x[0], lambda x: x[:, 1:], lambda x: x[..., :5], lambda x: None])
+@pytest.mark.parametrize("wrong", [lambda x: x[0], lambda x: x[:, 1:], lambda x: x[..., :5]])
 def test_a_model_that_returns_another_shape_is_an_error(wrong: Any) -> None:
     model = load("llama", "resid_post.0")
     model.blocks[0].forward = lambda hidden_states, **_: wrong(hidden_states)
     with pytest.raises(ModelError, match=r"site resid_post\.0 .* expected activations .* \[3, 40, 64\]"):
+        model.activations(tokens_of(model))
+
+
+def test_a_block_that_returns_no_tensor_is_an_error() -> None:
+    model = load("llama", "resid_post.0")
+    model.blocks[0].forward = lambda hidden_states, **_: None
+    with pytest.raises(ModelError, match=r"site resid_post\.0 gave no tensor; expected activations"):
         model.activations(tokens_of(model))
 
 
@@ -180,7 +188,7 @@ def test_blocks_may_return_a_tuple_or_a_tensor() -> None:
 
 def test_a_replacement_of_another_shape_is_an_error() -> None:
     model = load("llama")
-    with pytest.raises(ModelError, match=r"gave shape \(3, 40\); expected activations"):
+    with pytest.raises(ModelError, match=r"has shape \(3, 40\); expected activations"):
         model.logits(tokens_of(model), "resid_post.0", lambda x: x[..., 0])
     with pytest.raises(ModelError, match="expected both or neither"):
         model.logits(tokens_of(model), "resid_post.0")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from unbraid.activations import packaged_model
+from unbraid.activations.block import find_blocks
 from unbraid.activations.language_model import LanguageModel, load_language_model
 from unbraid.activations.packaged_model import find_packaged_model, packaged_model_folder
 from unbraid.activations.random_model import FAMILIES
-from unbraid.activations.sites import find_blocks
 from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
 from unbraid.text.contexts import tokenise
@@ -160,10 +160,9 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 
 def test_a_model_without_transformer_blocks_is_refused() -> None:
-    from transformers import MambaConfig, MambaForCausalLM
-
-    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=50))
-    with pytest.raises(ModelError, match="MambaForCausalLM has no list of 2 transformer blocks"):
+    model = load_language_model(model_config("random:llama")).model
+    model.config.num_hidden_layers = 3  # pyright: ignore
+    with pytest.raises(ModelError, match="LlamaForCausalLM has no list of 3 transformer blocks"):
         find_blocks(model)
 
 

@@ -229,4 +229,5 @@ def test_a_file_in_the_way_and_an_unknown_layout_are_refused(tmp_path: Path):
 def test_sites_and_hook_names_translate_both_ways():
     assert sae_lens.hook_name("resid_post.6") == "blocks.6.hook_resid_post"
     assert sae_lens.site_of("blocks.6.hook_mlp_out") == "mlp_out.6"
-    assert sae_lens.site_of("blocks.6.attn.hook_z") is None
+    assert sae_lens.site_of("blocks.6.attn.hook_z") == "attn_z.6"
+    assert sae_lens.site_of("blocks.6.attn.hook_q") is None

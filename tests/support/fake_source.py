@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from unbraid.activations.rows import Chunk
-from unbraid.config import Site
 from unbraid.randomness import generator
+from unbraid.sites import Site
 
 BOS = 0
 
@@ -19,6 +19,7 @@ class FakeSource:
         self, contexts: int, context_length: int = 8, d_model: int = 4, batch_contexts: int = 4, n_sites: int = 1
     ):
         self.contexts, self.context_length, self.d_model = contexts, context_length, d_model
+        self.widths = [d_model] * n_sites
         self.batch_contexts = batch_contexts
         self.sites = [Site("resid_post", layer) for layer in range(n_sites)]
         self.special_ids = frozenset({BOS})

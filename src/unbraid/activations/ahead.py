@@ -30,7 +30,7 @@ class Ahead:
 
     def __init__(self, source: ChunkSource, depth: int):
         self.source, self.depth = source, depth
-        self.sites, self.d_model = source.sites, source.d_model
+        self.sites, self.widths = source.sites, source.widths
         self.context_length, self.batch_contexts = source.context_length, source.batch_contexts
         self.special_ids = source.special_ids
 

@@ -72,7 +72,7 @@ class ActivationBuffer:
         self.handed_out = 0
         self._should_stop, self._on_fill = should_stop, on_fill
         self._generator = generator(seed, "buffer")
-        self._pools = [torch.empty(self.capacity, source.d_model, dtype=self.dtype) for _ in source.sites]
+        self._pools = [torch.empty(self.capacity, width, dtype=self.dtype) for width in source.widths]
         self._unread = torch.empty(0, dtype=torch.long)
         self._chunks: Iterator[Chunk] | None = None
 

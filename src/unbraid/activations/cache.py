@@ -87,7 +87,7 @@ def _harvest(
     manifest |= {
         "model": live.model.identity,
         "text": live.documents.identity,
-        "d_model": live.d_model,
+        "widths": dict(zip(map(str, live.sites), live.widths, strict=True)),
         "special_ids": sorted(live.special_ids),
         "prepends_bos": live.prepends_bos,
     }
@@ -277,7 +277,8 @@ class CachedActivations:
                 f"cache {str(folder)!r} is unfinished; run the same `unbraid harvest` command to go on"
             )
         self.sites = config.sites
-        self.d_model: int = self.manifest["d_model"]
+        widths, d_model = self.manifest.get("widths", {}), self.manifest.get("d_model")  # 0.1 kept one width for all
+        self.widths: list[int] = [widths.get(str(site), d_model) for site in self.sites]
         self.context_length = config.text.context_length
         self.batch_contexts = config.model.batch_contexts
         self.special_ids = frozenset(self.manifest["special_ids"])

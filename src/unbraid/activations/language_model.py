@@ -1,26 +1,33 @@
 """A language model as a source of activations: several sites in one pass that stops after the deepest.
 
-Hooks keep each site's output, and the last to fire ends the pass by raising, so later blocks and the logits cost
+Hooks keep each site's tensor, and the last to fire ends the pass by raising, so later blocks and the logits cost
 nothing. What is captured equals `output_hidden_states` bit for bit; a hook that never fires, a wrong shape or a layer
-that does not exist is an error, never an empty tensor.
+that does not exist is an error, never an empty tensor. A model that is not what it is taken for is refused when it is
+loaded: one whose tokens see later tokens, or whose tokenizer knows tokens that it does not.
 """
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from unbraid.activations.block import BlockTrace, find_blocks
+from unbraid.activations.hooks import Place, Visit, visited
 from unbraid.activations.load import load_model_and_tokenizer
-from unbraid.activations.sites import find_blocks, first_tensor, site_module
-from unbraid.config import ModelConfig, Site
+from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
+from unbraid.sites import KINDS, Site, place_outside_blocks
 
 ResultT = TypeVar("ResultT")
+TRIAL_TOKENS = 8
+"""Length of the two contexts that a newly loaded model is tried on."""
+MOVED = {torch.float32: 1e-5, torch.float64: 1e-5}
+"""Relative change of earlier activations that counts as looking ahead; .03 in lower precision."""
 
 
 class _DeepestSiteReached(Exception):
@@ -30,13 +37,23 @@ class _DeepestSiteReached(Exception):
 class LanguageModel:
     """A causal language model read at `sites`, in eval mode and without gradients.
 
+    Args:
+        model: a transformers model.
+        tokenizer: its tokenizer.
+        sites: where activations are read.
+        name: what messages call it.
+        pass_contexts: contexts per pass.
+        bidirectional: accept a model in which tokens see later tokens.
+
     Attributes:
         model, tokenizer: the transformers objects.
         sites: what `activations` returns, in this order.
+        widths: the width of each site.
         pass_contexts: contexts per pass; halved, with a warning, when memory runs out.
 
     Raises:
-        ModelError: a site does not exist in this model, or is not what is added to the residual stream.
+        ModelError: a site does not exist in this model, is not what is added to the residual stream, or the model is an
+            encoder-decoder, looks ahead, or does not know all tokens of its tokenizer.
     """
 
     def __init__(
@@ -47,18 +64,28 @@ class LanguageModel:
         *,
         name: str = "",
         pass_contexts: int = 24,
+        bidirectional: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.sites = [Site.parse(site) if isinstance(site, str) else site for site in sites]
         self.name = name or type(model).__name__
         self.pass_contexts = pass_contexts
+        if model.config.is_encoder_decoder:  # pyright: ignore
+            raise ModelError(
+                f"{self.name} is an encoder-decoder model ({type(model).__name__}); expected a decoder such as Llama; "
+                "choose another model.name"
+            )
         self.blocks = find_blocks(model)
         self._text_config = model.config.get_text_config()  # pyright: ignore
-        for site in self.sites:
-            site_module(self.blocks, site)
-        for layer in sorted({site.layer for site in self.sites if site.kind != "resid_post"}):
-            self._prove_additive(layer)
+        self._places: dict[Site, Place] = {}
+        self._check_vocabulary()
+        self.widths = [0] * len(self.sites)
+        self._find_places(self.sites)
+        trial = self._trial()
+        self.widths = [x.shape[-1] for x in trial]
+        if not bidirectional:
+            self._check_causal()
 
     @property
     def d_model(self) -> int:
@@ -104,13 +131,51 @@ class LanguageModel:
             "weights": digest.hexdigest(),
         }
 
-    def activations(self, tokens: Int[Tensor, "C T"]) -> list[Float[Tensor, "C T D"]]:
-        """Activations of every site for `C` contexts of token ids, on the model's device and in its dtype.
+    def place(self, site: Site | str) -> Place:
+        """Where the activations of a site pass: for `activations.hooks.visited`.
 
         Raises:
-            ModelError: a site did not fire or gave another shape than [C, T, D]; memory ran out for one context.
+            ModelError: the model has no such site.
         """
-        parts = self._passes(tokens, self._capture)
+        site = Site.parse(site) if isinstance(site, str) else site
+        self._find_places([site])
+        return self._places[site]
+
+    @contextmanager
+    def visiting(self, visits: Mapping[Site, Visit] | Mapping[str, Visit]) -> Iterator[None]:
+        """In the `with` block, every pass of `model` calls `visits[site]` with the activations [C, T, W] of each site.
+
+        What a visit returns takes the place of the activations, unless it is None. Sites are visited in the order in
+        which the model reaches them, and visits of one site in the order given. Gradients flow if they are on.
+
+        Example:
+            >>> from unbraid.config import ModelConfig
+            >>> from unbraid.activations.language_model import load_language_model
+            >>> lm = load_language_model(ModelConfig(name="random:llama", sites=["resid_post.0"]))
+            >>> with lm.visiting({"mlp_out.1": lambda x: 2 * x}):
+            ...     doubled = lm.logits(torch.tensor([[0, 5, 6]]))
+
+        Raises:
+            ModelError: a site does not exist, or a visit returned another shape (while a pass runs).
+        """
+        with ExitStack() as stack:
+            for site, visit in visits.items():
+                stack.enter_context(visited(self.place(site), visit))
+            yield
+
+    def activations(
+        self, tokens: Int[Tensor, "C T"], mask: Int[Tensor, "C T"] | None = None
+    ) -> list[Float[Tensor, "C T _"]]:
+        """Activations of every site for `C` contexts of token ids, on the model's device and in its dtype.
+
+        Args:
+            tokens: token ids.
+            mask: 1 where there is a token, 0 where a shorter context was filled up; None for contexts without filling.
+
+        Raises:
+            ModelError: a site did not fire or gave another shape than [C, T, W]; memory ran out for one context.
+        """
+        parts = self._passes(tokens, mask, self._capture)
         if len(parts) == 1:
             return parts[0]
         return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
@@ -119,7 +184,8 @@ class LanguageModel:
         self,
         tokens: Int[Tensor, "C T"],
         site: Site | str | None = None,
-        replace: Callable[[Float[Tensor, "C T D"]], Float[Tensor, "C T D"]] | None = None,
+        replace: Callable[[Float[Tensor, "C T W"]], Float[Tensor, "C T W"]] | None = None,
+        mask: Int[Tensor, "C T"] | None = None,
     ) -> Float[Tensor, "C T V"]:
         """Next-token logits; with `replace`, the activations of `site` are what it returns, at every position.
 
@@ -129,51 +195,66 @@ class LanguageModel:
         site = Site.parse(site) if isinstance(site, str) else site
         if (site is None) != (replace is None):
             raise ModelError(f"logits got site={site} and replace={replace}; expected both or neither")
-        parts = self._passes(tokens, lambda part: self._spliced_logits(part, site, replace))
+        parts = self._passes(tokens, mask, lambda part, seen: self._spliced_logits(part, seen, site, replace))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _capture(self, tokens: Tensor) -> list[Tensor]:
-        captured: dict[Site, Tensor] = {}
+    def _capture(self, tokens: Tensor, mask: Tensor | None) -> list[Tensor]:
+        captured: dict[int, Tensor] = {}
 
-        def keep(site: Site) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                captured[site] = self._checked(site, first_tensor(output), tokens, output)
+        def keep(i: int) -> Visit:
+            def visit(x: Tensor) -> None:
+                captured[i] = self._checked(i, x, tokens)
                 if len(captured) == len(self.sites):
                     raise _DeepestSiteReached
 
-            return hook
+            return visit
 
         with ExitStack() as stack:
-            for site in self.sites:
-                stack.enter_context(_Hook(site_module(self.blocks, site), keep(site)))
+            for i, site in enumerate(self.sites):
+                stack.enter_context(visited(self._places[site], keep(i)))
             with suppress(_DeepestSiteReached):
-                self._forward(tokens)
-        self._require_fired(self.sites, captured)
-        return [captured[site].clone() for site in self.sites]
+                self._forward(tokens, mask)
+        self._require_fired([site for i, site in enumerate(self.sites) if i not in captured])
+        return [captured[i].clone() for i in range(len(self.sites))]
 
-    def _spliced_logits(self, tokens: Tensor, site: Site | None, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
-        fired: dict[Site, Tensor] = {}
+    def _spliced_logits(
+        self, tokens: Tensor, mask: Tensor | None, site: Site | None, replace: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        if site is None or replace is None:
+            return self._logits(tokens, mask)
+        fired: list[Site] = []
 
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            assert site is not None and replace is not None
-            before = self._checked(site, first_tensor(output), tokens, output)
-            after = fired[site] = self._checked(site, replace(before), tokens, "replace")
-            after = after.to(before.dtype)
-            return after if isinstance(output, Tensor) else (after, *output[1:])
+        def visit(x: Tensor) -> Tensor:
+            fired.append(site)
+            return replace(x)
 
-        with ExitStack() as stack:
-            if site is not None:
-                stack.enter_context(_Hook(site_module(self.blocks, site), hook))
-            logits = self._forward(tokens).logits
-        if site is not None:
-            self._require_fired([site], fired)
-        return logits.clone()
+        with visited(self.place(site), visit):
+            logits = self._logits(tokens, mask)
+        self._require_fired([] if fired else [site])
+        return logits
 
-    def _forward(self, tokens: Tensor) -> Any:
+    def _logits(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        found = getattr(self._forward(tokens, mask), "logits", None)
+        if found is None:
+            raise ModelError(
+                f"{self.name} ({type(self.model).__name__}) gives no logits; expected a model with a language-model "
+                "head; leave out what needs its predictions"
+            )
+        return found.clone()
+
+    def _forward(self, tokens: Tensor, mask: Tensor | None = None) -> Any:
+        if int(tokens.max()) >= self.vocabulary:
+            raise ModelError(
+                f"token id {int(tokens.max())} is beyond the {self.vocabulary} that {self.name} knows; expected the "
+                "tokenizer the model was trained with; change model.name"
+            )
+        mask = torch.ones_like(tokens) if mask is None else mask
         with torch.inference_mode():
-            return self.model(input_ids=tokens.to(self.device), use_cache=False)
+            return self.model(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
 
-    def _passes(self, tokens: Tensor, run: Callable[[Tensor], ResultT]) -> list[ResultT]:
+    def _passes(
+        self, tokens: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor | None], ResultT]
+    ) -> list[ResultT]:
         """`run` on at most `pass_contexts` contexts at a time, in order."""
         longest = getattr(self._text_config, "max_position_embeddings", None)
         if tokens.ndim != 2 or 0 in tokens.shape:
@@ -188,7 +269,7 @@ class LanguageModel:
         while done < len(tokens):
             part = tokens[done : done + self.pass_contexts]
             try:
-                parts.append(run(part))
+                parts.append(run(part, None if mask is None else mask[done : done + self.pass_contexts]))
                 done += len(part)
                 continue
             except RuntimeError as problem:
@@ -212,69 +293,98 @@ class LanguageModel:
             stacklevel=4,
         )
 
-    def _checked(self, site: Site, found: Tensor | None, tokens: Tensor, output: Any) -> Tensor:
-        expected = (*tokens.shape, self.d_model)
-        if found is None or tuple(found.shape) != expected:
-            got = type(output).__name__ if found is None else f"shape {tuple(found.shape)}"
+    def _checked(self, i: int, x: Tensor, tokens: Tensor) -> Tensor:
+        """The activations of site `i`, if they have the shape that the model's first pass showed."""
+        if x.ndim != 3 or x.shape[:2] != tokens.shape or self.widths[i] not in (0, x.shape[2]):
+            expected = f"[{tokens.shape[0]}, {tokens.shape[1]}, {self.widths[i] or 'width'}]"
             raise ModelError(
-                f"site {site} of {self.name} gave {got}; expected activations [contexts, tokens, width] = "
-                f"{list(expected)}; change model.sites"
+                f"site {self.sites[i]} of {self.name} gave shape {tuple(x.shape)}; expected activations [contexts, "
+                f"tokens, width] = {expected}; change model.sites"
             )
-        return found
+        return x
 
-    def _require_fired(self, sites: list[Site], fired: dict[Site, Tensor]) -> None:
-        silent = [str(site) for site in sites if site not in fired]
+    def _require_fired(self, silent: list[Site]) -> None:
         if silent:
             raise ModelError(
-                f"site {', '.join(silent)} of {self.name} never fired during a pass; expected every site's module to "
-                "run; change model.sites to one this model uses, such as resid_post of the same layer"
+                f"site {', '.join(map(str, silent))} of {self.name} never fired during a pass; expected every site's "
+                "module to run; change model.sites to one this model uses, such as resid_post of the same layer"
             )
 
-    def _prove_additive(self, layer: int) -> None:
-        """What `attn_out` and `mlp_out` name must be what takes the block from its input to its output."""
-        kept: dict[str, Tensor] = {}
-        block = self.blocks[layer]
-        sites = {kind: site_module(self.blocks, Site(kind, layer)) for kind in ("attn_out", "mlp_out", "resid_post")}
-
-        def hook(kind: str) -> Callable[..., None]:
-            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-                kept[kind] = first_tensor(output).double()  # pyright: ignore[reportOptionalMemberAccess]
-                if kind == "resid_post":
-                    raise _DeepestSiteReached
-
-            return keep
-
-        def keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
-            kept["input"] = (args[0] if args else kwargs["hidden_states"]).double()
-
-        tokens = torch.arange(16).reshape(2, 8) % self._text_config.vocab_size
-        with ExitStack() as stack:
-            stack.callback(block.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
-            for kind, module in sites.items():
-                stack.enter_context(_Hook(module, hook(kind)))
-            with suppress(_DeepestSiteReached):
-                self._forward(tokens)
-        total = sum(kept[kind] for kind in ("input", "attn_out", "mlp_out") if kind in kept)
-        tolerance = 30 * torch.finfo(self.dtype).eps
-        if len(kept) < 4 or not (total - kept["resid_post"]).norm() <= tolerance * kept["resid_post"].norm():
+    def _check_vocabulary(self) -> None:
+        """Every token that the tokenizer can make of text must be in the embedding."""
+        weight = self.model.get_input_embeddings().weight  # pyright: ignore
+        self.vocabulary = int(weight.shape[0])
+        if not hasattr(self.tokenizer, "get_vocab"):
+            return
+        beyond = {index: token for token, index in self.tokenizer.get_vocab().items() if index >= self.vocabulary}
+        unread = {index for index, token in beyond.items() if token in self.tokenizer.all_special_tokens}
+        if set(beyond) - (unread - set(self.special_ids)):
+            first = min(beyond)
             raise ModelError(
-                f"in layer {layer} of {self.name}, attention and MLP outputs do not add up to the block's change of "
-                "the residual stream; expected input + attn_out + mlp_out = resid_post; use resid_post"
-                f".{layer} for this model"
+                f"the tokenizer of {self.name} has {len(self.tokenizer):,} tokens and the model's embedding "
+                f"{self.vocabulary:,} rows: token {first} ({beyond[first]!r}) has none; expected no more tokens than "
+                "rows; use the tokenizer the model was trained with, or call model.resize_token_embeddings, train or "
+                "set the new rows, and save the model"
             )
 
+    def _find_places(self, sites: Sequence[Site]) -> None:
+        """Look up where `sites` are; blocks are run once, on a few tokens, to see what their modules do."""
+        new = [site for site in sites if site not in self._places]
+        for site in new:
+            if site.layer is not None and site.layer >= self.n_layers:
+                raise ModelError(
+                    f"site {site} does not exist; expected a layer from 0 to {self.n_layers - 1}, the model has "
+                    f"{self.n_layers}; change model.sites"
+                )
+        layers = sorted({site.layer for site in new if site.layer is not None})
+        traces = {layer: BlockTrace(self.blocks[layer], layer, self.dtype) for layer in layers}
+        if traces:
+            with ExitStack() as stack:
+                for trace in traces.values():
+                    trace.listen(stack)
+                stack.enter_context(self._stopping_after(layers[-1]))
+                self._forward(self._trial_tokens())
+        for site in new:
+            if site.layer is None:
+                self._places[site] = place_outside_blocks(site, self.model)
+            else:
+                self._places[site] = KINDS[site.kind].place(traces[site.layer], str(site))
 
-class _Hook:
-    """A forward hook for the length of a `with` block."""
+    @contextmanager
+    def _stopping_after(self, layer: int) -> Iterator[None]:
+        def stop(x: Tensor) -> None:
+            raise _DeepestSiteReached
 
-    def __init__(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self.module, self.hook = module, hook
+        with suppress(_DeepestSiteReached), visited(Place("", self.blocks[layer], "output"), stop):
+            yield
 
-    def __enter__(self) -> None:
-        self.handle = self.module.register_forward_hook(self.hook)
+    def _trial_tokens(self) -> Tensor:
+        return (7 + torch.arange(2 * TRIAL_TOKENS)).view(2, TRIAL_TOKENS) % self.vocabulary
 
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
+    def _trial(self) -> list[Tensor]:
+        return self._capture(self._trial_tokens(), None)
+
+    def _check_causal(self) -> None:
+        """Other tokens at the end must leave the last block's output at the beginning where it was."""
+        tokens = self._trial_tokens()
+        changed = tokens.clone()
+        half = TRIAL_TOKENS // 2
+        changed[:, half:] = (tokens[:, half:] + 5) % self.vocabulary
+        before, after = (self._last_output(which)[:, :half].double() for which in (tokens, changed))
+        moved = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)
+        if not float(moved.max()) <= MOVED.get(self.dtype, 0.03):
+            raise ModelError(
+                f"{self.name} looks ahead: other tokens at the end of a context change what stands before them (by "
+                f"{float(moved.max()):.0%}); expected a causal language model; set model.bidirectional to true to use "
+                "it as it is, or change model.name"
+            )
+
+    def _last_output(self, tokens: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        with visited(Place("", self.blocks[-1], "output"), kept.append), self._stopping_after(self.n_layers - 1):
+            self._forward(tokens)
+        self._require_fired([] if kept else [Site("resid_post", self.n_layers - 1)])
+        return kept[0]
 
 
 def _is_out_of_memory(problem: RuntimeError) -> bool:
@@ -296,4 +406,11 @@ def load_language_model(config: ModelConfig, device: torch.device | str = "cpu",
             f"{config.name} cannot be put on device {str(device)!r} ({problem}); expected a device with room for it; "
             "change training.device"
         ) from problem
-    return LanguageModel(model, tokenizer, config.sites, name=config.name, pass_contexts=config.batch_contexts)
+    return LanguageModel(
+        model,
+        tokenizer,
+        config.sites,
+        name=config.name,
+        pass_contexts=config.batch_contexts,
+        bidirectional=config.bidirectional,
+    )

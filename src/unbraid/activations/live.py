@@ -36,7 +36,7 @@ class LiveActivations:
         self.documents = open_source(config.text)
         self.model = load_language_model(config.model, device)
         self.sites = config.sites
-        self.d_model = self.model.d_model
+        self.widths = self.model.widths
         self.context_length = config.text.context_length
         self.batch_contexts = config.model.batch_contexts
         self.special_ids = frozenset(self.model.special_ids)
@@ -65,8 +65,10 @@ class LiveActivations:
         if rank == self.ranks.rank:
             found = own
         else:
-            shape = (*tokens_BT.shape, self.d_model)
-            found = [torch.empty(shape, dtype=self.model.dtype, device=self.model.device) for _ in self.sites]
+            found = [
+                torch.empty(*tokens_BT.shape, width, dtype=self.model.dtype, device=self.model.device)
+                for width in self.widths
+            ]
         return [self.ranks.broadcast(x_BTD.contiguous(), rank) for x_BTD in found]
 
     def count_contexts(self, limit: int) -> int | None:

@@ -12,8 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from unbraid.config import BufferConfig, Site
+from unbraid.config import BufferConfig
 from unbraid.errors import ActivationError
+from unbraid.sites import Site
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ChunkSource(Protocol):
     """What a buffer reads from: a live model or a cache on disk."""
 
     sites: list[Site]
-    d_model: int
+    widths: list[int]
     context_length: int
     batch_contexts: int
     special_ids: frozenset[int]

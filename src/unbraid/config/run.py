@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from tyro.constructors import PrimitiveConstructorSpec
@@ -12,29 +12,7 @@ from unbraid.config.checks import Section, set_by_path, validated
 from unbraid.config.decorrelation import DecorrelationConfig
 from unbraid.errors import ConfigError
 from unbraid.json_files import parse_json, read_json_object
-
-SITE_PATTERN = re.compile(r"^(resid_post|mlp_out|attn_out)\.(\d+)$")
-
-
-class Site(NamedTuple):
-    """Where activations are read: what `kind` of stream, after which `layer` (0-based)."""
-
-    kind: Literal["resid_post", "mlp_out", "attn_out"]
-    layer: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Site":
-        """`"resid_post.6"` -> `Site("resid_post", 6)`."""
-        match = SITE_PATTERN.match(text)
-        if match is None:
-            raise ConfigError(
-                f"site {text!r} is not understood; expected KIND.LAYER with KIND one of resid_post, mlp_out, attn_out, "
-                "such as resid_post.6; change model.sites"
-            )
-        return cls(match[1], int(match[2]))  # pyright: ignore[reportArgumentType]
-
-    def __str__(self) -> str:
-        return f"{self.kind}.{self.layer}"
+from unbraid.sites import Site
 
 
 class TextConfig(Section):
@@ -78,11 +56,14 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model's weights and pass; bfloat16 is slower than float32 on most CPUs."""
     sites: list[str] = ["resid_post.6"]
-    """KIND.LAYER, KIND one of resid_post, mlp_out, attn_out; all are read in one pass."""
+    """KIND.LAYER, KIND one of resid_pre, resid_mid, resid_post, attn_in, attn_z, attn_out, mlp_in, mlp_normed, mlp_act,
+    mlp_out; or embed, module:PATH, module:PATH:input; all are read in one pass."""
     batch_contexts: int = Field(default=24, ge=1)
     """Contexts per model pass."""
     trust_remote_code: bool = False
     """Run code shipped with a hub model. Leave off unless you have read that code."""
+    bidirectional: bool = False
+    """Accept a model in which tokens see later tokens, such as an encoder; otherwise it is refused."""
 
     @field_validator("sites")
     @classmethod
@@ -301,7 +282,7 @@ class RunConfig(Section):
 
     def sae_name(self, site: Site, variant: str) -> str:
         """Folder and metric name of one SAE: `resid_post.6_twin`, or the bare site for an unnamed variant."""
-        return f"{site}_{variant}" if variant else str(site)
+        return f"{site.folder}_{variant}" if variant else site.folder
 
     @property
     def twins(self) -> dict[str, str]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from unbraid.errors import FormatError
 from unbraid.files import write_json
 from unbraid.formats.folder import SAEFolder, read_json, wanted, written_whole
-from unbraid.formats.sae_lens import site_of
 from unbraid.formats.weights import (
     Weights,
     add_input_bias,
@@ -29,6 +28,7 @@ from unbraid.formats.weights import (
     subtract_input_bias,
 )
 from unbraid.sae import SAE
+from unbraid.sites import Site
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 UNSET = -1.0
@@ -118,11 +118,11 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
         state["group_sizes"] = torch.tensor(sizes)
         settings["group_sizes"] = sizes
     known = metadata or {}
-    site = site_of(str(known.get("hook_name", "")))
+    site = Site.of_hook(str(known.get("hook_name", "")))
     settings |= {
         "lm_name": known.get("model_name"),
-        "layer": int(site.rpartition(".")[2]) if site else known.get("hook_layer"),
-        "submodule_name": site,
+        "layer": site.layer if site else known.get("hook_layer"),
+        "submodule_name": str(site) if site else None,
     }
     config = {
         "trainer": settings,

@@ -35,6 +35,7 @@ from unbraid.formats.weights import (
     subtract_input_bias,
 )
 from unbraid.sae import SAE
+from unbraid.sites import Site
 
 CONFIG, WEIGHTS, FREQUENCIES = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 LAYOUT_VERSION = "6.0.0"
@@ -179,14 +180,10 @@ def _flat_metadata(config: dict[str, Any]) -> dict[str, Any]:
 
 def hook_name(site: str) -> str:
     """`"resid_post.6"` -> `"blocks.6.hook_resid_post"`."""
-    kind, _, layer = site.rpartition(".")
-    return f"blocks.{layer}.hook_{kind}"
+    return Site.parse(site).hook
 
 
 def site_of(hook: str) -> str | None:
     """`"blocks.6.hook_resid_post"` -> `"resid_post.6"`; None for a hook that is no site of unbraid's."""
-    parts = hook.split(".")
-    if len(parts) != 3 or parts[0] != "blocks" or not parts[1].isdigit():
-        return None
-    kind = parts[2].removeprefix("hook_")
-    return f"{kind}.{parts[1]}" if kind in ("resid_post", "mlp_out", "attn_out") else None
+    site = Site.of_hook(hook)
+    return None if site is None else str(site)

@@ -93,7 +93,7 @@ def train_saes(
     )
     saved = list_checkpoints(folder.checkpoints)
     if saved:
-        trainees, done, seconds, offset = _restore(saved[-1], config, buffer, source.d_model, device, mesh)
+        trainees, done, seconds, offset = _restore(saved[-1], config, buffer, source.widths, device, mesh)
     else:
         try:
             buffer.fill()
@@ -142,7 +142,7 @@ def train_saes(
     if mesh.shards.size > 1:  # The first rank of each cell puts its SAEs together, to be measured and exported.
         whole = dataclasses.replace(mesh, shards=ALONE)
         last = list_checkpoints(folder.checkpoints)[-1]
-        trainees = _restore(last, config, buffer, source.d_model, device, whole)[0] if mesh.shards.first else []
+        trainees = _restore(last, config, buffer, source.widths, device, whole)[0] if mesh.shards.first else []
     return Trained(trainees, buffer, seconds)
 
 
@@ -187,10 +187,10 @@ def _start(config: RunConfig, buffer: ActivationBuffer, device: torch.device, me
 
 
 def _restore(
-    path: Path, config: RunConfig, buffer: ActivationBuffer, d_model: int, device: torch.device, mesh: Mesh
+    path: Path, config: RunConfig, buffer: ActivationBuffer, widths: list[int], device: torch.device, mesh: Mesh
 ) -> tuple[list[Trainee], int, dict[str, float], int]:
     trainees = [
-        new_trainee(config, site, variant, Normalisation.none(d_model), device, mesh)
+        new_trainee(config, site, variant, Normalisation.none(widths[site]), device, mesh)
         for site, variant in _trained_here(config, mesh)
     ]
     stems = {f"sae-{trainee.name}": trainee for trainee in trainees}

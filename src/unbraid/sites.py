@@ -1,0 +1,129 @@
+"""Where activations are read and written: the names of sites and what each means in a model.
+
+A site is written `KIND.LAYER`, `embed`, `module:PATH` (a module's output) or `module:PATH:input`, and SAELens' hook
+names are understood. `KINDS` is the only list of kinds: name, hook name and place in a block stand in one line each.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from unbraid.activations.block import BlockTrace
+from unbraid.activations.hooks import Place
+from unbraid.errors import ConfigError, ModelError
+
+
+class Kind(NamedTuple):
+    """A kind of site that every layer has.
+
+    Attributes:
+        meaning: what it is, for the docs.
+        hook: TransformerLens' name for it inside `blocks.LAYER.`.
+        place: finds it in a block that has been run; takes the block's trace and the site's name.
+    """
+
+    meaning: str
+    hook: str
+    place: Callable[[BlockTrace, str], Place]
+
+
+KINDS = {
+    "resid_pre": Kind("the residual stream before a block", "hook_resid_pre", BlockTrace.stream_in),
+    "resid_mid": Kind("between attention and MLP", "hook_resid_mid", BlockTrace.stream_between),
+    "resid_post": Kind("after a block", "hook_resid_post", BlockTrace.stream_out),
+    "attn_in": Kind("what attention reads, after the norm", "attn.hook_in", BlockTrace.attention_read),
+    "attn_z": Kind("all heads before the output projection", "attn.hook_z", BlockTrace.attention_heads),
+    "attn_out": Kind("what attention adds to the stream", "hook_attn_out", BlockTrace.attention_added),
+    "mlp_in": Kind("what the MLP reads, after the norm", "mlp.hook_in", BlockTrace.mlp_read),
+    "mlp_normed": Kind("the same before the norm's gain", "ln2.hook_normalized", BlockTrace.mlp_normed),
+    "mlp_act": Kind("the MLP's neurons", "mlp.hook_post", BlockTrace.mlp_neurons),
+    "mlp_out": Kind("what the MLP adds to the stream", "hook_mlp_out", BlockTrace.mlp_added),
+}
+OTHER_HOOKS = {"hook_mlp_in": "resid_mid", "attn.hook_attn_in": "attn_in"}
+"""Further names that TransformerLens has for a kind."""
+EMBED, EMBED_HOOK, MODULE = "embed", "hook_embed", "module"
+
+
+class Site(NamedTuple):
+    """Where activations are read: a `kind`, in a `layer` (0-based), or at a module's `path`."""
+
+    kind: str
+    layer: int | None = None
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """`"resid_post.6"` -> `Site("resid_post", 6)`; SAELens' `"blocks.6.hook_resid_post"` gives the same.
+
+        Raises:
+            ConfigError: the text names no site.
+        """
+        site = cls.of_hook(text)
+        if site is not None:
+            return site
+        kind, separator, rest = text.partition(":")
+        if kind == MODULE and separator and re.fullmatch(r"[\w.]+(:input)?", rest):
+            return cls(MODULE, None, rest)
+        if text == EMBED:
+            return cls(EMBED)
+        match = re.fullmatch(r"(\w+)\.(\d{1,6})", text)
+        if match is None or match[1] not in KINDS:
+            raise ConfigError(
+                f"site {text!r} is not understood; expected KIND.LAYER with KIND one of {', '.join(KINDS)}, such as "
+                "resid_post.6, or embed, module:PATH or module:PATH:input; change model.sites"
+            )
+        return cls(match[1], int(match[2]))
+
+    @classmethod
+    def of_hook(cls, hook: str) -> "Site | None":
+        """The site that SAELens calls `hook`; None for one that is no site of unbraid's."""
+        if hook == EMBED_HOOK:
+            return cls(EMBED)
+        match = re.fullmatch(r"blocks\.(\d{1,6})\.(.+)", hook)
+        kinds = {kind.hook: name for name, kind in KINDS.items()} | OTHER_HOOKS
+        return cls(kinds[match[2]], int(match[1])) if match and match[2] in kinds else None
+
+    @property
+    def hook(self) -> str:
+        """What SAELens calls it: a TransformerLens hook, or the path of a module."""
+        if self.kind == MODULE:
+            return self.path
+        return EMBED_HOOK if self.kind == EMBED else f"blocks.{self.layer}.{KINDS[self.kind].hook}"
+
+    @property
+    def folder(self) -> str:
+        """The name as part of a folder's name, safe on every system."""
+        return re.sub(r"[:/]", ".", str(self))
+
+    def __str__(self) -> str:
+        if self.kind == MODULE:
+            return f"{MODULE}:{self.path}"
+        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+
+def place_outside_blocks(site: Site, model: nn.Module) -> Place:
+    """Where a site without a layer is.
+
+    Raises:
+        ModelError: the model has no such module.
+    """
+    if site.kind == EMBED:
+        return Place(str(site), model.get_input_embeddings(), "output")  # pyright: ignore
+    path = site.path.removesuffix(":input")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        known = [name for name, _ in model.named_modules() if name.count(".") <= path.count(".") and name]
+        raise ModelError(
+            f"site {site}: {type(model).__name__} has no module {path!r}; expected one such as "
+            f"{', '.join(_closest(path, known))}; change model.sites"
+        ) from None
+    return Place(str(site), module, "input" if site.path.endswith(":input") else "output", frame=model)
+
+
+def _closest(path: str, known: list[str]) -> list[str]:
+    from difflib import get_close_matches
+
+    return get_close_matches(path, known, n=3, cutoff=0.3) or known[:3]
