@@ -165,7 +165,8 @@ def test_a_sparsify_folder_gives_its_own_codes_and_reconstructions(x, tmp_path: 
     top = pre.topk(K, dim=-1)
     f = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
     found = formats.open_folder(folder)
-    assert (found.layout, found.metadata) == ("sparsify", {"hookpoint": "layers.3"})
+    hooks = {"hookpoint": "layers.3", "hook_name": "blocks.3.hook_resid_post"}
+    assert (found.layout, found.metadata) == ("sparsify", hooks)
     torch.testing.assert_close(found.sae.encode(x), f, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.sae(x), f @ s["W_dec"] + s["b_dec"], rtol=1e-5, atol=1e-5)
 
@@ -180,7 +181,8 @@ def test_topk_survives_sparsify_to_the_bit(x, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("activation", "groupmax"), ("skip_connection", True), ("transcode", True), ("k", None)]
+    ("field", "value"),
+    [("activation", "relu"), ("skip_connection", "yes"), ("transcode", 1), ("k", None), ("d_in", 99), ("signed", [])],
 )
 def test_what_sparsify_holds_and_unbraid_cannot_is_refused_by_name(field, value, tmp_path: Path):
     with pytest.raises(FormatError, match=rf"cfg\.json: {field}"):
@@ -213,5 +215,5 @@ def test_a_damaged_or_pickled_gemma_scope_archive_is_refused(tmp_path: Path):
     with pytest.raises(FormatError, match=r"params\.npz"):
         formats.load(tmp_path)
     np.savez(tmp_path / "params.npz", W_enc=np.zeros((D, N), dtype=np.float32))
-    with pytest.raises(FormatError, match="missing: b_enc, W_dec, b_dec, threshold"):
+    with pytest.raises(FormatError, match=r"holds \['W_enc'\]; expected"):
         formats.load(tmp_path)

@@ -140,9 +140,9 @@ def test_the_flat_settings_of_older_versions_are_read(x, tmp_path: Path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("normalize_activations", "layer_norm"),
+        ("normalize_activations", "covariance_whitening"),
         ("normalize_activations", "expected_average_only_in"),
-        ("reshape_activations", "hook_z"),
+        ("reshape_activations", "hook_q"),
         ("finetuning_scaling_factor", True),
         ("architecture", "temporal"),
         ("activation_fn", "tanh-relu"),

@@ -26,20 +26,26 @@ LAYOUTS: dict[str, ModuleType] = {
 """Name -> module; the order in which `load` tries them."""
 
 
-def load(path: Path | str) -> SAE:
+def load(path: Path | str, **options: Any) -> SAE:
     """The SAE at `path`, in any known layout, ready for inference on raw activations.
+
+    Args:
+        path: the folder, or one of the files in it.
+        options: as for `open_folder`.
 
     Raises:
         FormatError: no known layout is recognised, or the one that is cannot be held exactly.
     """
-    return open_folder(path).sae
+    return open_folder(path, **options).sae
 
 
-def open_folder(path: Path | str) -> SAEFolder:
+def open_folder(path: Path | str, *, norm_scaling_factor: float | None = None) -> SAEFolder:
     """The SAE at `path` with what its folder says about it.
 
     Args:
         path: the folder, or one of the files in it.
+        norm_scaling_factor: what activations were multiplied with before the SAE saw them, for layouts that do not
+            store it: SAELens' "expected_average_only_in".
 
     Raises:
         FormatError: no known layout is recognised, or the one that is cannot be held exactly.
@@ -48,7 +54,9 @@ def open_folder(path: Path | str) -> SAEFolder:
     folder = folder.parent if folder.is_file() else folder
     for layout in LAYOUTS.values():
         if layout.recognises(folder):
-            return layout.load(folder)
+            found = layout.load(folder, **({"norm_scaling_factor": norm_scaling_factor} if layout is sae_lens else {}))
+            found.sae.metadata = {name: value for name, value in found.metadata.items() if name != "unbraid"}
+            return found
     raise FormatError(f"{str(path)!r} is no SAE folder unbraid reads; {_what_is_there(folder)}")
 
 

@@ -5,9 +5,9 @@ names its tensors its own way; the table below is the whole translation. Two of 
 AutoEncoderNew, do not subtract b_dec from their input, so their encoder bias is shifted by b_dec W_enc on the way.
 """
 
-import pickle
+import re
 import warnings
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +16,24 @@ from torch import Tensor
 
 from unbraid.errors import FormatError
 from unbraid.files import write_json
-from unbraid.formats.folder import SAEFolder, read_json, wanted, written_whole
+from unbraid.formats.folder import SAEFolder, written_whole
+from unbraid.formats.imported import ImportedSAE
+from unbraid.formats.metadata import checked_metadata
+from unbraid.formats.reading import read_json, read_pickle, require_widths, section, shown, text, wanted
 from unbraid.formats.weights import (
+    Step,
     Weights,
     add_input_bias,
+    clamp_threshold,
     metadata_to_restore,
     require,
     restored,
     restored_metadata,
+    scale_input,
     settings_to_restore,
     subtract_input_bias,
 )
+from unbraid.json_files import is_count
 from unbraid.sae import SAE
 from unbraid.sites import Site
 
@@ -76,6 +83,8 @@ WRITTEN_AS = {
     "jumprelu": "JumpReluAutoEncoder",
     "gated": "GatedAutoEncoder",
 }
+NORMALISER = ("target_rms", "activation_mean", "activation_std", "activation_global_scale")
+"""Buffers of a fork that trains on (activations - mean) * scale."""
 WITH_K = ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE")
 
 
@@ -84,9 +93,11 @@ def recognises(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def cannot_hold(_sae: SAE) -> str | None:
-    """Why this layout cannot hold `sae`: never, every architecture has a class with its inference form."""
-    return None
+def cannot_hold(sae: SAE) -> str | None:
+    """Why this layout cannot hold `sae`; every architecture unbraid trains has a class with its inference form."""
+    if not isinstance(sae, ImportedSAE):
+        return None
+    return f"architecture is {sae.architecture!r}, imported; dictionary_learning has no class that computes its codes"
 
 
 def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequency_N: Tensor | None = None) -> Path:
@@ -95,6 +106,9 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
     Raises:
         FormatError: the folder cannot be written, or the layout cannot hold this SAE.
     """
+    refusal = cannot_hold(sae)
+    if refusal is not None:
+        raise FormatError(refusal)
     weights = Weights.of(sae)
     name = WRITTEN_AS[weights.architecture]
     layout = CLASSES[name]
@@ -117,7 +131,7 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
         sizes = [after - before for before, after in pairwise(widths)]
         state["group_sizes"] = torch.tensor(sizes)
         settings["group_sizes"] = sizes
-    known = metadata or {}
+    known = sae.metadata if metadata is None else metadata
     site = Site.of_hook(str(known.get("hook_name", "")))
     settings |= {
         "lm_name": known.get("model_name"),
@@ -146,47 +160,87 @@ def load(folder: Path) -> SAEFolder:
     settings = wanted(config, "trainer", dict, where)
     name = wanted(settings, "dict_class", str, where)
     if name not in CLASSES:
-        raise FormatError(f"{where}: dict_class is {name!r}; expected one of {', '.join(CLASSES)}")
+        why = "; a crosscoder reads several sites at once" if "cross" in name.lower() else ""
+        raise FormatError(f"{where}: dict_class is {name!r}; expected one of {', '.join(CLASSES)}{why}")
     layout = CLASSES[name]
-    state = _read_state(folder / WEIGHTS)
+    path = str(folder / WEIGHTS)
+    state = {key.removeprefix("_orig_mod."): value for key, value in read_pickle(folder / WEIGHTS).items()}
+    normaliser = {key: state.pop(key) for key in NORMALISER if key in state}
     fields: dict[str, Any] = {}
     if name in WITH_K:
         k = state.pop("k", None)
-        fields["k"] = int(k) if k is not None else wanted(settings, "k", int, where)
+        fields["k"] = wanted(settings if k is None else {"k": _number(k, "k", path)}, "k", int, where)
     if name == "AutoEncoderTopK":
         state.pop("threshold", None)  # its encode takes the top k; the threshold is an alternative it does not use
     if name == "MatryoshkaBatchTopKSAE":
-        sizes = state.pop("group_sizes", torch.tensor(settings.get("group_sizes", [])))
-        fields["matryoshka_widths"] = sizes.cumsum(0).tolist()
-    require(state, tuple(theirs for theirs, _ in layout.tensors.values()), str(folder / WEIGHTS))
-    tensors = {ours: state[theirs].T if turned else state[theirs] for ours, (theirs, turned) in layout.tensors.items()}
-    if "threshold" in tensors:
-        if tensors["threshold"].numel() == 1 and float(tensors["threshold"]) == UNSET:
-            warnings.warn(
-                f"{where}: threshold is {UNSET:g}, which training never set; every positive pre-activation is a "
-                "code, as in dictionary_learning itself",
-                stacklevel=2,
-            )
-        # relu(pre) * (pre > threshold): below zero the threshold changes nothing.
-        tensors["threshold"] = tensors["threshold"].clamp(min=0)
+        fields["matryoshka_widths"] = _widths(state.pop("group_sizes", settings.get("group_sizes")), where)
+    require(state, tuple(theirs for theirs, _ in layout.tensors.values()), path)
+    tensors = {ours: _turned(state[theirs], turned) for ours, (theirs, turned) in layout.tensors.items()}
+    if isinstance(shared := tensors.get("threshold"), Tensor) and shared.numel() == 1 and float(shared) == UNSET:
+        warnings.warn(
+            f"{where}: threshold is {UNSET:g}, which training never set; every positive pre-activation is a "
+            "code, as in dictionary_learning itself",
+            stacklevel=2,
+        )
+    steps: list[Step] = [clamp_threshold] if "threshold" in tensors else []
     if not layout.reads_x_minus_b_dec:
-        tensors = subtract_input_bias(tensors)
-    weights = restored(Weights(layout.architecture, tensors, fields), config.get("unbraid"), WRITTEN_AS, name, where)
-    metadata = {"model_name": settings.get("lm_name"), "hook_layer": settings.get("layer")}
-    metadata = {key: value for key, value in metadata.items() if value is not None}
-    metadata |= restored_metadata(config.get("unbraid"))
-    return SAEFolder(weights.to_sae(where), "dictionary_learning", metadata)
+        steps.append(subtract_input_bias)
+    steps += _normalisation(normaliser, tensors["b_dec"], path)
+    weights = Weights(layout.architecture, tensors, fields).folded(where, *steps)
+    d_in, n_features = weights.tensors["W_enc"].shape
+    require_widths(settings, {"activation_dim": d_in, "dict_size": n_features}, where)
+    weights = restored(weights, config.get("unbraid"), WRITTEN_AS, name, where)
+    metadata = _where_from(settings, config, where) | restored_metadata(config.get("unbraid"))
+    return SAEFolder(weights.to_sae(where), "dictionary_learning", checked_metadata(metadata, where))
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+def _where_from(settings: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Model and site, as far as the trainer's settings say them."""
+    name, layer = text(settings, "submodule_name", where), settings.get("layer")
+    metadata: dict[str, Any] = {"model_name": settings.get("lm_name"), "hook_layer": layer, "submodule_name": name}
+    metadata["context_size"] = section(config, "buffer", where).get("ctx_len")
+    match = re.fullmatch(r"(resid_post|resid_pre|mlp_out|attn_out)(?:_layer_|\.)(\d{1,6})", name or "")
+    if match is not None:
+        metadata["hook_name"] = f"blocks.{match[2]}.hook_{match[1]}"
+    return {key: value for key, value in metadata.items() if value is not None}
+
+
+def _turned(tensor: Any, turned: bool) -> Any:
+    return tensor.T if turned and isinstance(tensor, Tensor) and tensor.ndim == 2 else tensor
+
+
+def _number(value: Any, name: str, where: str) -> int:
+    """A whole number, stored as such or as a tensor of one."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if not is_count(number, 1):
+        raise FormatError(f"{where}: {name} is {shown(value)}; expected one whole number of at least 1")
+    return int(number)
+
+
+def _widths(sizes: Any, where: str) -> list[int]:
+    """Ends of the nested groups, from their sizes."""
+    found = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    if not isinstance(found, list) or not found or not all(is_count(size, 1) for size in found):
+        raise FormatError(f"{where}: group_sizes is {shown(found)}; expected the sizes of the groups, each at least 1")
+    return list(accumulate(found))
+
+
+def _normalisation(buffers: dict[str, Any], b_dec: Any, where: str) -> list[Step]:
+    """What folds the mean and scale of the activations that some forks keep beside the weights."""
+    if not buffers:
+        return []
+    mean_D, scale = buffers.get("activation_mean"), buffers.get("activation_global_scale")
+    d_in = b_dec.numel() if isinstance(b_dec, Tensor) else 0
+    if not isinstance(mean_D, Tensor) or not isinstance(scale, Tensor) or scale.numel() != 1 or mean_D.numel() != d_in:
         raise FormatError(
-            f"cannot read {str(path)!r}: {reason}; expected a state dict of tensors; a pickle that needs more than "
-            "tensors could run code and is never opened"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise FormatError(f"{str(path)!r} holds {type(state).__name__}; expected a state dict of tensors only")
-    return dict(state)
+            f"{where} has {', '.join(sorted(buffers))}; expected activation_mean [{d_in}] and activation_global_scale, "
+            "one number"
+        )
+    if bool(mean_D.isnan().any()) or bool(scale.isnan().any()):
+        return []  # NaN says that normalisation is off
+    if not float(scale) > 0 or not bool(mean_D.isfinite().all()):
+        raise FormatError(f"{where}: activation_global_scale is {float(scale):g}; expected a positive number")
+    centre_D = mean_D.double().reshape(-1)
+    return [scale_input(float(scale)), lambda tensors: tensors | {"b_dec": tensors["b_dec"] + centre_D}]

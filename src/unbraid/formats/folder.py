@@ -1,6 +1,5 @@
 """How an SAE folder is read and written, whatever its layout: whole or not at all, never by running what is in it."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unbraid.errors import FormatError
@@ -75,69 +73,6 @@ def written_whole(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FormatError: the file cannot be read or is not a JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(f"cannot read {str(path)!r}: {error.strerror}; expected a readable JSON file") from None
-    except ValueError as error:
-        raise FormatError(f"{str(path)!r} is not JSON ({error}); expected a JSON object") from None
-    if not isinstance(data, dict):
-        raise FormatError(f"{str(path)!r} holds {type(data).__name__}; expected a JSON object")
-    return data
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU.
-
-    Raises:
-        FormatError: the file cannot be read or is damaged.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"cannot read {str(path)!r}: {error}; expected an intact safetensors file") from None
-
-
-def require_settings(settings: dict[str, Any], expected: dict[str, Any], where: str) -> None:
-    """Refuse the first setting that asks for something unbraid's inference form does not do.
-
-    Args:
-        settings: as read; an absent setting is fine.
-        expected: setting -> the acceptable value, or a tuple of acceptable values.
-
-    Raises:
-        FormatError: naming the setting and its value.
-    """
-    for name, acceptable in expected.items():
-        values = acceptable if isinstance(acceptable, tuple) else (acceptable,)
-        if name in settings and settings[name] not in values:
-            raise FormatError(
-                f"{where}: {name} is {settings[name]!r}, which unbraid cannot hold; "
-                f"expected {' or '.join(repr(value) for value in values)}; convert the SAE where it was trained"
-            )
-
-
-def wanted(settings: dict[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """A setting that must be there with this type.
-
-    Raises:
-        FormatError: it is absent or of another type.
-    """
-    value = settings.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        raise FormatError(
-            f"{where}: {name} is {value!r}; expected {' or '.join(k.__name__ for k in kinds)}; add or mend it"
-        )
-    return value

@@ -16,7 +16,8 @@ from typing import Any
 from unbraid.errors import FormatError
 from unbraid.formats import open_folder, save
 from unbraid.formats.export import open_source
-from unbraid.formats.folder import SAEFolder, read_json
+from unbraid.formats.folder import SAEFolder
+from unbraid.formats.reading import read_json
 
 SAE_FILES = ("cfg.json", "config.json", "sae_weights.safetensors", "sparsity.safetensors", "sae.safetensors", "ae.pt")
 CARD_METRICS = ("r2", "l0", "correlation_mean", "correlation_top", "dead_fraction")

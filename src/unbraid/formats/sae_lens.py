@@ -6,6 +6,7 @@ at, denoising as standard), and `metadata.unbraid` keeps what it was, so that un
 to 5, which keep everything in one flat `cfg.json`, are read too.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,32 @@ from torch import Tensor
 
 from unbraid.errors import FormatError
 from unbraid.files import write_json
-from unbraid.formats.folder import (
-    SAEFolder,
+from unbraid.formats.folder import SAEFolder, write_tensors, written_whole
+from unbraid.formats.imported import Form, ImportedSAE
+from unbraid.formats.metadata import checked_metadata
+from unbraid.formats.reading import (
+    flag,
     read_json,
     read_tensors,
+    require_dtype,
     require_settings,
+    require_widths,
+    section,
+    text,
     wanted,
-    write_tensors,
-    written_whole,
 )
 from unbraid.formats.weights import (
     GATED,
     ONE_THRESHOLD,
     PLAIN,
     THRESHOLDED,
+    Step,
     Weights,
+    clamp_threshold,
     fold_decoder_norms,
     require,
     restored,
+    scale_input,
     settings_to_restore,
     subtract_input_bias,
 )
@@ -51,8 +60,35 @@ WRITTEN_AS = {
     "matryoshka": "jumprelu",
     "gated": "gated",
 }
-READ_AS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
-TENSORS = {"standard": PLAIN, "topk": PLAIN, "jumprelu": THRESHOLDED, "gated": GATED}
+READ_AS = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "abstopk": "abstopk",
+    "matching_pursuit": "matching_pursuit",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+TENSORS = {
+    "standard": PLAIN,
+    "topk": PLAIN,
+    "jumprelu": THRESHOLDED,
+    "gated": GATED,
+    "abstopk": PLAIN,
+    "matching_pursuit": ("W_dec", "b_dec"),
+    "transcoder": PLAIN,
+    "skip_transcoder": (*PLAIN, "W_skip"),
+    "jumprelu_transcoder": THRESHOLDED,
+    "jumprelu_skip_transcoder": (*THRESHOLDED, "W_skip"),
+}
+PURSUIT = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+IMPORTED = ("abstopk", "matching_pursuit")
+"""Activations that no architecture unbraid trains has."""
+TOKEN_NORMS = ("constant_norm_rescale", "layer_norm")
+"""Values of normalize_activations that are a norm per token, which no weights can hold."""
 NOT_A_FREQUENCY = 1e-10
 """Added before the logarithm, as SAELens does, so that a feature that never fired has one."""
 
@@ -62,9 +98,13 @@ def recognises(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def cannot_hold(_sae: SAE) -> str | None:
-    """Why this layout cannot hold `sae`: never, every architecture has a class with its inference form."""
-    return None
+def cannot_hold(sae: SAE) -> str | None:
+    """Why this layout cannot hold `sae`, naming what; every architecture unbraid trains has a class there."""
+    if not isinstance(sae, ImportedSAE):
+        return None
+    if _imported_as(sae) in READ_AS and sae.selection is None and sae.glu_ND is None:
+        return None
+    return f"architecture is {sae.architecture!r}, for which SAELens has no class; expected one of {', '.join(READ_AS)}"
 
 
 def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequency_N: Tensor | None = None) -> Path:
@@ -79,12 +119,12 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
     Raises:
         FormatError: the folder cannot be written, or the layout cannot hold this SAE.
     """
-    weights = Weights.of(sae)
-    architecture = WRITTEN_AS[weights.architecture]
-    tensors = dict(weights.tensors)
-    if weights.architecture in ONE_THRESHOLD:
-        tensors["threshold"] = tensors["threshold"].reshape(1).expand(sae.n_features).contiguous()
-    require(tensors, TENSORS[architecture], f"an SAE of architecture {weights.architecture!r}")
+    refusal = cannot_hold(sae)
+    if refusal is not None:
+        raise FormatError(refusal)
+    architecture, tensors, settings = _imported(sae) if isinstance(sae, ImportedSAE) else _trained(sae)
+    require(tensors, TENSORS[architecture], f"an SAE of architecture {sae.architecture!r}")
+    known = sae.metadata if metadata is None else metadata
     config: dict[str, Any] = {
         "architecture": architecture,
         "d_in": sae.d_in,
@@ -95,11 +135,11 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": LAYOUT_VERSION, "sae_lens_training_version": None}
-        | (metadata or {})
-        | {"unbraid": settings_to_restore(sae)},
+        | {name: value for name, value in known.items() if name != "unbraid"},
     }
-    if architecture == "topk":
-        config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
+    config |= settings
+    if not isinstance(sae, ImportedSAE):
+        config["metadata"] |= {"unbraid": settings_to_restore(sae)}
     with written_whole(folder) as partial:
         write_json(partial / CONFIG, config)
         write_tensors(partial / WEIGHTS, tensors)
@@ -109,41 +149,117 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
     return folder
 
 
-def load(folder: Path) -> SAEFolder:
+def _trained(sae: SAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """SAELens' architecture, its tensors, and the settings that only it has."""
+    weights = Weights.of(sae)
+    architecture = WRITTEN_AS[weights.architecture]
+    tensors = dict(weights.tensors)
+    if weights.architecture in ONE_THRESHOLD:
+        tensors["threshold"] = tensors["threshold"].reshape(1).expand(sae.n_features).contiguous()
+    settings = {"k": sae.config.k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
+    return architecture, tensors, settings
+
+
+def _imported(sae: ImportedSAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """The same of a dictionary that unbraid does not train."""
+    architecture, form, tensors = _imported_as(sae), sae.form, Weights.of(sae).tensors
+    settings: dict[str, Any] = {
+        "apply_b_dec_to_input": form.subtracts_b_dec,
+        "normalize_activations": form.token_norm,
+    }
+    if form.transcoder:
+        settings["d_out"] = sae.d_out
+    if "W_skip" in tensors:
+        tensors["W_skip"] = tensors["W_skip"].T
+    if form.activation in ("topk", "abstopk"):
+        settings |= {"k": form.k, "rescale_acts_by_decoder_norm": False}
+    if form.activation == "matching_pursuit":
+        tensors.pop("W_enc")
+        settings |= {name: getattr(form, name) for name in PURSUIT}
+    return architecture, tensors, settings
+
+
+def _imported_as(sae: ImportedSAE) -> str:
+    """SAELens' name for it, which is in READ_AS if it has one."""
+    name = {"relu": "standard"}.get(sae.form.activation, sae.form.activation)
+    if not sae.form.transcoder:
+        return name
+    return {"standard": "", "jumprelu": "jumprelu_"}.get(name, f"{name}_") + (
+        "transcoder" if sae.W_skip is None else "skip_transcoder"
+    )
+
+
+def load(folder: Path, norm_scaling_factor: float | None = None) -> SAEFolder:
     """Read a folder written by SAELens 3 to 6 or by `save`.
+
+    Args:
+        folder: the folder.
+        norm_scaling_factor: what activations were multiplied with, for SAEs whose normalize_activations is
+            "expected_average_only_in": their folders do not say it.
 
     Raises:
         FormatError: naming the setting or tensor that is missing, damaged, or cannot be held.
     """
     where = str(folder / CONFIG)
     config = read_json(folder / CONFIG)
-    metadata = config.get("metadata") or _flat_metadata(config)
-    _refuse_what_changes_activations(config, where)
-    architecture, k = _architecture(config, where)
+    metadata = checked_metadata(section(config, "metadata", where) or _flat_metadata(config), where)
     tensors = read_tensors(folder / WEIGHTS)
-    tensors.pop("scaling_factor", None)
-    require(tensors, TENSORS[architecture], str(folder / WEIGHTS))
-    if architecture == "jumprelu":
-        # relu(pre) * (pre > threshold): below zero the threshold changes nothing.
-        tensors["threshold"] = tensors["threshold"].clamp(min=0)
-    if not config.get("apply_b_dec_to_input", True):
-        tensors = subtract_input_bias(tensors)
-    if config.get("rescale_acts_by_decoder_norm", False):
-        tensors = fold_decoder_norms(tensors)
-    weights = Weights(READ_AS[architecture], tensors, {} if k is None else {"k": k})
-    weights = restored(weights, metadata.get("unbraid"), WRITTEN_AS, architecture, where)
+    weights, steps = _inference_form(config, tensors, norm_scaling_factor, where)
+    weights = weights.folded(where, *steps)
+    d_in, d_out = weights.tensors["W_enc"].shape[0], weights.tensors["W_dec"].shape[1]
+    require_widths(config, {"d_in": d_in, "d_sae": weights.tensors["W_enc"].shape[1], "d_out": d_out}, where)
+    require_dtype(config, where)
+    if weights.form is None:
+        weights = restored(weights, metadata.get("unbraid"), WRITTEN_AS, _architecture(config, where)[0], where)
     frequencies = folder / FREQUENCIES
-    log10_frequency_N = read_tensors(frequencies).get("sparsity") if frequencies.is_file() else None
+    log10_frequency_N = _frequencies(frequencies, d_sae=weights.tensors["W_enc"].shape[1])
     return SAEFolder(weights.to_sae(where), "sae_lens", metadata, log10_frequency_N)
+
+
+def _inference_form(
+    config: dict[str, Any], tensors: dict[str, Tensor], norm_scaling_factor: float | None, where: str
+) -> tuple[Weights, list[Step]]:
+    """The weights as they are, and what must be folded into them."""
+    architecture, k = _architecture(config, where)
+    steps = [*_finetuned(config, tensors, where), *_input_scale(config, norm_scaling_factor, where)]
+    require(tensors, TENSORS[architecture], where)
+    transcoder = architecture.endswith("transcoder")
+    activation = READ_AS[architecture]
+    token_norm = config.get("normalize_activations")
+    form = Form(
+        activation,
+        k=k,
+        token_norm=token_norm if token_norm in TOKEN_NORMS else "none",
+        subtracts_b_dec=flag(config, "apply_b_dec_to_input", not transcoder, where),
+        transcoder=transcoder,
+    )
+    if transcoder and form.subtracts_b_dec:
+        raise FormatError(f"{where}: apply_b_dec_to_input is true; a transcoder's b_dec is no input; expected false")
+    if flag(config, "rescale_acts_by_decoder_norm", False, where):
+        steps.append(fold_decoder_norms)
+    if activation == "jumprelu":
+        steps.append(clamp_threshold)
+    if activation == "matching_pursuit":
+        tensors = tensors | {"W_enc": tensors["W_dec"].T}
+        form = replace(form, **_pursuit(config, where))
+    if "W_skip" in tensors:
+        tensors = tensors | {"W_skip": tensors["W_skip"].T}
+    if activation in IMPORTED or form.token_norm != "none" or transcoder:
+        return Weights(architecture if transcoder else activation, tensors, form=form), steps
+    if not form.subtracts_b_dec:
+        steps.insert(0, subtract_input_bias)
+    return Weights(activation, tensors, {} if k is None else {"k": k}), steps
 
 
 def _architecture(config: dict[str, Any], where: str) -> tuple[str, int | None]:
     """SAELens' name of the architecture, and k where there is one."""
-    name = config.get("architecture", "standard")
-    activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
-    if activation == "topk" or name == "topk":
-        arguments = config.get("activation_fn_kwargs") or {}
-        return "topk", wanted({"k": config.get("k", arguments.get("k"))}, "k", int, where)
+    name = text(config, "architecture", where) or "standard"
+    activation = text(config, "activation_fn_str", where) or text(config, "activation_fn", where) or "relu"
+    if name == "standard" and activation == "topk":
+        name = "topk"
+    if name in ("topk", "abstopk"):
+        arguments = section(config, "activation_fn_kwargs", where)
+        return name, wanted({"k": config.get("k", arguments.get("k"))}, "k", int, where)
     require_settings({"activation_fn": activation}, {"activation_fn": "relu"}, where)
     if name not in READ_AS:
         raise FormatError(
@@ -153,27 +269,65 @@ def _architecture(config: dict[str, Any], where: str) -> tuple[str, int | None]:
     return name, None
 
 
-def _refuse_what_changes_activations(config: dict[str, Any], where: str) -> None:
-    if config.get("normalize_activations") in ("expected_average_only_in", True):
+def _input_scale(config: dict[str, Any], norm_scaling_factor: float | None, where: str) -> list[Step]:
+    """What undoes a constant scale of the activations."""
+    require_settings(config, {"reshape_activations": ("none", None, "hook_z")}, where)
+    said = config.get("normalize_activations")
+    if said not in ("expected_average_only_in", True):
+        require_settings(config, {"normalize_activations": ("none", None, False, *TOKEN_NORMS)}, where)
+        return []
+    if norm_scaling_factor is None:
         raise FormatError(
-            f"{where}: normalize_activations is {config['normalize_activations']!r} and the factor is not stored; "
-            "expected 'none'; fold the factor in SAELens (fold_activation_norm_scaling_factor) and save again"
+            f"{where}: normalize_activations is {said!r} and the folder does not hold the factor; expected 'none', or "
+            "the factor; give unbraid.load(path, norm_scaling_factor=...), or fold it in SAELens "
+            "(fold_activation_norm_scaling_factor) and save again"
         )
-    require_settings(
-        config,
-        {
-            "normalize_activations": ("none", None, False),
-            "reshape_activations": ("none", None),
-            "finetuning_scaling_factor": (False, None),
-        },
-        where,
-    )
+    return [scale_input(norm_scaling_factor)]
+
+
+def _finetuned(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> list[Step]:
+    """What folds the factors that finetuning multiplies codes with before they are decoded."""
+    finetuned = flag(config, "finetuning_scaling_factor", False, where)
+    factor_N = tensors.pop("scaling_factor", None)
+    if factor_N is None and finetuned:
+        raise FormatError(f"{where}: finetuning_scaling_factor is true, but there is no tensor scaling_factor")
+    if factor_N is None or bool((factor_N == 1).all()):
+        return []
+    W_dec = tensors.get("W_dec")
+    if not finetuned or W_dec is None or factor_N.ndim != 1 or factor_N.shape[:1] != W_dec.shape[:1]:
+        raise FormatError(
+            f"{where}: the tensor scaling_factor has shape {list(factor_N.shape)} and is not all ones, and "
+            f"finetuning_scaling_factor is {finetuned}; expected one factor per feature, and true"
+        )
+    return [lambda exact: exact | {"W_dec": exact["W_dec"] * factor_N.double()[:, None]}]
+
+
+def _pursuit(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """When matching pursuit ends."""
+    settings: dict[str, Any] = {"stop_on_duplicate_support": flag(config, "stop_on_duplicate_support", True, where)}
+    if config.get("residual_threshold") is not None:
+        settings["residual_threshold"] = float(wanted(config, "residual_threshold", (int, float), where))
+    if config.get("max_iterations") is not None:
+        settings["max_iterations"] = wanted(config, "max_iterations", int, where)
+    return settings
+
+
+def _frequencies(path: Path, d_sae: int) -> Tensor | None:
+    if not path.is_file():
+        return None
+    found = read_tensors(path).get("sparsity")
+    if found is not None and (list(found.shape) != [d_sae] or not found.is_floating_point()):
+        raise FormatError(f"{str(path)!r} holds {list(found.shape)} {found.dtype}; expected [{d_sae}] of numbers")
+    return found
 
 
 def _flat_metadata(config: dict[str, Any]) -> dict[str, Any]:
     """Where an SAE belongs, from the flat settings of SAELens 3 to 5."""
     renamed = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
-    known = ("model_name", "hook_name", "hook_layer", "hook_head_index", "context_size", "prepend_bos", "dataset_path")
+    known = (
+        *("model_name", "hook_name", "hook_layer", "hook_head_index", "context_size", "prepend_bos", "dataset_path"),
+        *("model_from_pretrained_kwargs", "model_class_name", "neuronpedia_id", "training_tokens"),
+    )
     flat = {renamed.get(name, name): value for name, value in config.items()}
     return {name: flat[name] for name in known if flat.get(name) is not None}
 

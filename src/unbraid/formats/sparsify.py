@@ -1,10 +1,13 @@
 """The eai-sparsify folder, one a hookpoint: `cfg.json` and `sae.safetensors`.
 
-It holds TopK autoencoders and nothing else: codes are the k largest entries of relu(W (x - b_dec) + b). The encoder is
-stored one row a feature, and so, unlike elsewhere, is the decoder. sparsify ignores settings it does not know, so what
-unbraid adds to `cfg.json` costs it nothing.
+It holds TopK autoencoders: codes are the k largest entries of relu(W (x - b_dec) + b). Read as well are transcoders,
+which do not subtract b_dec and may have a skip connection, groupmax, which keeps the largest of each of k runs of
+consecutive features, and the signed codes of older versions. The encoder is stored one row per feature, and so, unlike
+elsewhere, is the decoder. sparsify ignores settings it does not know, so what unbraid adds to `cfg.json` costs it
+nothing.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,10 @@ from torch import Tensor
 
 from unbraid.errors import FormatError
 from unbraid.files import write_json
-from unbraid.formats.folder import (
-    SAEFolder,
-    read_json,
-    read_tensors,
-    require_settings,
-    wanted,
-    write_tensors,
-    written_whole,
-)
+from unbraid.formats.folder import SAEFolder, write_tensors, written_whole
+from unbraid.formats.imported import Form, ImportedSAE
+from unbraid.formats.metadata import checked_metadata
+from unbraid.formats.reading import flag, read_json, read_tensors, require_settings, require_widths, wanted
 from unbraid.formats.weights import (
     Weights,
     metadata_to_restore,
@@ -43,7 +41,7 @@ def recognises(folder: Path) -> bool:
 
 def cannot_hold(sae: SAE) -> str | None:
     """Why this layout cannot hold `sae`, naming the field; None if it can."""
-    if sae.architecture in WRITTEN_AS:
+    if sae.architecture in WRITTEN_AS and not isinstance(sae, ImportedSAE):
         return None
     return (
         f"architecture is {sae.architecture!r}, which sparsify's activation cannot express; expected topk; export to "
@@ -72,7 +70,7 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
         "skip_connection": False,
         "transcode": False,
         "d_in": sae.d_in,
-        "unbraid": settings_to_restore(sae) | metadata_to_restore(metadata or {}),
+        "unbraid": settings_to_restore(sae) | metadata_to_restore(sae.metadata if metadata is None else metadata),
     }
     with written_whole(folder) as partial:
         write_json(partial / CONFIG, config)
@@ -88,12 +86,45 @@ def load(folder: Path) -> SAEFolder:
     """
     where = str(folder / CONFIG)
     config = read_json(folder / CONFIG)
-    plain = {"activation": "topk", "skip_connection": False, "transcode": False, "signed": False}
-    require_settings(config, plain, where)
+    require_settings(config, {"activation": ("topk", "groupmax", None)}, where)
+    transcode, skip = flag(config, "transcode", False, where), flag(config, "skip_connection", False, where)
+    signed = flag(config, "signed", False, where)
     state = read_tensors(folder / WEIGHTS)
-    require(state, tuple(NAMES.values()), str(folder / WEIGHTS))
-    tensors = {ours: state[theirs] for ours, theirs in NAMES.items()}
-    tensors["W_enc"] = tensors["W_enc"].T
-    weights = Weights("topk", tensors, {"k": wanted(config, "k", int, where)})
-    sae = restored(weights, config.get("unbraid"), WRITTEN_AS, "topk", where).to_sae(where)
-    return SAEFolder(sae, "sparsify", {"hookpoint": folder.name} | restored_metadata(config.get("unbraid")))
+    names = NAMES | ({"W_skip": "W_skip"} if skip else {})
+    require(state, tuple(names.values()), str(folder / WEIGHTS))
+    tensors = {ours: state[theirs] for ours, theirs in names.items()}
+    for name in ("W_enc", "W_skip"):
+        if name in tensors:
+            tensors[name] = tensors[name].T
+    activation = "abstopk" if signed else config.get("activation") or "topk"
+    k = wanted(config, "k", int, where)
+    if activation == "topk" and not (transcode or skip):
+        weights = Weights("topk", tensors, {"k": k}).folded(where)
+    else:
+        form = Form(activation, k=k, subtracts_b_dec=not transcode, transcoder=transcode or skip)
+        name = f"{activation}_transcoder" if form.transcoder else activation
+        weights = Weights(name, tensors, form=form).folded(where)
+    d_in, n_features = weights.tensors["W_enc"].shape
+    # num_latents is 0 or missing where the expansion factor says it.
+    require_widths(config, {"d_in": d_in} | ({"num_latents": n_features} if config.get("num_latents") else {}), where)
+    if activation == "groupmax" and n_features % k:
+        raise FormatError(f"{where}: k is {k}; expected a divisor of the {n_features} features, for equal groups")
+    if weights.form is None:
+        weights = restored(weights, config.get("unbraid"), WRITTEN_AS, "topk", where)
+    metadata = {"hookpoint": folder.resolve().name} | _hooks(folder.resolve().name, transcode or skip)
+    metadata |= restored_metadata(config.get("unbraid"))
+    return SAEFolder(weights.to_sae(where), "sparsify", checked_metadata(metadata, where))
+
+
+def _hooks(module: str, transcoder: bool) -> dict[str, Any]:
+    """SAELens' names for what an SAE reads that lies in a folder named after its module."""
+    match = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d{1,6})(?:\.(mlp|self_attn|attn|attention))?", module)
+    if match is None:
+        return {}
+    block, sublayer = f"blocks.{match[1]}", match[2]
+    if sublayer is None:
+        return {"hook_name": f"{block}.hook_resid_post"}
+    if sublayer == "mlp":
+        hooks = {"hook_name": f"{block}.hook_mlp_out"}
+        return {"hook_name": f"{block}.mlp.hook_in", "hook_name_out": hooks["hook_name"]} if transcoder else hooks
+    return {} if transcoder else {"hook_name": f"{block}.hook_attn_out"}

@@ -5,7 +5,8 @@ SAE classes. What a layout means differently is brought into our inference form 
 that does not subtract b_dec, a decoder whose row norms rescale the codes), so that outputs are equal, not just names.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,14 +15,19 @@ from torch import Tensor
 from unbraid import sae as architectures
 from unbraid.config import SAEConfig, validated
 from unbraid.errors import ConfigError, FormatError
+from unbraid.formats.imported import Form, ImportedSAE
+from unbraid.formats.reading import shown
 from unbraid.sae import SAE
 
-PER_FEATURE = {"b_enc", "threshold", "b_gate", "b_mag", "r_mag"}
+PER_FEATURE = {"b_enc", "threshold", "b_gate", "b_mag", "r_mag", "b_glu", "selection"}
 GATED = ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec")
 PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
 THRESHOLDED = (*PLAIN, "threshold")
 ONE_THRESHOLD = ("batch_topk", "matryoshka")
 """Architectures whose features share one threshold at inference."""
+
+Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""One piece of algebra on the tensors of an SAE."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +39,42 @@ class Weights:
         tensors: W_enc `[D, N]`, W_dec `[N, D]`, b_dec `[D]` and, by architecture, b_enc, threshold, b_gate, b_mag and
             r_mag, each `[N]` (a threshold shared by all features is `[]`).
         settings: further fields of `SAEConfig`, such as k; what is not given keeps its default.
+        form: how codes are computed where no architecture of `SAEConfig` computes them; `architecture` is then the name
+            the layout has for it, and W_dec may be `[N, M]` with b_dec `[M]`.
     """
 
     architecture: str
     tensors: dict[str, Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
+    form: Form | None = None
 
     @classmethod
     def of(cls, sae: SAE) -> "Weights":
         """The weights of an SAE, as contiguous copies on the CPU."""
         state = {name: tensor.detach().cpu().clone() for name, tensor in sae.state_dict().items()}
         tensors = {"W_enc": state.pop("encoder_ND").T.contiguous(), **state}
+        if isinstance(sae, ImportedSAE):
+            return cls(sae.architecture, tensors, form=sae.form)
         if sae.architecture == "gated":
             tensors.pop("b_enc", None)
         return cls(sae.architecture, tensors, sae.config.model_dump(mode="json", exclude={"architecture"}))
+
+    def folded(self, where: str, *steps: Step) -> "Weights":
+        """The same after `steps` of exact algebra in float64, rounded once at the end.
+
+        Args:
+            where: the file they came from, for messages.
+            steps: from tensors to tensors, in the order given.
+
+        Raises:
+            FormatError: a tensor is missing, of the wrong shape or not finite.
+        """
+        tensors = {name: _at_least_float32(name, tensor, where) for name, tensor in self.tensors.items()}
+        _checked_widths(tensors, where, self.form)
+        exact = {name: tensor.double() for name, tensor in tensors.items()}
+        for step in steps:
+            exact = step(exact)
+        return replace(self, tensors={name: tensor.to(tensors[name].dtype) for name, tensor in exact.items()})
 
     def to_sae(self, where: str) -> SAE:
         """An SAE with these weights, in float32 (float64 weights stay float64), ready for inference.
@@ -57,8 +85,10 @@ class Weights:
         Raises:
             FormatError: a tensor is missing, surplus, of the wrong shape or not finite, or a setting is unacceptable.
         """
-        tensors = {name: _at_least_float32(tensor) for name, tensor in self.tensors.items()}
-        d_in, n_features = _checked_widths(tensors, where)
+        tensors = {name: _at_least_float32(name, tensor, where) for name, tensor in self.tensors.items()}
+        d_in, n_features = _checked_widths(tensors, where, self.form)
+        if self.form is not None:
+            return ImportedSAE(self.architecture, self.form, tensors).eval().requires_grad_(False)
         k = min(SAEConfig.model_fields["k"].default, n_features)
         settings = {"k": k} | self.settings | {"architecture": self.architecture, "n_features": n_features}
         try:
@@ -86,6 +116,19 @@ class Weights:
         return sae.eval().requires_grad_(False)
 
 
+def scale_input(factor: float) -> Step:
+    """From weights that read x * factor and give y * factor to ones that read x and give y; codes stay the same."""
+
+    def step(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        scaled = dict(tensors)
+        scaled["W_enc"] = tensors["W_enc"] * factor
+        for name in ("W_dec", "b_dec"):
+            scaled[name] = tensors[name] / factor
+        return scaled
+
+    return step
+
+
 def subtract_input_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """From an encoder that reads x to one that reads x - b_dec: x W + b = (x - b_dec) W + (b + b_dec W)."""
     return _shift_encoder(tensors, +1.0)
@@ -111,12 +154,17 @@ def fold_decoder_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     norm_N = tensors["W_dec"].double().norm(dim=1)
     if not bool((norm_N > 0).all()):
         raise FormatError(f"{int((norm_N == 0).sum())} decoder rows are zero and have no norm to fold; expected none")
-    folded = dict(tensors)
-    folded["W_dec"] = (tensors["W_dec"].double() / norm_N[:, None]).to(tensors["W_dec"].dtype)
+    unit = dict(tensors)
+    unit["W_dec"] = (tensors["W_dec"].double() / norm_N[:, None]).to(tensors["W_dec"].dtype)
     for name in ("W_enc", "b_enc", "threshold", "b_gate", "b_mag"):
         if name in tensors:
-            folded[name] = (tensors[name].double() * norm_N).to(tensors[name].dtype)
-    return folded
+            unit[name] = (tensors[name].double() * norm_N).to(tensors[name].dtype)
+    return unit
+
+
+def clamp_threshold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A threshold below zero changes nothing in relu(pre) * (pre > threshold); ours are at least zero."""
+    return tensors | {"threshold": tensors["threshold"].clamp(min=0)}
 
 
 def require(tensors: dict[str, Tensor], names: tuple[str, ...], where: str) -> None:
@@ -168,6 +216,12 @@ def restored(weights: Weights, kept: Any, written_as: dict[str, str], label: str
         config = validated(SAEConfig, kept["sae"], f"{where}: unbraid.sae")
     except ConfigError as error:
         raise FormatError(f"{error}; written by another version? delete the entry unbraid to read it plainly") from None
+    n_features = weights.tensors["W_enc"].shape[1]
+    if config.n_features != n_features:
+        raise FormatError(
+            f"{where}: unbraid.sae.n_features is {config.n_features}, but the weights have {n_features} features; "
+            "delete the entry unbraid to read it plainly"
+        )
     if written_as.get(config.architecture) != label:
         raise FormatError(
             f"{where}: the architecture is {label!r} but unbraid.sae.architecture {config.architecture!r}, which is "
@@ -192,25 +246,33 @@ def _shared_threshold(threshold: Tensor, where: str) -> Tensor:
     return flat[0].clone()
 
 
-def _checked_widths(tensors: dict[str, Tensor], where: str) -> tuple[int, int]:
+def _checked_widths(tensors: dict[str, Tensor], where: str, form: Form | None) -> tuple[int, int]:
     for name in ("W_enc", "W_dec", "b_dec"):
         if name not in tensors:
             raise FormatError(f"{where} has no tensor {name}; found {sorted(tensors)}")
     W_enc, W_dec = tensors["W_enc"], tensors["W_dec"]
-    if W_enc.ndim != 2 or W_dec.ndim != 2 or W_enc.shape != W_dec.shape[::-1]:
+    if W_enc.ndim != 2 or W_dec.ndim != 2 or W_enc.shape[1] != W_dec.shape[0] or min(W_enc.shape + W_dec.shape) < 1:
         raise FormatError(
             f"{where}: the encoder has shape {list(W_enc.shape)} and the decoder {list(W_dec.shape)}; "
             "expected [D, N] and [N, D]"
         )
-    d_in, n_features = W_enc.shape
+    (d_in, n_features), d_out = W_enc.shape, W_dec.shape[1]
+    if d_in != d_out and not (form is not None and form.transcoder):
+        raise FormatError(f"{where} reads {d_in} numbers and gives {d_out}; expected an SAE, which gives what it reads")
+    shapes = {"b_dec": [d_out], "W_skip": [d_in, d_out], "W_glu": [d_in, n_features]}
     for name, tensor in tensors.items():
-        expected = [n_features] if name in PER_FEATURE else [d_in] if name == "b_dec" else list(tensor.shape)
+        expected = shapes.get(name, [n_features] if name in PER_FEATURE else list(tensor.shape))
         if list(tensor.shape) != expected and not (name == "threshold" and tensor.numel() == 1):
             raise FormatError(f"{where}: tensor {name} has shape {list(tensor.shape)}; expected {expected}")
         if not bool(tensor.isfinite().all()):
             raise FormatError(f"{where}: tensor {name} holds values that are not finite; expected finite numbers only")
+    if form is not None and form.k is not None and not 1 <= form.k <= n_features:
+        raise FormatError(f"{where}: k is {form.k}; expected 1 to the number of features, {n_features}")
     return d_in, n_features
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def _at_least_float32(name: str, tensor: Any, where: str) -> Tensor:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, Tensor) else shown(tensor)
+        raise FormatError(f"{where}: {name} is {kind}; expected a tensor of floating point numbers")
     return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)

@@ -12,7 +12,7 @@ reconstruction and of the losses are summed, and every gradient but b_dec's is c
 
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -84,6 +84,7 @@ class SAE(nn.Module):
         W_dec: `[N, D]`, rows of unit L2 norm.
         b_dec: `[D]`, subtracted before the encoder, added after the decoder.
         shard: the features held here; `n_features` counts these, `config.n_features` all.
+        metadata: what the folder it was loaded from knows, under SAELens' names: model_name, hook_name, ...
     """
 
     architecture: ClassVar[str]
@@ -95,6 +96,7 @@ class SAE(nn.Module):
     def __init__(self, config: SAEConfig, d_in: int, generator: torch.Generator, shard: Shard):
         super().__init__()
         self.config = config
+        self.metadata: dict[str, Any] = {}
         self.d_in = d_in
         self.shard = shard
         self.n_features = shard.width
@@ -119,6 +121,32 @@ class SAE(nn.Module):
         cut = normal.inv_cdf(1 - share)
         s = self.config.n_features * (share + cut * normal.pdf(cut)) / self.d_in
         return 1 / (1 + s)
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is predicted: that of what is read, but for imported transcoders."""
+        return self.d_in
+
+    @property
+    def k(self) -> int | None:
+        """Active features per token, where the architecture fixes them."""
+        return self.config.k if self.config.has_k else None
+
+    def __repr__(self) -> str:
+        """Architecture, widths and k, and what is known of the model, the site and the training."""
+        reads = self.metadata.get("hook_name")
+        writes = self.metadata.get("hook_name_out")
+        known = {
+            "N": self.n_features,
+            "D": self.d_in,
+            "M": self.d_out if self.d_out != self.d_in else None,
+            "k": self.k,
+            "site": f"{reads} -> {writes}" if writes else reads,
+            "model": self.metadata.get("model_name"),
+            "trained_tokens": self.metadata.get("training_tokens"),
+        }
+        shown = ", ".join(f"{name}={value}" for name, value in known.items() if value is not None)
+        return f"{type(self).__name__}({self.architecture}, {shown})"
 
     def add_biases(self) -> None:
         """Register what stands between the product and the codes."""

@@ -1,0 +1,28 @@
+"""Where a published SAE belongs: the entries that unbraid acts on, under SAELens' names, checked as they are read."""
+
+from typing import Any
+
+from unbraid.errors import FormatError
+from unbraid.formats.reading import flag, section, shown, text, wanted
+
+TEXTS = ("model_name", "hook_name", "hook_name_out", "dataset_path", "model_class_name", "neuronpedia_id")
+COUNTS = ("context_size", "training_tokens")
+
+
+def checked_metadata(metadata: dict[str, Any], where: str) -> dict[str, Any]:
+    """`metadata` without its nulls.
+
+    Raises:
+        FormatError: an entry that unbraid acts on has the wrong type.
+    """
+    for name in TEXTS:
+        text(metadata, name, where)
+    for name in COUNTS:
+        if metadata.get(name) is not None:
+            wanted(metadata, name, int, where)
+    layer = metadata.get("hook_layer")
+    if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 1_000_000):
+        raise FormatError(f"{where}: hook_layer is {shown(layer)}; expected the number of a layer; correct it")
+    flag(metadata, "prepend_bos", True, where)
+    section(metadata, "model_from_pretrained_kwargs", where)
+    return {name: value for name, value in metadata.items() if value is not None}
