@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unbraid.activations import packaged_model
+from unbraid.activations import load, packaged_model
 from unbraid.activations.block import find_blocks
 from unbraid.activations.language_model import LanguageModel, load_language_model
 from unbraid.activations.packaged_model import find_packaged_model, packaged_model_folder
@@ -219,3 +219,66 @@ def test_the_conversion_gives_the_weights_that_the_gguf_library_reads(tmp_path: 
     down = theirs["blk.7.ffn_down.weight"]
     expected = torch.from_numpy(dequantize(down.data, down.tensor_type).copy())
     assert torch.equal(converted["model.layers.7.mlp.down_proj.weight"], expected)
+
+
+def save_random(folder: Path, vocabulary: int | None = None, tokenizer: bool = True) -> str:
+    original = load_language_model(model_config("random:llama"))
+    if vocabulary is not None:
+        original.model.resize_token_embeddings(vocabulary)  # pyright: ignore
+    original.model.save_pretrained(folder)  # pyright: ignore
+    if tokenizer:
+        original.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_by_name_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has 1,084 tokens and the model's embedding 200 rows: token 200 .* has none"):
+        load_language_model(model_config(save_random(tmp_path, 200)))
+
+
+def test_special_tokens_beyond_the_embedding_are_no_reason_to_refuse_a_model_that_never_meets_them() -> None:
+    model = load_language_model(model_config("random:llama"))
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert len(model.tokenizer) == model.vocabulary + 1
+    again = LanguageModel(model.model, model.tokenizer, ["resid_post.0"])
+    with pytest.raises(ModelError, match=r"token id 1084 is beyond the 1084 that LlamaForCausalLM knows"):
+        again.activations(torch.tensor([[0, 1084]]))
+    model.tokenizer.pad_token = "<image>"
+    with pytest.raises(ModelError, match="'<image>'"):
+        LanguageModel(model.model, model.tokenizer, ["resid_post.0"])
+
+
+def test_a_model_without_a_tokenizer_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"without a tokenizer .*expected tokenizer\.json.*tokenizer\.save_pretrained"):
+        load_language_model(model_config(save_random(tmp_path, tokenizer=False)))
+
+
+def test_an_encoder_decoder_is_refused_by_its_kind(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 50, "d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"is an encoder-decoder model \(T5\); expected a decoder"):
+        load_language_model(model_config(str(tmp_path)))
+    with pytest.raises(ModelError, match=r"is an encoder-decoder model \(T5ForConditionalGeneration\)"):
+        LanguageModel(model, None, ["resid_post.0"])
+
+
+def test_an_unreachable_hub_is_asked_once_and_downloaded_models_still_load(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    asked: list[dict[str, object]] = []
+
+    def not_there(name: str, **options: object) -> None:
+        asked.append(options)
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(load, "why_unreachable", lambda: "Name or service not known")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", not_there)
+    with pytest.raises(ModelError, match=r"hub cannot be reached \(Name or service not known\) and the model was not"):
+        load_language_model(model_config("nobody/nothing"))
+    assert len(asked) == 1 and asked[0]["local_files_only"] is True
+    assert capfd.readouterr() == ("", "")

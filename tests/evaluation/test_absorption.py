@@ -90,10 +90,10 @@ class Model:
     sites = ("only",)
     identity = {"name": "toy"}  # noqa: RUF012
 
-    def activations(self, tokens):
+    def activations(self, tokens, mask):
         return [torch.nn.functional.one_hot(tokens, len(self.tokenizer)).float()]
 
-    def logits(self, tokens):
+    def logits(self, tokens, mask):
         """Names the first letter of the word it was asked about, right before the suffix."""
         letter = torch.zeros_like(tokens)
         for row, ids in enumerate(tokens.tolist()):
@@ -107,12 +107,12 @@ class Model:
 class Illiterate(Model):
     identity = {"name": "illiterate toy"}  # noqa: RUF012
 
-    def logits(self, tokens):
+    def logits(self, tokens, mask):
         return torch.randn(*tokens.shape, len(self.tokenizer), generator=generator(0, "noise"))
 
 
 def test_a_model_that_names_the_wrong_letters_is_refused_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr(Illiterate, "activations", lambda self, tokens: pytest.fail("was read"))
+    monkeypatch.setattr(Illiterate, "activations", lambda self, tokens, mask: pytest.fail("was read"))
     with pytest.raises(EvaluationError, match=r"names \d% rightly; absorption needs 25%"):
         read_spelling(Illiterate(), SpellingConfig(train=4, test=2))
 
@@ -122,7 +122,9 @@ def test_words_are_read_where_they_stand_behind_solved_examples(tmp_path, monkey
     seen = []
     model = Model()
     read = Model.activations
-    monkeypatch.setattr(Model, "activations", lambda self, tokens: seen.append(tokens) or read(self, tokens))
+    monkeypatch.setattr(
+        Model, "activations", lambda self, tokens, mask: seen.append(tokens) or read(self, tokens, mask)
+    )
     spelling = read_spelling(model, SpellingConfig(train=4, test=2, examples=3))
     assert spelling.accuracy == 1.0
     assert spelling.is_test.sum() == 52 and len(spelling.letters) == 156

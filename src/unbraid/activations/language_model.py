@@ -71,7 +71,7 @@ class LanguageModel:
         self.sites = [Site.parse(site) if isinstance(site, str) else site for site in sites]
         self.name = name or type(model).__name__
         self.pass_contexts = pass_contexts
-        if model.config.is_encoder_decoder:  # pyright: ignore
+        if getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(
                 f"{self.name} is an encoder-decoder model ({type(model).__name__}); expected a decoder such as Llama; "
                 "choose another model.name"

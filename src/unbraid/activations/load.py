@@ -15,6 +15,9 @@ from unbraid.activations.packaged_model import packaged_model_folder
 from unbraid.activations.random_model import FAMILIES, random_model
 from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
+from unbraid.offline import why_unreachable
+
+PACKAGED = "packaged:smollm2"
 
 
 def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Module, Any]:
@@ -37,27 +40,77 @@ def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Mod
         if config.name.endswith(".gguf"):
             return _gguf(config, Path(config.name).expanduser())
         local = Path(config.name).expanduser()
-        return _pretrained(config, str(local) if local.is_dir() else config.name)
+        return _pretrained(config, str(local)) if local.is_dir() else _pretrained(config, config.name, on_hub=True)
 
 
-def _pretrained(config: ModelConfig, name: str) -> tuple[nn.Module, Any]:
+def _pretrained(config: ModelConfig, name: str, on_hub: bool = False) -> tuple[nn.Module, Any]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    unreachable = why_unreachable() if on_hub else None
+    if unreachable is not None:
+        options["local_files_only"] = True  # what was downloaded before still loads, without minutes of trying again
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        text_config = AutoConfig.from_pretrained(name, **options).get_text_config()
-        if getattr(text_config, "attn_logit_softcapping", None):
+        settings = AutoConfig.from_pretrained(name, **options)
+        model_class = _model_class(config, settings)
+        tokenizer = _tokenizer(config, name, options)
+        if getattr(settings.get_text_config(), "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # the fused kernels of some versions leave the soft-cap out
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
+        model = model_class.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
+    except ModelError:
+        raise
     except Exception as problem:  # transformers, safetensors and hub clients raise too many kinds to list
+        reason = _reason(problem)
+        if unreachable is not None:
+            reason = f"the hub cannot be reached ({unreachable}) and the model was not downloaded before"
         raise ModelError(
-            f"cannot load model.name = {config.name!r} (revision {config.revision or 'default'}): "
-            f"{_first_line(problem)}; expected packaged:smollm2, random:FAMILY, a .gguf file, a local folder, or a hub "
-            "id that this machine can reach and is allowed to read; change model.name, or log in to the hub"
+            f"cannot load model.name = {config.name!r} (revision {config.revision or 'default'}): {reason}; expected "
+            f"{PACKAGED}, random:FAMILY, a .gguf file, a local folder, or a hub id that this machine can reach and is "
+            "allowed to read; change model.name, or log in to the hub"
         ) from problem
     return model, tokenizer
+
+
+def _model_class(config: ModelConfig, settings: Any) -> Any:
+    """The auto class that reads a model with these settings as a language model."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
+
+    def reads(auto_class: Any) -> bool:
+        remote = getattr(settings, "auto_map", {}) if config.trust_remote_code else {}
+        return type(settings) in auto_class._model_mapping or auto_class.__name__ in remote
+
+    if config.bidirectional:
+        classes = [AutoModelForMaskedLM, AutoModelForCausalLM]
+        return next((auto_class for auto_class in classes if reads(auto_class)), AutoModel)
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if reads(auto_class) and not (auto_class is AutoModelForImageTextToText and settings.is_encoder_decoder):
+            return auto_class
+    kind = type(settings).__name__.removesuffix("Config")
+    if settings.is_encoder_decoder:
+        raise ModelError(
+            f"model.name = {config.name!r} is an encoder-decoder model ({kind}); expected a decoder such as Llama, "
+            "which predicts the next token; change model.name"
+        )
+    if reads(AutoModelForMaskedLM):
+        raise ModelError(
+            f"model.name = {config.name!r} is an encoder ({kind}), in which tokens see later tokens; expected a causal "
+            "language model; set model.bidirectional to true to use it as it is, or change model.name"
+        )
+    return AutoModelForCausalLM
+
+
+def _tokenizer(config: ModelConfig, name: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except Exception as problem:  # as above
+        raise ModelError(
+            f"model.name = {config.name!r} comes without a tokenizer that can be read ({_reason(problem)}); expected "
+            "tokenizer.json, or a tokenizer's other files, beside the weights; put it there with "
+            "tokenizer.save_pretrained, or change model.name"
+        ) from problem
 
 
 def _gguf(config: ModelConfig, path: Path) -> tuple[nn.Module, Any]:
@@ -73,14 +126,16 @@ def _gguf(config: ModelConfig, path: Path) -> tuple[nn.Module, Any]:
         )
     except Exception as problem:  # transformers, safetensors and hub clients raise too many kinds to list
         raise ModelError(
-            f"cannot read {config.name!r}: {_first_line(problem)}; expected a GGUF file of an architecture that "
+            f"cannot read {config.name!r}: {_reason(problem)}; expected a GGUF file of an architecture that "
             "transformers knows; reading one needs: pip install gguf accelerate"
         ) from problem
     return model, tokenizer
 
 
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+def _reason(problem: Exception) -> str:
+    """What went wrong, on one line that is not cut in the middle of a word."""
+    words = " ".join(str(problem).split()) or type(problem).__name__
+    return words if len(words) <= 300 else f"{words[:300].rpartition(' ')[0]} ..."
 
 
 @contextmanager

@@ -119,8 +119,8 @@ def _accuracy(
     """How often the right one of the 26 answers has the highest logit at the end of the question."""
     answers = torch.tensor([ids[0] for ids in format.answers])
     right = done = 0
-    for batch, tokens_CT in prompt_batches(prompts, ASKED_AT_ONCE):
-        logits_CTV = model.logits(tokens_CT).cpu()
+    for batch, tokens_CT, mask_CT in prompt_batches(prompts, ASKED_AT_ONCE):
+        logits_CTV = model.logits(tokens_CT, mask=mask_CT).cpu()
         for row, i in enumerate(batch):
             ends = torch.tensor(places[i]) + len(format.question)
             named = logits_CTV[row, ends][:, answers].argmax(1)

@@ -25,7 +25,13 @@ def cached_activations(
     model: Any, prompts: Rows, places: Rows, on_prompts: Callable[[int], None] = lambda done: None
 ) -> list[Tensor]:
     """`activations_at`, from unbraid's cache once they have been computed for this model, sites, prompts and places."""
-    asked = [model.identity, [str(site) for site in model.sites], list(map(list, prompts)), list(map(list, places))]
+    asked = [
+        "masked",
+        model.identity,
+        [str(site) for site in model.sites],
+        list(map(list, prompts)),
+        list(map(list, places)),
+    ]
     digest = hashlib.blake2b(json.dumps(asked).encode(), digest_size=12)
 
     def write(path: Path) -> None:
@@ -43,7 +49,7 @@ def activations_at(
     """Activations `[all places, D]`, prompt after prompt, one tensor a site, in float32.
 
     Args:
-        model: anything with `activations(tokens)`.
+        model: anything with `activations(tokens, mask)`.
         prompts: token ids.
         places: for each prompt the positions that are wanted.
         on_prompts: called with the number of prompts read so far.
@@ -51,8 +57,8 @@ def activations_at(
     ends = np.cumsum([0, *map(len, places)])
     found: list[Tensor] = []
     done = 0
-    for batch, tokens_CT in prompt_batches(prompts, BATCH_PROMPTS):
-        captured = model.activations(tokens_CT)
+    for batch, tokens_CT, mask_CT in prompt_batches(prompts, BATCH_PROMPTS):
+        captured = model.activations(tokens_CT, mask_CT)
         found = found or [torch.zeros(int(ends[-1]), x_CTD.shape[2]) for x_CTD in captured]
         for kept, x_CTD in zip(found, captured, strict=True):
             for row, i in enumerate(batch):
@@ -62,15 +68,17 @@ def activations_at(
     return found
 
 
-def prompt_batches(prompts: Rows, size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Prompts of similar length together: which ones, and their tokens `[C, T]`.
+def prompt_batches(prompts: Rows, size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Prompts of similar length together: which ones, their tokens `[C, T]` and where there is a token, `[C, T]`.
 
-    What pads the shorter ones comes after their last token, where a causal model does not look.
+    Shorter ones are filled up at the end; the mask keeps a model that looks ahead from reading the filling.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, len(order), size):
         batch = order[first : first + size]
         tokens_CT = torch.zeros(len(batch), len(prompts[batch[-1]]), dtype=torch.int64)
+        mask_CT = torch.zeros_like(tokens_CT)
         for row, i in enumerate(batch):
             tokens_CT[row, : len(prompts[i])] = torch.tensor(prompts[i])
-        yield batch, tokens_CT
+            mask_CT[row, : len(prompts[i])] = 1
+        yield batch, tokens_CT, mask_CT
