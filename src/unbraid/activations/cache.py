@@ -209,9 +209,12 @@ def _problem_in_manifest(manifest: dict[str, Any]) -> str | None:
         return f"recipe {recipe!r}"
     if not isinstance(parts, dict) or not all(isinstance(parts.get(part), list) for part in PARTS):
         return f"parts {parts!r}"
-    if manifest["complete"] or "d_model" in manifest:
-        if not is_count(manifest.get("d_model"), 1) or not isinstance(manifest.get("prepends_bos"), bool):
-            return f"d_model {manifest.get('d_model')!r}, prepends_bos {manifest.get('prepends_bos')!r}"
+    if manifest["complete"]:
+        widths, d_model = manifest.get("widths", {}), manifest.get("d_model")
+        if not isinstance(widths, dict) or not all(is_count(widths.get(site, d_model), 1) for site in sites):
+            return f"widths {widths!r}, d_model {d_model!r}"
+        if not isinstance(manifest.get("prepends_bos"), bool):
+            return f"prepends_bos {manifest.get('prepends_bos')!r}"
         special_ids = manifest.get("special_ids")
         if not isinstance(special_ids, list) or not all(map(is_count, special_ids)):
             return f"special_ids {special_ids!r}"
@@ -243,6 +246,8 @@ def _problem_in_shard(shard: Any, part: str) -> str | None:
 
 def _check_recipe(manifest: dict[str, Any], config: RunConfig, folder: Path) -> None:
     expected, found = recipe_of_activations(config), manifest["recipe"]
+    if isinstance(found.get("text"), dict):  # a setting that harvests of earlier versions did not have
+        found = found | {"text": {"prepend_bos": True} | found["text"]}
     for group in expected:
         if found.get(group) != expected[group]:
             raise ActivationError(
@@ -328,8 +333,9 @@ class CachedActivations:
                 f"shard {str(path)!r} cannot be read ({error}); harvest again into a new folder"
             ) from error
         contexts = (sum(shard["contexts"]), self.context_length)
+        shapes = {str(site): (*contexts, width) for site, width in zip(self.sites, self.widths, strict=True)}
         for name, tensor in tensors.items():
-            expected = contexts if name == "tokens" else (*contexts, self.d_model)
+            expected = shapes.get(name, contexts)
             if tuple(tensor.shape) != expected:
                 raise ActivationError(
                     f"shard {str(path)!r} holds {name} of shape {tuple(tensor.shape)}; the manifest says {expected}; "
