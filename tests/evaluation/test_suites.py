@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from unbraid import formats
 from unbraid.config import EvaluationConfig, ProbingConfig, SynthConfig
@@ -71,7 +72,7 @@ def test_a_run_is_evaluated_with_every_suite_that_applies_and_controls_beside(ru
         assert sae["core"]["token_stats"]["total_tokens_eval_sparsity_variance"] == 512
         assert len(sae["geometry"]["agreement"]) == 1 and len(sae["probing"]["tasks"]) == 2
     assert set(report["skipped"]) == {"absorption", "ground-truth"}
-    features = formats.folder.load_file(tmp_path / "evaluation_features.safetensors")
+    features = load_file(tmp_path / "evaluation_features.safetensors")
     assert features["resid_post.0_twin.feature_density"].shape == (128,)
 
 

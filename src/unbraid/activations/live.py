@@ -35,6 +35,9 @@ class LiveActivations:
         self.text = config.text
         self.documents = open_source(config.text)
         self.model = load_language_model(config.model, device)
+        if not config.text.prepend_bos:
+            # Whatever makes contexts or prompts asks the tokenizer, and this one is the model's own.
+            self.model.tokenizer.bos_token = None
         self.sites = config.sites
         self.widths = self.model.widths
         self.context_length = config.text.context_length

@@ -35,6 +35,8 @@ class TextConfig(Section):
     """Column (parquet, hub) or key (jsonl) that holds the text."""
     context_length: int = Field(default=128, ge=2, le=1_000_000)
     """Tokens per context T, the beginning-of-sequence token included."""
+    prepend_bos: bool = True
+    """Begin every context with the tokenizer's beginning-of-sequence token, where it has one."""
     held_out_fraction: float = Field(default=0.02, ge=0.0, le=0.5)
     """Share of documents kept for held-out metrics, chosen by a hash of their text, never trained on."""
     shuffle_seed: int = 0

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unbraid import formats
-from unbraid.config import EvaluationConfig, ModelConfig, RunConfig, load_config
+from unbraid.config import EvaluationConfig, RunConfig, load_config
 from unbraid.errors import EvaluationError, FormatError
-from unbraid.formats.sae_lens import site_of
+from unbraid.evaluation.origin import CentredInput, has_layer_norm, is_centred, origin
 from unbraid.sae import Codes
 
 
@@ -31,6 +31,8 @@ class Judged:
         report: results by suite.
         codes: of held-out tokens, in chunks, for the correlation suite.
         features: `[N]` numbers by name.
+        centred: whether the SAE was made for activations without their mean over the width.
+        unknown: why its activations cannot be had again; None where they can.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Judged:
     report: dict[str, Any] = field(default_factory=dict)
     codes: list[Codes] = field(default_factory=list)
     features: dict[str, Tensor] = field(default_factory=dict)
+    centred: bool = False
+    unknown: str | None = None
 
     @property
     def has_own_features(self) -> bool:
@@ -66,6 +70,13 @@ def open_subjects(path: Path, config: EvaluationConfig, device: torch.device) ->
     if path.resolve().parent.name == "saes" and _is_run(run):
         return _of_run(run, path.resolve().name, device)
     return _of_folder(path, config, device)
+
+
+def centre_where_needed(judged: list[Judged], model: nn.Module) -> None:
+    """SAEs made for activations without their mean get them so, where the model is one that cannot see the mean."""
+    for one in judged:
+        if one.centred and has_layer_norm(model):
+            one.sae, one.centred = CentredInput(one.sae), False
 
 
 def _is_run(path: Path) -> bool:
@@ -94,11 +105,11 @@ def _of_folder(path: Path, config: EvaluationConfig, device: torch.device) -> tu
         found = formats.open_folder(path)
     except FormatError as problem:
         raise FormatError(f"nothing to evaluate: no run folder (config.json beside saes/), and {problem}") from None
-    judged = [Judged((path.parent if path.is_file() else path).resolve().name, 0, found.sae.to(device))]
-    model = config.model or found.metadata.get("model_name")
-    site = config.site or site_of(str(found.metadata.get("hook_name", "")))
-    if model is None or site is None:
-        return judged, None
-    context = found.metadata.get("context_size")
-    text = config.text if not isinstance(context, int) else config.text.model_copy(update={"context_length": context})
-    return judged, RunConfig(model=ModelConfig(name=str(model), sites=[site]), text=text)
+    judged = Judged((path.parent if path.is_file() else path).resolve().name, 0, found.sae.to(device))
+    try:
+        run = origin(found.metadata, config)
+    except EvaluationError as problem:
+        judged.unknown = str(problem)
+        return [judged], None
+    judged.centred = is_centred(found.metadata, run.sites[0])
+    return [judged], run

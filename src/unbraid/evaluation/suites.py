@@ -22,7 +22,7 @@ from unbraid.evaluation.evaluation_file import EvaluationFile, Report
 from unbraid.evaluation.geometry import composition_rate, max_cosines, seed_agreement
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
 from unbraid.evaluation.model_suites import REFERENCE_ROWS, ModelSuites
-from unbraid.evaluation.subjects import Judged, open_subjects
+from unbraid.evaluation.subjects import Judged, centre_where_needed, open_subjects
 from unbraid.evaluation.tables import evaluation_tables
 from unbraid.randomness import generator
 from unbraid.synthetic import build_world
@@ -82,10 +82,10 @@ class _Evaluation:
             EvaluationError: nothing says which model.
         """
         if self.run_config is None:
-            raise EvaluationError(
-                "the folder does not say which model and site the SAE belongs to; give --model and --site"
-            )
-        return ModelSuites(self.run_config, self.judged, self.config, self.device, self.bar)
+            raise EvaluationError(self.judged[0].unknown or "nothing says which model the SAEs belong to; give --model")
+        suites = ModelSuites(self.run_config, self.judged, self.config, self.device, self.bar)
+        centre_where_needed(self.judged, suites.source.model.model)
+        return suites
 
     def run(self) -> Report:
         works: dict[str, Callable[[], None]] = {
@@ -104,6 +104,9 @@ class _Evaluation:
             self._stage("held-out text", lambda: self.model.read_held_out(on_text), on_text)
             for name in suites:
                 self._stage(name, works[name], [name])
+        if set(suites) <= set(self.skipped):
+            reasons = "; ".join(f"{suite}: {self.skipped[suite]}" for suite in suites)
+            raise EvaluationError(f"nothing could be measured, every suite was skipped. {reasons}")
         return {
             "path": str(self.path),
             "model": None if self.run_config is None else self.run_config.model.name,
