@@ -22,6 +22,7 @@ QUICK = EvaluationConfig(
     tokens=512,  # 16 contexts of 32 tokens: the run's own 496 held-out rows, first positions left out
     splice_contexts=2,
     meta_steps=5,
+    context_features=4,
     replicates=4,
     probing=ProbingConfig(train=16, test=8, max_tokens=16, tasks=["96_spam_is", "92_glue_sst2"]),
     world_samples=2000,
@@ -46,7 +47,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 def test_a_run_is_evaluated_with_every_suite_that_applies_and_controls_beside(run_path, tmp_path):
     shown = io.StringIO()
     report = run_suites(run_path, QUICK, out=tmp_path, console=Console(file=shown, width=80))
-    assert all(f"{suite}: " in shown.getvalue() for suite in ("core", "correlation", "geometry", "probing"))
+    assert all(f"{suite}: " in shown.getvalue() for suite in ("core", "correlation", "contexts", "geometry", "probing"))
     assert "resid_post.0_decorrelated " in shown.getvalue() and "…" not in shown.getvalue()
     assert json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail) == report
     assert set(report["saes"]) == {
@@ -58,7 +59,7 @@ def test_a_run_is_evaluated_with_every_suite_that_applies_and_controls_beside(ru
     for control in report["controls"].values():
         assert {"site", "core"} <= set(control)
     for name, sae in report["saes"].items():
-        assert set(sae) == {"site", "core", "correlation", "geometry", "probing"}
+        assert set(sae) == {"site", "core", "correlation", "contexts", "geometry", "probing"}
         assert set(sae["core"]) == {
             "model_behavior_preservation",
             "model_performance_preservation",
@@ -71,6 +72,7 @@ def test_a_run_is_evaluated_with_every_suite_that_applies_and_controls_beside(ru
         assert ("reduction" in sae["correlation"]) == name.endswith("decorrelated")
         assert sae["core"]["token_stats"]["total_tokens_eval_sparsity_variance"] == 512
         assert len(sae["geometry"]["agreement"]) == 1 and len(sae["probing"]["tasks"]) == 2
+        assert 0 <= sae["contexts"]["intruder_accuracy"] <= 1 and 0 < sae["contexts"]["features"] <= 4
     assert set(report["skipped"]) == {"absorption", "ground-truth"}
     features = load_file(tmp_path / "evaluation_features.safetensors")
     assert features["resid_post.0_twin.feature_density"].shape == (128,)
@@ -86,7 +88,7 @@ def test_the_summary_of_the_run_and_the_evaluation_agree(run_path, tmp_path):
 
 
 def test_one_sae_of_a_run_is_evaluated_as_the_run_evaluates_it(run_path, tmp_path):
-    quick = QUICK.model_copy(update={"suites": ["core"]})
+    quick = QUICK.model_copy(update={"suites": ["core", "contexts"]})
     together = run_suites(run_path, quick, out=tmp_path)
     alone = run_suites(run_path / "saes" / "resid_post.1_decorrelated", quick, out=tmp_path)
     assert list(alone["saes"]) == ["resid_post.1_decorrelated"] and not alone["skipped"]
@@ -172,7 +174,7 @@ def test_an_sae_of_a_world_is_judged_by_its_truth_and_needs_no_model(tmp_path):
     assert report["saes"]["sae"]["ground-truth"]["mcc"] > 0.4
     assert set(report["controls"]) == {"sae: random", "sae: permuted", "sae: pca"}
     assert all("ground-truth" in control for control in report["controls"].values())
-    assert set(report["skipped"]) == {"core", "correlation", "probing", "absorption"}
+    assert set(report["skipped"]) == {"core", "correlation", "contexts", "probing", "absorption"}
     assert "does not say which model" in report["skipped"]["core"]
 
 

@@ -69,8 +69,8 @@ class WorldConfig(Section):
         return self
 
 
-Suite = Literal["core", "correlation", "geometry", "probing", "absorption", "ground-truth"]
-SUITES: list[Suite] = ["core", "correlation", "geometry", "probing", "absorption", "ground-truth"]
+Suite = Literal["core", "correlation", "contexts", "geometry", "probing", "absorption", "ground-truth"]
+SUITES: list[Suite] = ["core", "correlation", "contexts", "geometry", "probing", "absorption", "ground-truth"]
 
 
 def _read_suites(text: str) -> list[Suite]:
@@ -146,6 +146,8 @@ class EvaluationConfig(Section):
     """Share of live pairs that counts as the top of the correlations."""
     replicates: int = Field(default=20, ge=2)
     """Bootstrap samples behind each interval of the correlation suite."""
+    context_features: int = Field(default=48, ge=1)
+    """Features per SAE whose contexts are scored by the sentence encoder, drawn from those with enough of them."""
     meta_steps: int = Field(default=200, ge=1)
     """Training steps of the meta-SAE behind the composition rate; SAEBench takes 1500. Compare only at equal steps."""
     probing: ProbingConfig = ProbingConfig()

@@ -8,6 +8,7 @@ at once and cached.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -17,14 +18,20 @@ from unbraid.activations.rows import Chunk, RowFilter
 from unbraid.config import EvaluationConfig, RunConfig
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.absorption import Letters, absorption_scores, read_spelling
+from unbraid.evaluation.context_scores import AFTER, BEFORE, CONTEXTS, context_scores, windows
 from unbraid.evaluation.core import CoreMeter
 from unbraid.evaluation.correlation import CorrelationMeasured, measure_correlation
+from unbraid.evaluation.pairs import stack_codes
 from unbraid.evaluation.probing import probe_task, summarise_probing, task_activations
+from unbraid.evaluation.sentence_encoder import SentenceEncoder
 from unbraid.evaluation.splice import preservation
 from unbraid.evaluation.subjects import Judged
+from unbraid.randomness import derive_seed
 from unbraid.sae import Codes
 
 REFERENCE_ROWS = 4096
+RANDOM_CONTEXTS = 100
+ON_CODES = ("correlation", "contexts")
 
 
 class ModelSuites:
@@ -46,6 +53,7 @@ class ModelSuites:
         self.source = LiveActivations(run, device)
         self.filter = RowFilter(run.buffer, self.source.sites, self.source.special_ids)
         self.contexts: list[tuple[Tensor, Tensor]] = []
+        self.held_out: list[tuple[Tensor, Tensor]] = []
         bar.advance(task)
 
     def reference_rows(self) -> list[Tensor]:
@@ -71,14 +79,14 @@ class ModelSuites:
         """
         meters = []
         for judged in self.judged:
-            with_codes = "correlation" in suites and judged.has_own_features
+            with_codes = bool(set(suites) & set(ON_CODES)) and judged.has_own_features
             meters.append((judged, CoreMeter(judged.sae, on_codes=_keep_codes(judged) if with_codes else None)))
         for chunk, keep_CT in self._held_out_chunks():
-            self.contexts += zip(chunk.tokens_BT, keep_CT, strict=True)
-            del self.contexts[self.config.splice_contexts :]
+            self.held_out += zip(chunk.tokens_BT, keep_CT, strict=True)
             activations = [x_CTD.float() for x_CTD in chunk.activations]
             for judged, meter in meters:
                 meter.add(activations[judged.site], keep_CT.to(self.device))
+        self.contexts = self.held_out[: self.config.splice_contexts]
         for judged, meter in meters:
             core = meter.result()
             if "core" in suites:
@@ -136,12 +144,47 @@ class ModelSuites:
                 replicates=self.config.replicates if judged.control is None else 0,
                 seed=self.config.seed,
             )
-            judged.codes.clear()
             self.bar.advance(task)
         for judged in with_codes:
             judged.report["correlation"] = measured[judged.name].report
             if judged.twin in measured:
                 judged.report["correlation"]["reduction"] = measured[judged.name].reduction(measured[judged.twin])
+
+    def context_scores(self) -> None:
+        """Whether the contexts of a feature belong together, on the codes that `read_held_out` kept.
+
+        Raises:
+            EvaluationError: the sentence encoder is not installed.
+        """
+        encoder = SentenceEncoder(device=self.device)
+        place_R2 = torch.cat(
+            [
+                torch.stack([torch.full_like(at, context), at], dim=1)
+                for context, (_, keep_T) in enumerate(self.held_out)
+                for at in [keep_T.nonzero().squeeze(1)]
+            ]
+        ).numpy()
+        random_rows = np.random.default_rng(self.config.seed).permutation(len(place_R2))[:RANDOM_CONTEXTS]
+        random_texts = [self._window(*place_R2[row].tolist()) for row in random_rows]
+        with_codes = [judged for judged in self.judged if judged.codes]
+        task = self.bar.add_task("contexts", total=len(with_codes))
+        for judged in with_codes:
+            rng = np.random.default_rng(derive_seed(self.config.seed, "contexts", judged.name))
+            by_feature = stack_codes(judged.codes, judged.codes[0].n_features).tocsc()
+            own: list[list[str]] = []
+            for feature in rng.permutation(by_feature.shape[1]):
+                part = slice(by_feature.indptr[feature], by_feature.indptr[feature + 1])
+                rows = windows(by_feature.indices[part], by_feature.data[part], place_R2[:, 0], rng)
+                if len(rows) == CONTEXTS:
+                    own.append([self._window(*place_R2[row].tolist()) for row in rows])
+                if len(own) == self.config.context_features:
+                    break
+            judged.report["contexts"] = context_scores(own, random_texts, encoder, self.config.seed)
+            self.bar.advance(task)
+
+    def _window(self, context: int, position: int) -> str:
+        tokens_T = self.held_out[context][0][max(0, position - BEFORE) : position + AFTER + 1]
+        return self.source.model.tokenizer.decode(tokens_T.tolist(), skip_special_tokens=True)
 
     def probing(self) -> None:
         """k-sparse probes on labelled text."""

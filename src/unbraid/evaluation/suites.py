@@ -27,7 +27,7 @@ from unbraid.evaluation.tables import evaluation_tables
 from unbraid.randomness import generator
 from unbraid.synthetic import build_world
 
-ON_TEXT, ON_PROMPTS = ("core", "correlation"), ("probing", "absorption")
+ON_TEXT, ON_PROMPTS = ("core", "correlation", "contexts"), ("probing", "absorption")
 WIDEST_AGREEMENT = 8192
 
 
@@ -91,6 +91,7 @@ class _Evaluation:
         works: dict[str, Callable[[], None]] = {
             "core": lambda: self.model.splice(),
             "correlation": lambda: self.model.correlation(),
+            "contexts": lambda: self.model.context_scores(),
             "probing": lambda: self.model.probing(),
             "absorption": self._absorption,
             "geometry": self._geometry,

@@ -31,6 +31,10 @@ TABLES: dict[str, tuple[str, dict[str, Column]]] = {
             "entangled": ("cosine", "entangled"),
         },
     ),
+    "contexts": (
+        "whether a feature's contexts belong together, by a sentence encoder; chance is .5 and .2",
+        {"embedding": ("embedding_score",), "intruder": ("intruder_accuracy",), "features": ("features",)},
+    ),
     "geometry": (
         "mean largest cosine between decoder rows; share of them explained by a quarter as many directions",
         {"max cosine": ("mean_max_decoder_cosine",), "composition": ("composition_rate",)},
