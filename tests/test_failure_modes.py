@@ -9,7 +9,7 @@ from fake_source import FakeSource
 from torch import Tensor
 
 import unbraid
-from unbraid import recipes, run
+from unbraid import finish, recipes, run
 from unbraid.activations.buffer import ActivationBuffer
 from unbraid.activations.live import LiveActivations
 from unbraid.config import BufferConfig, RunConfig, SAEConfig, validated
@@ -190,14 +190,14 @@ def test_the_exported_sae_reproduces_training_time_reconstructions_on_raw_activa
     """Mean and scale are folded once, by outputs: SAE in training units against the folder on disk."""
     config = changed(recipes.tiny(), training__tokens=5120)
     kept: list[tuple[Tensor, Tensor]] = []
-    held_out_metrics = run.held_out_metrics
+    held_out_metrics = finish.held_out_metrics
 
     def remember(sae, batches, fraction):
         batches = list(batches)
         kept.append((batches[0], sae(batches[0]).detach()))
         return held_out_metrics(sae, batches, fraction)
 
-    monkeypatch.setattr(run, "held_out_metrics", remember)
+    monkeypatch.setattr(finish, "held_out_metrics", remember)
     finished = unbraid.train(config, tmp_path / "run")
     tensors, _ = read_checkpoint(list_checkpoints(finished.path / "checkpoints")[-1])
     for (name, sae), (units, reconstruction) in zip(finished.saes.items(), kept, strict=True):

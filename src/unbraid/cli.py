@@ -24,6 +24,7 @@ from unbraid.distributed.launch import Launch, execute
 from unbraid.errors import ConfigError, UnbraidError
 from unbraid.recipes import RECIPES
 from unbraid.reporting.commands import compare, dashboard, export
+from unbraid.training.changes import words_of_resume
 
 console = Console(soft_wrap=True)
 
@@ -33,6 +34,8 @@ class _Train:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run: Path | None = None
     """Run folder to make; runs/<recipe> by default."""
+    dry_run: bool = False
+    """Print the plan after all of its checks, and stop there."""
 
 
 def train(arguments: list[str]) -> None:
@@ -41,6 +44,9 @@ def train(arguments: list[str]) -> None:
     options = tyro.cli(_Train, default=_Train(_recipe(recipe)), args=rest, prog=f"unbraid train {recipe}")
     from unbraid import run
 
+    if options.dry_run:
+        console.print(str(run.plan(options.config, options.run)), highlight=False, markup=False)
+        return
     run.train(options.config, options.run, console=console)
 
 
@@ -90,11 +96,13 @@ class _RunFolder:
 
 
 def resume(arguments: list[str]) -> None:
-    """resume DIR: go on with an interrupted run, exactly where its last checkpoint stands."""
-    options = tyro.cli(_RunFolder, args=arguments, prog="unbraid resume")
+    """resume DIR [--training.tokens N] [--optimiser.lr X] ...: go on with an interrupted run, exactly where its last
+    checkpoint stands; only what makes no other run of it may change."""
+    folder, changes = words_of_resume(arguments)
+    options = tyro.cli(_RunFolder, args=folder, prog="unbraid resume")
     from unbraid import run
 
-    run.resume(options.run, console=console)
+    run.resume(options.run, changes=changes, console=console)
 
 
 def figure(arguments: list[str]) -> None:

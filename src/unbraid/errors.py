@@ -23,6 +23,10 @@ class TextError(UnbraidError):
     """A text source is missing, unreadable, empty or too small for the run."""
 
 
+class RowsUsedUp(TextError):
+    """Text or activations ended before the planned steps were made."""
+
+
 class ModelError(UnbraidError):
     """A language model cannot be loaded, or a site asked for does not exist or never fires."""
 

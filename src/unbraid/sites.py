@@ -43,7 +43,7 @@ KINDS = {
 }
 OTHER_HOOKS = {"hook_mlp_in": "resid_mid", "attn.hook_attn_in": "attn_in"}
 """Further names that TransformerLens has for a kind."""
-EMBED, EMBED_HOOK, MODULE = "embed", "hook_embed", "module"
+EMBED, EMBED_HOOK, MODULE, HANDED_IN = "embed", "hook_embed", "module", "handed_in"
 
 
 class Site(NamedTuple):
@@ -68,6 +68,8 @@ class Site(NamedTuple):
             return cls(MODULE, None, rest)
         if text == EMBED:
             return cls(EMBED)
+        if kind == HANDED_IN and cls.is_handed_in_name(rest):
+            return cls.handed_in(rest)
         match = re.fullmatch(r"(\w+)\.(\d{1,6})", text)
         if match is None or match[1] not in KINDS:
             raise ConfigError(
@@ -75,6 +77,16 @@ class Site(NamedTuple):
                 "resid_post.6, or embed, module:PATH or module:PATH:input; change model.sites"
             )
         return cls(match[1], int(match[2]))
+
+    @classmethod
+    def handed_in(cls, name: str) -> "Site":
+        """No place in a model: activations that a caller hands in under a name."""
+        return cls(HANDED_IN, None, name)
+
+    @staticmethod
+    def is_handed_in_name(name: str) -> bool:
+        """Whether activations may be called this."""
+        return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name) is not None
 
     @classmethod
     def of_hook(cls, hook: str) -> "Site | None":
@@ -88,18 +100,18 @@ class Site(NamedTuple):
     @property
     def hook(self) -> str:
         """What SAELens calls it: a TransformerLens hook, or the path of a module."""
-        if self.kind == MODULE:
+        if self.kind in (MODULE, HANDED_IN):
             return self.path
         return EMBED_HOOK if self.kind == EMBED else f"blocks.{self.layer}.{KINDS[self.kind].hook}"
 
     @property
     def folder(self) -> str:
         """The name as part of a folder's name, safe on every system."""
-        return re.sub(r"[:/]", ".", str(self))
+        return self.path if self.kind == HANDED_IN else re.sub(r"[:/]", ".", str(self))
 
     def __str__(self) -> str:
-        if self.kind == MODULE:
-            return f"{MODULE}:{self.path}"
+        if self.kind in (MODULE, HANDED_IN):
+            return f"{self.kind}:{self.path}"
         return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
 
 

@@ -36,8 +36,9 @@ from unbraid.errors import ActivationError, CheckpointError, TextError, Training
 from unbraid.text.generated import GeneratedSource
 from unbraid.text.hub import HubSource
 from unbraid.training.checkpoint import list_checkpoints, read_checkpoint
-from unbraid.training.loop import TrainingInterrupted, train_saes
+from unbraid.training.loop import train_saes
 from unbraid.training.run_folder import RunFolder
+from unbraid.training.stopping import TrainingInterrupted
 
 CPU = torch.device("cpu")
 
@@ -87,7 +88,7 @@ def tmpfs(tmp_path):
 def test_disk_full(tmpfs, tmp_path):
     """disk full | "checkpoint of step n needs x MiB but ... has y MiB free; free some room" before anything is written
     | every earlier checkpoint"""
-    with pytest.raises(CheckpointError, match=r"step 5 needs \d+ MiB but .* free some room"):
+    with pytest.raises(CheckpointError, match=r"step 5 needs [\d.]+ MiB but .* free some room"):
         train(tmpfs / "run")
     assert list((tmpfs / "run" / "checkpoints").iterdir()) == []
 
@@ -212,11 +213,19 @@ def test_a_stream_that_raises(tmp_path):
 
 
 def test_a_stream_that_ends_early(tmp_path):
-    """a stream that ends early | "the text is used up: it gave r token rows, which is s steps" and the training.tokens
-    that would fit | every checkpoint before"""
-    with pytest.raises(TextError, match=r"the text is used up: it gave \d+ token rows, which is \d+ steps"):
-        train(tmp_path / "run", Failing(200, d_model=16, fail_after=20, error=None))
-    assert list_checkpoints(tmp_path / "run" / "checkpoints")
+    """a text that ends early | "the text was used up after s of n steps" and the training.tokens that would fit | the
+    run ends with the SAEs of the steps it made"""
+    short = Failing(200, d_model=16, fail_after=20, error=None)
+    trained = train_saes(RunFolder.create(tmp_path / "run", small()), small(), short, CPU, Silent())
+    assert 5 < trained.steps < 20
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step_{trained.steps}"
+
+
+def test_a_text_that_ends_before_the_first_step(tmp_path):
+    """a text too small for one step | "the text is used up: it gave r rows, which is 0 steps" | nothing was begun"""
+    short = Failing(200, d_model=16, fail_after=1, error=None)
+    with pytest.raises(TextError, match=r"the text is used up: it gave \d+ rows, which is 0 steps"):
+        train(tmp_path / "run", short)
 
 
 def test_clock_jumps(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ class FakeSource:
         self.batch_contexts = batch_contexts
         self.sites = [Site("resid_post", layer) for layer in range(n_sites)]
         self.special_ids = frozenset({BOS})
+        self.identity = {"source": "fake"}
         self.passes = 0
         self.spoil: dict[int, float] = {}
 

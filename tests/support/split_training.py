@@ -19,9 +19,10 @@ from unbraid.distributed.ranks import Ranks
 from unbraid.distributed.shard import Shard, among_top, among_top_k
 from unbraid.randomness import generator
 from unbraid.sae import Codes, base
-from unbraid.training.loop import TrainingInterrupted, train_saes
+from unbraid.training.loop import train_saes
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.run_folder import RunFolder
+from unbraid.training.stopping import TrainingInterrupted
 from unbraid.training.trainee import new_trainee, train_step, untrained
 
 D, ROWS = 12, 48

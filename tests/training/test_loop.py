@@ -10,9 +10,12 @@ from fake_source import FakeSource
 from unbraid.activations.buffer import ActivationBuffer
 from unbraid.config import BufferConfig, ModelConfig, OptimiserConfig, RunConfig, SAEConfig, TrainingConfig
 from unbraid.errors import TrainingError
-from unbraid.training.checkpoint import list_checkpoints
-from unbraid.training.loop import Trained, TrainingInterrupted, train_saes
+from unbraid.training.checkpoint import list_checkpoints, read_checkpoint
+from unbraid.training.loop import Trained, train_saes
+from unbraid.training.normalisation import Normalisation
 from unbraid.training.run_folder import RunFolder
+from unbraid.training.stopping import TrainingInterrupted
+from unbraid.training.trainee import new_trainee
 
 CPU = torch.device("cpu")
 
@@ -154,12 +157,12 @@ def test_a_finished_run_needs_no_text_to_be_read_again(tmp_path):
     assert_same_bytes(weights(first), weights(again))
 
 
-def test_the_final_checkpoint_holds_no_buffer(tmp_path):
+def test_the_final_checkpoint_holds_no_more_rows_than_a_chunk(tmp_path):
     train(tmp_path / "run", make_config())
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert newest.name == "step_24"
-    assert not any("rows" in path.name for path in newest.iterdir())
-    assert (newest / "buffer.safetensors").stat().st_size < 100
+    tensors, _ = read_checkpoint(newest, lambda stem: stem == "buffer")
+    assert len(tensors["buffer"]["unread"]) < 4 * 8
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path):
@@ -212,13 +215,11 @@ def test_the_decoder_bias_starts_at_zero_in_training_units(tmp_path):
 
 
 def test_twins_start_from_the_same_weights(tmp_path):
-    from unbraid.distributed.mesh import SINGLE
-    from unbraid.training.loop import _start
-
     config = make_config()
-    buffer = ActivationBuffer(make_source(), config.buffer, 32, 0)
-    buffer.fill()
-    trainees = {trainee.name: trainee.sae.state_dict() for trainee in _start(config, buffer, CPU, SINGLE)}
+    width = Normalisation.none(16)
+    places = [(site, variant) for site in (0, 1) for variant in config.variants]
+    made = [new_trainee(config, site, variant, width, CPU) for site, variant in places]
+    trainees = {trainee.name: trainee.sae.state_dict() for trainee in made}
     for name, tensor in trainees["resid_post.0_decorrelated"].items():
         assert torch.equal(tensor, trainees["resid_post.0_twin"][name])
     assert not torch.equal(trainees["resid_post.0_twin"]["W_dec"], trainees["resid_post.1_twin"]["W_dec"])

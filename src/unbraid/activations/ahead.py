@@ -19,6 +19,8 @@ from unbraid.activations.rows import Chunk, ChunkSource
 POLL_SECONDS = 0.1
 """How often a blocked producer looks whether its consumer has gone."""
 
+LONGEST_WAIT_SECONDS = 2.0
+
 
 class Ahead:
     """A `ChunkSource` that keeps up to `depth` chunks ready.
@@ -32,7 +34,7 @@ class Ahead:
         self.source, self.depth = source, depth
         self.sites, self.widths = source.sites, source.widths
         self.context_length, self.batch_contexts = source.context_length, source.batch_contexts
-        self.special_ids = source.special_ids
+        self.special_ids, self.identity = source.special_ids, source.identity
 
     def chunks(self, position: dict[str, Any] | None, held_out: bool = False) -> Iterator[Chunk]:
         """Chunks from `position` on; an error in the source is raised here, at the chunk it belongs to."""
@@ -69,4 +71,4 @@ class Ahead:
                 yield item
         finally:
             gone.set()
-            thread.join()
+            thread.join(LONGEST_WAIT_SECONDS)  # A source that has stalled ends with the process.

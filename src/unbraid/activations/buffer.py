@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbraid.activations.rows import Chunk, ChunkSource, RowFilter, StopSignal, never
+from unbraid.activations.rows import (
+    Chunk,
+    ChunkSource,
+    RefillInterrupted,
+    RowFilter,
+    StopSignal,
+    interruptible,
+    never,
+)
 from unbraid.config import BufferConfig
-from unbraid.errors import ConfigError, TextError
+from unbraid.errors import ConfigError, RowsUsedUp
 from unbraid.randomness import generator
-
-
-class RefillInterrupted(Exception):
-    """The stop signal came during a refill; the buffer is as it was before it."""
 
 
 class ActivationBuffer:
@@ -75,6 +79,8 @@ class ActivationBuffer:
         self._pools = [torch.empty(self.capacity, width, dtype=self.dtype) for width in source.widths]
         self._unread = torch.empty(0, dtype=torch.long)
         self._chunks: Iterator[Chunk] | None = None
+        self._lent: Tensor | None = None
+        self._returned = False
 
     def __len__(self) -> int:
         """Rows not yet handed out."""
@@ -84,21 +90,34 @@ class ActivationBuffer:
         """B rows, one [B, D] float32 tensor a site; row b is the same token at every site.
 
         Raises:
-            TextError: the text is used up before B rows are left.
+            RowsUsedUp: the text is used up before B rows are left.
             RefillInterrupted: the stop signal came; call again to go on.
         """
-        if len(self._unread) - self.batch_tokens < self.capacity // 2 and not self.exhausted and not self._enough(0):
+        due = len(self._unread) - self.batch_tokens < self.capacity // 2 and not self._returned
+        if due and not self.exhausted and not self._enough(0):
             self._refill()
         if len(self._unread) < self.batch_tokens:
             rows = self.handed_out + len(self._unread)
-            raise TextError(
-                f"the text is used up: it gave {rows:,} token rows, which is {rows // self.batch_tokens:,} steps of "
+            raise RowsUsedUp(
+                f"the text is used up: it gave {rows:,} rows, which is {rows // self.batch_tokens:,} steps of "
                 f"training.batch_tokens = {self.batch_tokens:,} rows; give more text, or lower training.tokens to at "
                 f"most {rows // self.batch_tokens * self.batch_tokens:,}"
             )
         batch, self._unread = self._unread[: self.batch_tokens], self._unread[self.batch_tokens :]
         self.handed_out += self.batch_tokens
+        self._lent, self._returned = batch, False
         return [pool[batch].to(self.device, torch.float32, non_blocking=True) for pool in self._pools]
+
+    def settle(self) -> None:
+        """The last batch has been learnt from."""
+        self._lent = None
+
+    def take_back(self) -> None:
+        """Undo a `next_batch` that was not settled: its rows will be the next ones again, without another refill."""
+        if self._lent is not None:
+            self._unread = torch.cat([self._lent, self._unread])
+            self.handed_out -= self.batch_tokens
+            self._lent, self._returned = None, True
 
     def fill(self) -> None:
         """Fill the buffer to the brim before the first batch."""
@@ -133,7 +152,8 @@ class ActivationBuffer:
                 raise RefillInterrupted
             if self._chunks is None:
                 self._chunks = self.source.chunks(self.position)
-            chunk = next(self._chunks, None)
+            with interruptible(self._should_stop):
+                chunk = next(self._chunks, None)
             if chunk is None:
                 return slots[:used], position, True
             rows = self.filter(chunk)
@@ -153,16 +173,13 @@ class ActivationBuffer:
         """Everything needed to go on exactly: (tensors, JSON data). Only unread rows are saved."""
         tensors = {f"rows.{i}": pool[self._unread] for i, pool in enumerate(self._pools)}
         tensors |= {"unread": self._unread.clone(), "generator": self._generator.get_state()}
-        return tensors, self.final_state() | {"exhausted": self.exhausted, "handed_out": self.handed_out}
-
-    def final_state(self) -> dict[str, Any]:
-        """What is still asked about once no row will be: how far the text was read and what was left out."""
-        return {"position": self.position, "filter": self.filter.state()}
-
-    def load_final_state(self, data: dict[str, Any]) -> None:
-        """Go on from `final_state()`."""
-        self.position = data["position"]
-        self.filter.load_state(data["filter"])
+        return tensors, {
+            "position": self.position,
+            "filter": self.filter.state(),
+            "exhausted": self.exhausted,
+            "handed_out": self.handed_out,
+            "returned": self._returned,
+        }
 
     def load_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         """Go on from `state()`."""
@@ -170,6 +187,7 @@ class ActivationBuffer:
         for i, pool in enumerate(self._pools):
             pool[self._unread] = tensors[f"rows.{i}"]
         self._generator.set_state(tensors["generator"])
-        self.exhausted, self.handed_out = data["exhausted"], data["handed_out"]
-        self.load_final_state(data)
+        self.exhausted, self.handed_out, self._returned = data["exhausted"], data["handed_out"], data["returned"]
+        self.position = data["position"]
+        self.filter.load_state(data["filter"])
         self._chunks = None

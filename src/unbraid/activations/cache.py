@@ -281,12 +281,14 @@ class CachedActivations:
             raise ActivationError(
                 f"cache {str(folder)!r} is unfinished; run the same `unbraid harvest` command to go on"
             )
-        self.sites = config.sites
+        self.sites, self.model_name = config.sites, config.model.name
         widths, d_model = self.manifest.get("widths", {}), self.manifest.get("d_model")  # 0.1 kept one width for all
         self.widths: list[int] = [widths.get(str(site), d_model) for site in self.sites]
         self.context_length = config.text.context_length
         self.batch_contexts = config.model.batch_contexts
         self.special_ids = frozenset(self.manifest["special_ids"])
+        checksums = {part: [shard["checksum"] for shard in self.manifest["parts"][part]] for part in PARTS}
+        self.identity: dict[str, Any] = {"model": self.manifest["model"], "text": self.manifest["text"]} | checksums
         self.prepends_bos: bool = self.manifest["prepends_bos"]
         for part in PARTS:
             for shard in self.manifest["parts"][part]:
@@ -343,6 +345,16 @@ class CachedActivations:
                 )
         return tensors
 
-    def count_contexts(self, limit: int) -> int:
-        """Training contexts in the cache, counted no further than `limit`."""
-        return min(limit, sum(sum(shard["contexts"]) for shard in self.manifest["parts"]["training"]))
+    @property
+    def description(self) -> str:
+        """The cache and what is read of it."""
+        return f"the cache {str(self.folder)!r} of {self.model_name}, {', '.join(map(str, self.sites))}"
+
+    def count_rows(self, limit: int) -> int:
+        """Training rows in the cache that passed its harvest's filter."""
+        shards = self.manifest["parts"]["training"]
+        return int(shards[-1]["filter"]["kept"]) if shards else 0
+
+    def has_held_out_rows(self) -> bool:
+        """Whether the harvest kept some."""
+        return bool(self.manifest["parts"]["held_out"])

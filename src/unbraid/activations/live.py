@@ -9,12 +9,20 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 
-from unbraid.activations.language_model import load_language_model
+from unbraid.activations.language_model import LanguageModel, load_language_model
 from unbraid.activations.rows import Chunk
-from unbraid.config import RunConfig
+from unbraid.config import ModelConfig, RunConfig
 from unbraid.distributed.ranks import ALONE, Ranks
-from unbraid.text import Contexts, Position, count_contexts, open_source
+from unbraid.errors import ModelError
+from unbraid.text import Contexts, Position, TextSource, open_source
+from unbraid.text.documents import FirstDocuments
+from unbraid.text.handed_in import HandedInText
+from unbraid.text.hub import HubSource
+
+DOCUMENTS_SEARCHED = 200_000
+"""For one held-out context, before the run is refused; a text may be endless."""
 
 
 class LiveActivations:
@@ -24,26 +32,48 @@ class LiveActivations:
         config: text, model and sites.
         device: where the model runs.
         ranks: who shares the model passes.
+        model, tokenizer: taken instead of those the settings name; the model stays on its device.
+        text: an iterable taken instead of the text the settings name; see `text.handed_in`.
 
     Raises:
         ModelError: the model or a site is not there.
         TextError: the text is not there.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        text: Any = None,
+    ):
         self.ranks = ranks
         self.text = config.text
-        self.documents = open_source(config.text)
-        self.model = load_language_model(config.model, device)
+        documents = open_source(config.text) if text is None else None
+        self.model = handed_in_model(config.model, model, tokenizer) or load_language_model(config.model, device)
+        if tokenizer is not None:
+            self.model.tokenizer = tokenizer
         if not config.text.prepend_bos:
             # Whatever makes contexts or prompts asks the tokenizer, and this one is the model's own.
             self.model.tokenizer.bos_token = None
+        vocabulary = self.model.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+        self.documents = documents or HandedInText(text, self.model.tokenizer, vocabulary)
+        self.model_name = self.model.name
+        self.drop_first_position = config.buffer.drop_first_position
         self.sites = config.sites
         self.widths = self.model.widths
         self.context_length = config.text.context_length
         self.batch_contexts = config.model.batch_contexts
         self.special_ids = frozenset(self.model.special_ids)
         self.prepends_bos = self.model.tokenizer.bos_token_id is not None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Of the model and of the text."""
+        return {"model": self.model.identity, "text": self.documents.identity}
 
     def chunks(self, position: dict[str, Any] | None, held_out: bool = False) -> Iterator[Chunk]:
         """Chunks from `position` to the end of the training (or held-out) text."""
@@ -59,7 +89,7 @@ class LiveActivations:
 
     def _batches(self, position: dict[str, Any] | None, held_out: bool) -> Iterator[tuple[list, dict[str, Any]]]:
         """Token ids of the model batches, and where the text continues after each."""
-        contexts = self._contexts(position, held_out)
+        contexts = self._contexts(self.documents, position, held_out)
         while batch := list(islice(contexts, self.batch_contexts)):
             yield torch.stack(batch).tolist(), contexts.position.to_json()
 
@@ -74,10 +104,49 @@ class LiveActivations:
             ]
         return [self.ranks.broadcast(x_BTD.contiguous(), rank) for x_BTD in found]
 
-    def count_contexts(self, limit: int) -> int | None:
-        """Training contexts there are, counted no further than `limit`; None for a stream, which cannot tell."""
-        return None if self.text.source == "hub" else count_contexts(self._contexts(None, False), limit)
+    @property
+    def description(self) -> str:
+        """The model, where it is, and what is read of it."""
+        widths = "/".join(map(str, dict.fromkeys(self.widths)))
+        model = f"{self.model_name} on {self.model.device}, {widths} wide, read at {', '.join(map(str, self.sites))}"
+        return f"{model}; {self.documents.replay.resumes}" if isinstance(self.documents, HandedInText) else model
 
-    def _contexts(self, position: dict[str, Any] | None, held_out: bool) -> Contexts:
+    def count_rows(self, limit: int) -> int | None:
+        """Training rows that are no special tokens, counted no further than `limit`; None for a stream."""
+        if isinstance(self.documents, HubSource | HandedInText):
+            return None
+        special, found = torch.tensor(sorted(self.special_ids), dtype=torch.long), 0
+        for context_T in self._contexts(self.documents, None, False):
+            found += int((~torch.isin(context_T[int(self.drop_first_position) :], special)).sum())
+            if found >= limit:
+                return found
+        return found
+
+    def has_held_out_rows(self) -> bool:
+        """Whether the first documents, a great many of them, give one held-out context."""
+        few = FirstDocuments(self.documents, DOCUMENTS_SEARCHED)
+        return next(self._contexts(few, None, True), None) is not None
+
+    def _contexts(self, documents: TextSource, position: dict[str, Any] | None, held_out: bool) -> Contexts:
         start = Position.from_json(position) if position else None
-        return Contexts(self.documents, self.model.tokenizer, self.text, held_out, start)
+        return Contexts(documents, self.model.tokenizer, self.text, held_out, start)
+
+
+def handed_in_model(config: ModelConfig, model: nn.Module | None, tokenizer: Any) -> LanguageModel | None:
+    """A model that the caller gave, ready to be read; None without one.
+
+    Raises:
+        ModelError: its tokenizer is missing, or a site is not there.
+    """
+    if model is None:
+        return None
+    if tokenizer is None:
+        raise ModelError(f"model is a {type(model).__name__} without a tokenizer; expected tokenizer= beside model=")
+    return LanguageModel(
+        model,
+        tokenizer,
+        config.sites,
+        name=getattr(model.config, "name_or_path", "") or type(model).__name__,
+        pass_contexts=config.batch_contexts,
+        bidirectional=config.bidirectional,
+    )

@@ -6,6 +6,7 @@ model or from a cache, and whether or not they are computed ahead of time.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,6 +42,11 @@ class ChunkSource(Protocol):
     context_length: int
     batch_contexts: int
     special_ids: frozenset[int]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: which model and text, or which activations, these are."""
+        ...
 
     def chunks(self, position: dict[str, Any] | None, held_out: bool = False) -> Iterator[Chunk]:
         """Chunks from `position` (None: the beginning) to the end of the text."""
@@ -123,9 +129,18 @@ class RowFilter:
         self.limits, self.dropped, self.kept = state["limits"], dict(state["dropped"]), state["kept"]
 
 
+class RefillInterrupted(Exception):
+    """The stop signal came while rows were waited for; whatever was being filled is as it was before."""
+
+
 def never() -> bool:
     """The default answer to "should this stop early?"."""
     return False
 
 
 StopSignal = Callable[[], bool]
+
+
+def interruptible(stop: StopSignal) -> AbstractContextManager[None]:
+    """A block that waits for text: where `stop` knows about signals, one ends the block by `RefillInterrupted`."""
+    return getattr(stop, "waiting", nullcontext)()

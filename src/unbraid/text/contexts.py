@@ -143,7 +143,7 @@ class Contexts:
     def _read(self) -> Iterator[_Piece]:
         """Usable documents of this side, tokenised, from the position on."""
         counts, end = self._position.counts, self._position.document
-        waiting: deque[tuple[int, str, Counts, Counts]] = deque()
+        waiting: deque[tuple[int, str | np.ndarray, Counts, Counts]] = deque()
         characters = 0
         for document in self.source.documents(self._position.document, self._position.bookmark):
             before = counts
@@ -166,18 +166,20 @@ class Contexts:
         self._check_skipped(counts)
         self._end = Position(end, 0, counts)
 
-    def _counted(self, counts: Counts, text: str, problem: str) -> Counts:
+    def _counted(self, counts: Counts, text: str | np.ndarray, problem: str) -> Counts:
         if problem:
             skipped = counts.skipped | {problem: counts.skipped.get(problem, 0) + 1}
             return Counts(counts.seen + 1, counts.used, skipped)
         ours = is_held_out(text, self.config.held_out_fraction) == self.held_out
         return Counts(counts.seen + 1, counts.used + ours, counts.skipped)
 
-    def _tokenised(self, waiting: "deque[tuple[int, str, Counts, Counts]]") -> Iterator[_Piece]:
-        ids = tokenise(self.tokenizer, [text for _, text, _, _ in waiting])
-        for tokens in ids:
-            index, _, before, after = waiting.popleft()
-            yield _Piece(index, np.asarray(tokens + self._eos, dtype=np.int64), before, after)
+    def _tokenised(self, waiting: "deque[tuple[int, str | np.ndarray, Counts, Counts]]") -> Iterator[_Piece]:
+        ids = iter(tokenise(self.tokenizer, [text for _, text, _, _ in waiting if isinstance(text, str)]))
+        while waiting:
+            index, text, before, after = waiting.popleft()
+            tokens = next(ids) if isinstance(text, str) else text.tolist()
+            ends = [] if tokens and [tokens[-1]] == self._eos else self._eos
+            yield _Piece(index, np.asarray(tokens + ends, dtype=np.int64), before, after)
 
     def _check_skipped(self, counts: Counts) -> None:
         if counts.skipped_fraction > self.config.max_skipped_fraction:
@@ -189,9 +191,10 @@ class Contexts:
             )
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out side: a hash of its text below `fraction`."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=b"held-out").digest()
+def is_held_out(text: str | np.ndarray, fraction: float) -> bool:
+    """Whether a document belongs to the held-out side: a hash of its text, or token ids, below `fraction`."""
+    content = text.encode("utf-8") if isinstance(text, str) else text.tobytes()
+    digest = hashlib.blake2b(content, digest_size=8, person=b"held-out").digest()
     return int.from_bytes(digest, "big") < fraction * 2.0**64
 
 

@@ -6,6 +6,7 @@ trained on, so that skipping is counted the same way whatever the text comes fro
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,13 +47,38 @@ class TextSource(Protocol):
         ...
 
 
+class FirstDocuments:
+    """The first documents of a source and no more, for a search that must end."""
+
+    def __init__(self, source: TextSource, count: int) -> None:
+        self.source, self.count = source, count
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Of the source."""
+        return self.source.identity
+
+    def documents(self, start: int = 0, bookmark: dict[str, Any] | None = None) -> Iterator[Document]:
+        """Documents `start` to the last of them."""
+        return islice(self.source.documents(start, bookmark), max(0, self.count - start))
+
+    def bookmark(self, document: int) -> dict[str, Any] | None:
+        """The source's."""
+        return self.source.bookmark(document)
+
+
 def shuffled(count: int, seed: int, *names: str | int) -> list[int]:
     """The numbers below `count` in an order that depends on `seed` and `names` alone."""
     return np.random.Generator(np.random.Philox(derive_seed(seed, *names))).permutation(count).tolist()
 
 
-def usable_text(value: Any, max_characters: int) -> tuple[str, str]:
-    """`(text, "")`, or `("", reason)` with reason one of "not text", "not UTF-8", "empty", "too large"."""
+def usable_text(value: Any, max_characters: int) -> tuple[str | np.ndarray, str]:
+    """`(text, "")`, or `("", reason)` with reason one of "not text", "not UTF-8", "empty", "too large".
+
+    An array of token ids counts as text.
+    """
+    if isinstance(value, np.ndarray):
+        return (value, "") if len(value) else ("", "empty")
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")

@@ -25,8 +25,8 @@ from unbraid.json_files import is_count, read_json_object
 
 FORMAT_VERSION = 2
 """2: SAEs train on centred activations, and a checkpoint knows its mean."""
-SPARE_BYTES = 64 << 20
-"""Room left on the disk beyond the checkpoint itself, for metrics and exported SAEs."""
+SPARE_BYTES = 1 << 20
+"""Room left on the disk beyond the checkpoint's tensors, for JSON and the log."""
 
 CheckpointTensors = dict[str, dict[str, Tensor]]
 """File stem -> tensor name -> tensor."""
@@ -62,8 +62,8 @@ def write_checkpoint(
             free = free_bytes(folder)
             if free < needed:
                 raise CheckpointError(
-                    f"checkpoint of step {step} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has "
-                    f"{free / 2**20:,.0f} MiB free; free some room (earlier checkpoints are intact) and run `unbraid "
+                    f"checkpoint of step {step} needs {needed / 2**20:,.1f} MiB but {str(folder)!r} has "
+                    f"{free / 2**20:,.1f} MiB free; free some room (earlier checkpoints are intact) and run `unbraid "
                     "resume` on this run"
                 )
             partial.mkdir()

@@ -7,6 +7,7 @@ repeats repeat their values, because resuming is exact. The packages are extras,
 
 import importlib.util
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -118,9 +119,10 @@ class Loggers:
     def __init__(self, loggers: list[Logger]):
         self._loggers = loggers
 
-    def step(self, record: dict[str, Any]) -> None:
-        """Pass on a line of `metrics.jsonl`."""
-        self._log(record["step"], record["saes"])
+    def step(self, step: int, record: dict[str, Any] | None) -> None:
+        """Pass on a line of `metrics.jsonl`, where there is one."""
+        if record is not None:
+            self._log(step, record["saes"])
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Pass on the held-out metrics of `summary.json`."""
@@ -128,8 +130,11 @@ class Loggers:
 
     def _log(self, step: int, tree: dict[str, Any]) -> None:
         values = _numbers(tree)
-        for logger in self._loggers:
-            logger.log(step, values)
+        for logger in list(self._loggers):
+            with _a_failure_is_a_warning(logger):
+                logger.log(step, values)
+                continue
+            self._loggers.remove(logger)
 
 
 def check_loggers(config: RunConfig) -> None:
@@ -158,9 +163,27 @@ def open_loggers(folder: RunFolder, config: RunConfig) -> Iterator[Loggers]:
         loggers: list[Logger] = []
         for name in config.training.loggers:
             logger = LOGGERS[name](folder, config)
-            stack.push(lambda kind, _error, _trace, close=logger.close: close(kind is not None))
+            stack.push(lambda kind, _error, _trace, logger=logger: _close(logger, kind is not None))
             loggers.append(logger)
         yield Loggers(loggers)
+
+
+@contextmanager
+def _a_failure_is_a_warning(logger: Logger) -> Iterator[None]:
+    """A service that breaks down is left out from there on; metrics.jsonl has everything, and training goes on."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(
+            f"the logger {type(logger).__name__} failed ({type(error).__name__}: {str(error)[:200]}) and gets nothing "
+            "more; training goes on, metrics.jsonl has every line",
+            stacklevel=2,
+        )
+
+
+def _close(logger: Logger, failed: bool) -> None:
+    with _a_failure_is_a_warning(logger):
+        logger.close(failed)
 
 
 def _numbers(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -1,42 +1,35 @@
-"""The training loop: one model pass feeds every SAE of a run, and the loop reads like the method.
+"""A run around the training loop: its buffer and log, its checkpoints, and how it stops.
 
-The loop ends because it is done or because it raises; a loss that is not finite raises before the weights are touched.
-
-Among many ranks every one runs this loop on the same batches, with the trainees of its cell and its slice of each; the
-first rank writes the logs. Alone, none of the exchanges happens.
+Among many ranks every one runs this on the same batches, with the trainees of its cell and its slice of each; the first
+rank writes the logs. Alone, none of the exchanges happens.
 """
 
 import dataclasses
 import itertools
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor, nn
 
-from unbraid.activations.buffer import ActivationBuffer, RefillInterrupted
-from unbraid.activations.rows import ChunkSource, StopSignal, never
+from unbraid.activations.buffer import ActivationBuffer
+from unbraid.activations.rows import ChunkSource, RefillInterrupted, StopSignal, never
 from unbraid.config import RunConfig
 from unbraid.distributed.mesh import SINGLE, Mesh
 from unbraid.distributed.ranks import ALONE
-from unbraid.errors import UnbraidError
+from unbraid.errors import CheckpointError, RowsUsedUp, UnbraidError
+from unbraid.training.changes import require_same_run
 from unbraid.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
+from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.pieces import join, overlaps, piece_stem
 from unbraid.training.run_folder import JsonLines, RunFolder
-from unbraid.training.schedules import learning_rate
-from unbraid.training.trainee import Trainee, new_trainee, train_step
-
-
-class TrainingInterrupted(UnbraidError):
-    """The run was asked to stop; a checkpoint was written and the run can be resumed.
-
-    Attributes:
-        exit_code: what the command line exits with: 128 + the signal's number, as shells do.
-    """
-
-    exit_code: int = 130
+from unbraid.training.stopping import TrainingInterrupted, finite
+from unbraid.training.trainee import Trainee, new_trainee
 
 
 @runtime_checkable
@@ -54,10 +47,15 @@ class Progress(Protocol):
 
 @dataclass
 class Trained:
-    """What the loop leaves behind: the trainees this rank answers for, whole, and how they were fed."""
+    """What the loop leaves behind: the trainees this rank answers for, whole, and how they were fed.
+
+    Attributes:
+        steps: steps executed; fewer than planned when the text ended early.
+    """
 
     trainees: list[Trainee]
     buffer: ActivationBuffer
+    steps: int
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -69,142 +67,189 @@ def train_saes(
     progress: Progress,
     should_stop: StopSignal = never,
     mesh: Mesh = SINGLE,
+    penalty: nn.Module | None = None,
 ) -> Trained:
-    """Train every SAE of `config` to its last step, from the newest checkpoint in `folder` if there is one.
+    """Train every SAE of `config` as far as planned or as the text lasts, from the newest checkpoint in `folder`.
 
     Among many ranks all must call this, with a `source` that gives each the same chunks.
 
+    Args:
+        folder: where logs and checkpoints go.
+        config: the run's settings, changes included.
+        source: where activations come from.
+        device: where SAEs are trained.
+        progress: told of every step.
+        should_stop: asked between steps and while the buffer is filled.
+        mesh: who trains what.
+        penalty: a penalty of one's own in the place of the settings'; every trainee gets a copy.
+
     Raises:
         TrainingInterrupted: `should_stop` said so; a checkpoint was written first.
-        TrainingError: a loss or gradient is not finite.
-        TextError: the text is used up too early.
+        TrainingError: a loss or gradient is not finite; a checkpoint of the steps before was written.
+        CheckpointError: the newest checkpoint is damaged, or of another run.
+        RowsUsedUp: the text ends before the first step.
     """
-    everyone = mesh.everyone
-    stop = lambda: everyone.any(should_stop())  # noqa: E731
-    buffer = ActivationBuffer(
-        source,
-        config.buffer,
-        config.training.batch_tokens,
-        config.seed,
-        planned_rows=config.steps * config.training.batch_tokens,
-        device=device,
-        should_stop=stop,
-        on_fill=progress.filling,
-    )
-    saved = list_checkpoints(folder.checkpoints)
-    if saved:
-        trainees, done, seconds, offset = _restore(saved[-1], config, buffer, source.widths, device, mesh)
-    else:
-        try:
-            buffer.fill()
-        except RefillInterrupted:
-            raise TrainingInterrupted("stopped before the first step; nothing to save yet") from None
-        trainees, done, offset = _start(config, buffer, device, mesh), 0, 0
-        seconds = {"buffer": 0.0, "training": 0.0}
-    with (
-        JsonLines(folder.metrics, offset, everyone) as metrics,
-        JsonLines(folder.timing, ranks=everyone) as timing,
-    ):
-        for step in range(done, config.steps):
-            try:
-                if stop():
-                    raise RefillInterrupted
-                started = time.perf_counter()
-                batch = buffer.next_batch()
-            except RefillInterrupted:
-                _save(folder, config, step, trainees, buffer, seconds, metrics, mesh)
-                raise TrainingInterrupted(
-                    f"stopped after step {step} of {config.steps}; a checkpoint was written; go on with "
-                    f"`unbraid resume {folder.path}`"
-                ) from None
-            fed = time.perf_counter()
-
-            finished = step + 1
-            log = finished == 1 or finished % config.training.log_every == 0 or finished == config.steps
-            records: dict[str, Any] = {}
-            for trainee in trainees:
-                lr = learning_rate(trainee.config.optimiser, step, config.steps)
-                records[trainee.name] = train_step(trainee, trainee.normalise(batch[trainee.site]), step, lr, log)
-
-            seconds["buffer"] += fed - started
-            seconds["training"] += time.perf_counter() - fed
-            line = None
-            if log:
-                records = everyone.united(records)
-                saes = {name: records[name] for name in config.sae_names}
-                line = {"step": finished, "tokens": finished * config.training.batch_tokens, "saes": saes}
-                metrics.write(line)
-                timing.write({"step": finished, **seconds})
-            progress.step(finished, line)
-            every = config.training.checkpoint_every
-            if finished == config.steps or (every and finished % every == 0):
-                _save(folder, config, finished, trainees, buffer, seconds, metrics, mesh)
+    run = _Session(folder, config, source, device, progress, should_stop, mesh, penalty)
+    try:
+        with run.metrics, run.timing:
+            run.train()
+    except RefillInterrupted:
+        raise TrainingInterrupted("stopped before the first step; nothing to save yet") from None
     if mesh.shards.size > 1:  # The first rank of each cell puts its SAEs together, to be measured and exported.
         whole = dataclasses.replace(mesh, shards=ALONE)
         last = list_checkpoints(folder.checkpoints)[-1]
-        trainees = _restore(last, config, buffer, source.widths, device, whole)[0] if mesh.shards.first else []
-    return Trained(trainees, buffer, seconds)
+        run.trainees = run.restored(last, whole) if mesh.shards.first else []
+    return Trained(run.trainees, run.buffer, run.done, run.seconds)
 
 
-def _save(
-    folder: RunFolder,
-    config: RunConfig,
-    step: int,
-    trainees: list[Trainee],
-    buffer: ActivationBuffer,
-    seconds: dict[str, float],
-    metrics: JsonLines,
-    mesh: Mesh,
-) -> None:
-    """A checkpoint after `step` steps; the last one leaves out the buffer, which nothing will read again."""
-    tensors, buffer_data = buffer.state() if step < config.steps else ({}, buffer.final_state())
-    state = {
-        "step": step,
-        "metrics_offset": metrics.sync(),
-        "buffer": buffer_data,
-        "seconds": seconds,
-    }
-    groups = {piece_stem(f"sae-{trainee.name}", trainee.shard): trainee.tensors() for trainee in trainees}
-    if mesh.everyone.first:
-        groups["buffer"] = tensors
-    write_checkpoint(folder.checkpoints, step, groups, state, config.training.keep_checkpoints, mesh.everyone)
+class _Session:
+    """One process's part of a run: what changes from step to step, and how it is logged and saved."""
 
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        source: ChunkSource,
+        device: torch.device,
+        progress: Progress,
+        should_stop: StopSignal,
+        mesh: Mesh,
+        penalty: nn.Module | None,
+    ):
+        self.folder, self.config, self.source, self.device = folder, config, source, device
+        self.progress, self.mesh, self.everyone, self.penalty = progress, mesh, mesh.everyone, penalty
+        self.stop = should_stop if self.everyone.size == 1 else lambda: self.everyone.any(should_stop())
+        self.done, self.seconds, offset = 0, {"buffer": 0.0, "training": 0.0}, 0
+        self.fed = 0.0
+        self.buffer = ActivationBuffer(
+            source,
+            config.buffer,
+            config.training.batch_tokens,
+            config.seed,
+            planned_rows=config.steps * config.training.batch_tokens,
+            device=device,
+            should_stop=self.stop,
+            on_fill=progress.filling,
+        )
+        saved = list_checkpoints(folder.checkpoints)
+        if saved:
+            self.trainees = self.restored(saved[-1], mesh)
+            _, state = read_checkpoint(saved[-1], lambda stem: False)
+            self.done, self.seconds, offset = state["step"], state["seconds"], state["metrics_offset"]
+        else:
+            self.trainees = []
+        self.metrics = JsonLines(folder.metrics, offset, self.everyone)
+        self.timing = JsonLines(folder.timing, ranks=self.everyone)
 
-def _trained_here(config: RunConfig, mesh: Mesh) -> list[tuple[int, str]]:
-    """(index of the site, variant) of every SAE that lives on this rank."""
-    places = itertools.product(range(len(config.sites)), config.variants)
-    return [place for number, place in enumerate(places) if mesh.trains(number)]
+    def train(self) -> None:
+        """From where the run stands to its end."""
+        if not self.trainees and self.done == 0:
+            self.buffer.fill()
+            self.trainees = self.started()
+        try:
+            self.done = train_steps(
+                self.trainees,
+                self.next_batch,
+                self.config.steps,
+                done=self.done,
+                logged=self.is_logged,
+                after_step=self.after_step,
+            )
+        except RefillInterrupted:
+            self.save()
+            raise TrainingInterrupted(
+                f"stopped after step {self.done} of {self.config.steps}; a checkpoint was written; go on with "
+                f"`unbraid resume {self.folder.path}`"
+            ) from None
+        except Exception as error:
+            self.save_after(error)
+            raise
+        self.save()
 
+    def next_batch(self) -> list[Tensor]:
+        """Rows of the next step, or the end of the run because somebody asked for it."""
+        if self.stop():
+            raise RefillInterrupted
+        started = time.perf_counter()
+        batch = self.buffer.next_batch()
+        self.fed = time.perf_counter()
+        self.seconds["buffer"] += self.fed - started
+        return batch
 
-def _start(config: RunConfig, buffer: ActivationBuffer, device: torch.device, mesh: Mesh) -> list[Trainee]:
-    """New trainees, with mean and scale taken from the rows of the first fill."""
-    rows = zip(config.sites, buffer.rows(), strict=True)
-    normalise = [Normalisation.of(rows_RD, str(site)) for site, rows_RD in rows]
-    return [
-        new_trainee(config, site, variant, normalise[site], device, mesh)
-        for site, variant in _trained_here(config, mesh)
-    ]
+    def is_logged(self, step: int) -> bool:
+        """Whether a finished step is measured."""
+        return step == 1 or step % self.config.training.log_every == 0 or step == self.config.steps
 
+    def after_step(self, step: int, records: Records | None) -> None:
+        """Log, show and save."""
+        self.done = step
+        self.buffer.settle()
+        self.seconds["training"] += time.perf_counter() - self.fed
+        line = None
+        if records is not None:
+            united = self.everyone.united(records)
+            saes = {name: united[name] for name in self.config.sae_names if name in united}
+            line = finite({"step": step, "tokens": step * self.config.training.batch_tokens, "saes": saes})
+            self.metrics.write(line)
+            self.timing.write({"step": step, **self.seconds})
+        self.progress.step(step, line)
+        every = self.config.training.checkpoint_every
+        if step < self.config.steps and every and step % every == 0:
+            self.save()
 
-def _restore(
-    path: Path, config: RunConfig, buffer: ActivationBuffer, widths: list[int], device: torch.device, mesh: Mesh
-) -> tuple[list[Trainee], int, dict[str, float], int]:
-    trainees = [
-        new_trainee(config, site, variant, Normalisation.none(widths[site]), device, mesh)
-        for site, variant in _trained_here(config, mesh)
-    ]
-    stems = {f"sae-{trainee.name}": trainee for trainee in trainees}
+    def save_after(self, error: Exception) -> None:
+        """A checkpoint of the steps before an error, which is told of it; alone, and if there was a step at all."""
+        if self.done == 0 or self.everyone.size > 1 or isinstance(error, CheckpointError | RowsUsedUp):
+            return
+        self.buffer.take_back()
+        with suppress(Exception):  # The error itself matters more than one in saving.
+            self.save(keep=self.config.training.keep_checkpoints + 1)
+            if isinstance(error, UnbraidError):
+                error.args = (
+                    f"{error}; the run stands after step {self.done}: go on with `unbraid resume {self.folder.path}`",
+                )
 
-    def wanted(file: str) -> bool:
-        return file == "buffer" or any(overlaps(stem, file, trainee.shard) for stem, trainee in stems.items())
+    def save(self, keep: int | None = None) -> None:
+        """A checkpoint of where the run stands."""
+        tensors, buffer_data = self.buffer.state()
+        state = {
+            "step": self.done,
+            "metrics_offset": self.metrics.sync(),
+            "run": {"settings": self.folder.first_settings, "source": self.source.identity},
+            "buffer": buffer_data,
+            "seconds": self.seconds,
+        }
+        groups = {piece_stem(f"sae-{t.name}", t.shard): t.tensors() for t in self.trainees}
+        if self.everyone.first:
+            groups["buffer"] = tensors
+        keep = keep or self.config.training.keep_checkpoints
+        write_checkpoint(self.folder.checkpoints, self.done, groups, state, keep, self.everyone)
 
-    tensors, state = read_checkpoint(path, wanted)
-    done = state["step"]
-    if done < config.steps:
-        buffer.load_state(tensors["buffer"], state["buffer"])
-    else:
-        buffer.load_final_state(state["buffer"])
-    for stem, trainee in stems.items():
-        trainee.load_tensors(join(tensors, stem, trainee.shard, trainee.sae.shared))
-        trainee.updates = done
-    return trainees, done, state["seconds"], state["metrics_offset"]
+    def started(self) -> list[Trainee]:
+        """New trainees, with mean and scale taken from the rows of the first fill."""
+        rows = zip(self.config.sites, self.buffer.rows(), strict=True)
+        return self._new([Normalisation.of(rows_RD, str(site)) for site, rows_RD in rows], self.mesh)
+
+    def restored(self, path: Path, mesh: Mesh) -> list[Trainee]:
+        """The trainees of a checkpoint; the buffer goes back to it as well."""
+        trainees = self._new([Normalisation.none(width) for width in self.source.widths], mesh)
+        stems = {f"sae-{trainee.name}": trainee for trainee in trainees}
+
+        def wanted(file: str) -> bool:
+            return file == "buffer" or any(overlaps(stem, file, trainee.shard) for stem, trainee in stems.items())
+
+        _, state = read_checkpoint(path, lambda stem: False)
+        require_same_run(path, state["run"], self.folder.first_settings, self.source.identity)
+        tensors, state = read_checkpoint(path, wanted)
+        self.buffer.load_state(tensors["buffer"], state["buffer"])
+        for stem, trainee in stems.items():
+            trainee.load_tensors(join(tensors, stem, trainee.shard, trainee.sae.shared))
+        return trainees
+
+    def _new(self, normalise: Sequence[Normalisation], mesh: Mesh) -> list[Trainee]:
+        places = itertools.product(range(len(self.config.sites)), self.config.variants)
+        here = [place for number, place in enumerate(places) if mesh.trains(number)]
+        return [
+            new_trainee(self.config, site, variant, normalise[site], self.device, mesh, self.penalty)
+            for site, variant in here
+        ]

@@ -21,6 +21,7 @@ from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import TrainingError
 from unbraid.files import held, holds_nothing, write_json
 from unbraid.json_files import is_count, is_number, parse_json, read_json_object
+from unbraid.training.changes import with_changes
 
 
 class RunFolder:
@@ -41,6 +42,25 @@ class RunFolder:
             )
 
     @classmethod
+    def require_free(cls, path: Path) -> None:
+        """Refuse a path that a new run cannot have; nothing is written.
+
+        Raises:
+            TrainingError: the folder exists and is not empty, or cannot be written.
+        """
+        if not holds_nothing(path):
+            raise TrainingError(
+                f"run folder {str(path)!r} exists already; expected a new or empty folder; choose another --run, "
+                f"or go on with it by `unbraid resume {path}`"
+            )
+        parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not os.access(parent, os.W_OK):
+            raise TrainingError(
+                f"cannot write the run folder {str(path)!r}: {str(parent)!r} is not writable; expected a writable "
+                "place; choose another --run"
+            )
+
+    @classmethod
     def create(cls, path: Path | str, config: RunConfig) -> "RunFolder":
         """Make a new run folder.
 
@@ -49,11 +69,7 @@ class RunFolder:
         """
         path = Path(path)
         try:
-            if not holds_nothing(path):
-                raise TrainingError(
-                    f"run folder {str(path)!r} exists already; expected a new or empty folder; choose another --run, "
-                    f"or go on with it by `unbraid resume {path}`"
-                )
+            cls.require_free(path)
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / "config.json", config.model_dump(mode="json"))
         except OSError as error:
@@ -66,7 +82,12 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         """The run's settings."""
-        return load_config(self.path / "config.json")
+        return with_changes(load_config(self.path / "config.json"), self.path)
+
+    @property
+    def first_settings(self) -> dict[str, Any]:
+        """What config.json says, whatever changed since; what a checkpoint knows of its run."""
+        return load_config(self.path / "config.json").model_dump(mode="json")
 
     @property
     def metrics(self) -> Path:

@@ -5,6 +5,7 @@ the seed and its settings, never from its neighbours: trained beside others it e
 alone. Split by features over ranks, a trainee is one slice, and its step exchanges what the slices must agree on.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Trainee:
                 "tokens_since_fired": self.tokens_since_fired,
                 "mean": self.normalise.mean_D,
                 "scale": torch.tensor(self.normalise.scale, dtype=torch.float64),
+                "updates": torch.tensor(self.updates),
             },
         }
         return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
@@ -88,6 +90,7 @@ class Trainee:
         own = group("trainee")
         self.generator.set_state(own["generator"])
         self.tokens_since_fired.copy_(own["tokens_since_fired"])
+        self.updates = int(own["updates"])
         self.normalise = Normalisation(own["mean"].to(self.tokens_since_fired.device), float(own["scale"]))
 
 
@@ -98,6 +101,7 @@ def new_trainee(
     normalise: Normalisation,
     device: torch.device,
     mesh: Mesh = SINGLE,
+    penalty: nn.Module | None = None,
 ) -> Trainee:
     """A trainee before its first step, or the slice of it that lives on this rank.
 
@@ -108,10 +112,11 @@ def new_trainee(
         normalise: from raw activations to training units.
         device: where it is trained.
         mesh: who else trains it.
+        penalty: one in the place of the settings'; copied.
     """
     settings, place = config.variant(variant), config.sites[site]
     name, seed = config.sae_name(place, variant), derive_seed(settings.seed, str(place))
-    return untrained(name, site, settings, seed, normalise, device, mesh.shard(settings.sae.n_features))
+    return untrained(name, site, settings, seed, normalise, device, mesh.shard(settings.sae.n_features), penalty)
 
 
 def untrained(
@@ -122,10 +127,15 @@ def untrained(
     normalise: Normalisation,
     device: torch.device,
     shard: Shard | None = None,
+    penalty: nn.Module | None = None,
 ) -> Trainee:
     """A trainee of these settings before its first step, all of its randomness from `seed`; see `new_trainee`."""
     sae = build_sae(settings.sae, len(normalise.mean_D), generator(seed, "init"), shard).to(device)
-    pairs_seed = derive_seed(seed, "pairs")
+    if penalty is None:
+        own = settings.decorrelation, settings.sae.n_features, sae.d_in, derive_seed(seed, "pairs"), shard
+        penalty = build_decorrelation(*own)
+    else:
+        penalty = copy.deepcopy(penalty)
     return Trainee(
         name=name,
         site=site,
@@ -133,9 +143,7 @@ def untrained(
         normalise=normalise.to(device),
         sae=sae,
         optimiser=SAEOptimiser(sae, settings.optimiser),
-        decorrelate=build_decorrelation(
-            settings.decorrelation, settings.sae.n_features, sae.d_in, pairs_seed, shard
-        ).to(device),
+        decorrelate=penalty.to(device),
         generator=generator(seed, "training", device=device),
         tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),
     )
@@ -191,7 +199,7 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
             "auxiliary": out.auxiliary.item(),
             "penalty": penalty.item() if penalty is not None and getattr(stats, "penalised", True) else None,
             "l0": active / len(x_BD),
-            "r2": 1 - ((x_BD - out.x_hat_BD).double().square().sum() / variance).item(),
+            "r2": 1 - ((x_BD - out.x_hat_BD).double().square().sum() / variance).item() if variance > 0 else None,
             "dead_fraction": dead / trainee.shard.n_features,
             "grad_norm": float(gradient_norm),
             "updates": trainee.updates,
@@ -200,7 +208,9 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
             "lambda1": lambda1,
             "lambda2": lambda2,
         }
-        return record | (correlation_record(stats.from_all(ranks)) if stats is not None else {})
+        if isinstance(stats, DecorrelationStats):
+            return record | correlation_record(stats.from_all(ranks))
+        return record | {"decorrelation": numbers_of(stats)}
 
 
 def correlation_record(stats: DecorrelationStats) -> dict[str, Any]:
@@ -216,8 +226,18 @@ def correlation_record(stats: DecorrelationStats) -> dict[str, Any]:
     }
 
 
+def numbers_of(stats: Any) -> dict[str, float]:
+    """What can be logged of whatever a penalty of one's own returns beside its value: the numbers of a dict."""
+    if not isinstance(stats, dict):
+        return {}
+    scalars = {str(name): value.item() if isinstance(value, Tensor) else value for name, value in stats.items()}
+    return {name: float(value) for name, value in scalars.items() if isinstance(value, int | float)}
+
+
 def _decorrelate(penalty: Callable[..., Any], codes: Codes | Tensor, W_dec: Tensor) -> Any:
-    return penalty(codes=codes, decoder=W_dec) if isinstance(codes, Codes) else penalty(codes, decoder=W_dec)
+    if isinstance(codes, Codes):
+        return penalty(None, codes=codes, decoder=W_dec)
+    return penalty(codes, codes=None, decoder=W_dec)
 
 
 @torch.no_grad()

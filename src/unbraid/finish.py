@@ -1,0 +1,162 @@
+"""The end of a run: held-out metrics, exported SAEs, Figure 1, `summary.json`, and what a user should know of it.
+
+Whatever is made here can be made again from the last checkpoint, so a run killed while it finishes loses nothing.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbraid import formats
+from unbraid.activations.rows import RowFilter
+from unbraid.activations.source import ActivationSource
+from unbraid.config import RunConfig
+from unbraid.distributed.ranks import Ranks
+from unbraid.errors import TextError
+from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
+from unbraid.files import write_json
+from unbraid.training.loop import Trained
+from unbraid.training.run_folder import RunFolder
+from unbraid.training.stopping import finite
+from unbraid.training.trainee import Trainee
+
+
+def finish(
+    folder: RunFolder,
+    config: RunConfig,
+    source: ActivationSource,
+    trained: Trained,
+    device: torch.device,
+    everyone: Ranks,
+) -> dict[str, Any]:
+    """Measure and export every SAE, draw Figure 1 and, last of all, write `summary.json`, which is returned."""
+    from unbraid.reporting.figures import draw_training
+
+    held_out = list(held_out_rows(config, source, trained.buffer.filter))
+    measured = {
+        trainee.name: _measure_and_export(folder, config, source, trained, trainee, held_out, device)
+        for trainee in trained.trainees
+    }
+    measured = everyone.united(measured)
+    assert trained.buffer.position is not None
+    summary: dict[str, Any] = {
+        "recipe": config.name,
+        "steps": {"planned": config.steps, "executed": trained.steps},
+        "tokens": trained.steps * config.training.batch_tokens,
+        "held_out_tokens": sum(len(batch[0]) for batch in held_out),
+        "documents": trained.buffer.position.get("counts", {"seen": 0, "used": 0, "skipped": {}}),
+        "rows": {"kept": trained.buffer.filter.kept, "dropped": trained.buffer.filter.dropped},
+        "seconds": trained.seconds,
+        "saes": {
+            name: measured[name] | {"correlation_reduction": _reduction(name, config.twins, measured)}
+            for name in config.sae_names
+        },
+    }
+    summary = finite(summary)
+    if everyone.first:
+        draw_training(folder.path)
+        write_json(folder.summary, summary)
+    everyone.wait()
+    return summary
+
+
+def _measure_and_export(
+    folder: RunFolder,
+    config: RunConfig,
+    source: ActivationSource,
+    trained: Trained,
+    trainee: Trainee,
+    held_out: list[list[Tensor]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """One SAE's entry of the summary; its folder is written. Measured in training units, exported for raw ones."""
+    rows = (trainee.normalise(batch[trainee.site].to(device, torch.float32)) for batch in held_out)
+    metrics: HeldOutMetrics = held_out_metrics(trainee.sae, rows, config.decorrelation.fraction)
+    seconds = trained.seconds["buffer"] + trained.seconds["training"]
+    dead_N = trainee.tokens_since_fired >= trainee.config.sae.dead_after_tokens
+    site = config.sites[trainee.site]
+    metadata = {
+        "model_name": source.model_name,
+        "hook_name": site.hook,
+        "hook_layer": site.layer or 0,
+        "context_size": config.text.context_length,
+        "prepend_bos": source.prepends_bos,
+        "training_tokens": trainee.updates * config.training.batch_tokens,
+    }
+    trainee.sae.fold(trainee.normalise.mean_D, trainee.normalise.scale)
+    formats.save(trainee.sae, folder.saes / trainee.name, metadata=metadata, frequency_N=metrics.frequency_N)
+    return metrics.as_dict() | {
+        "updates_per_second": trainee.updates / seconds if seconds else None,
+        "dead_fraction": float(dead_N.double().mean()),
+        "steps": {"planned": config.steps, "executed": trainee.updates},
+        "scale": trainee.normalise.scale,
+    }
+
+
+def held_out_rows(config: RunConfig, source: ActivationSource, trained_filter: RowFilter) -> Iterator[list[Tensor]]:
+    """Rows of held-out text, filtered by the norms training was filtered by, `held_out_tokens` in all."""
+    rows_filter = RowFilter(config.buffer, config.sites, source.special_ids)
+    rows_filter.limits = trained_filter.limits
+    left = config.training.held_out_tokens
+    for chunk in source.chunks(None, held_out=True):
+        rows = [site_rows[:left] for site_rows in rows_filter(chunk)]
+        left -= len(rows[0])
+        if len(rows[0]):
+            yield rows
+        if left == 0:
+            return
+    if left == config.training.held_out_tokens:
+        raise TextError(
+            "no held-out row is left to measure on, although the plan found some; expected the text to be as it was; "
+            "put it back and resume"
+        )
+
+
+def _reduction(name: str, twins: dict[str, str], measured: dict[str, dict[str, Any]]) -> float | None:
+    """1 - top correlation / the twin's; None without a twin."""
+    if name not in twins:
+        return None
+    twin = measured[twins[name]]["correlation_top"]
+    return 1 - measured[name]["correlation_top"] / twin if twin > 0 else None
+
+
+def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
+    """What a user should know about the SAEs of a finished run, and which setting to move."""
+    found: list[str] = []
+    documents, steps = summary["documents"], summary.get("steps", {"planned": 0, "executed": 0})
+    if steps["executed"] < steps["planned"]:
+        found.append(
+            f"the text was used up after {steps['executed']:,} of {steps['planned']:,} steps: the SAEs are those of "
+            f"{steps['executed'] * config.training.batch_tokens:,} tokens; give more text, or lower training.tokens to "
+            "that for a learning rate that falls to its end"
+        )
+    if documents["skipped"]:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(documents["skipped"].items()))
+        found.append(f"of {documents['seen']:,} documents some were left out: {reasons}")
+    settings = {
+        config.sae_name(site, variant): config.variant(variant) for site in config.sites for variant in config.variants
+    }
+    for name, metrics in summary["saes"].items():
+        sae, lr = settings[name].sae, settings[name].optimiser.lr
+        r2 = metrics.get("r2", 1.0)
+        if r2 is None or r2 < 0:
+            found.append(
+                f"{name} ends with R² = {'nothing that is finite' if r2 is None else f'{r2:.3g}'}, worse than the mean "
+                f"activation: its training diverged; lower optimiser.lr (now {lr:g})"
+            )
+            continue
+        if not 0 < metrics["l0"] < sae.n_features / 2:
+            move = "lower" if sae.has_k == (metrics["l0"] > 0) else "raise"
+            setting = f"sae.k (now {sae.k})" if sae.has_k else f"sae.lambda1 (now {sae.lambda1:g})"
+            found.append(
+                f"{name} ends with L0 = {metrics['l0']:.1f} of {sae.n_features} features; expected more than 0 and "
+                f"less than half; {move} {setting}"
+            )
+        if metrics["dead_fraction"] > 0.5:
+            setting = "sae.dead_after_tokens, after which they are revived," if sae.has_k else "sae.lambda1"
+            found.append(
+                f"{name} ends with {metrics['dead_fraction']:.0%} dead features; lower {setting} or optimiser.lr"
+            )
+    return found

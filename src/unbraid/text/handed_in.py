@@ -1,0 +1,89 @@
+"""Text that a caller hands in: any iterable of strings, of token rows, or of chat messages.
+
+Strings are documents like any other. A row of token ids is a document that is tokenised already. A list of messages
+(`[{"role": "user", "content": "..."}, ...]`) goes through the tokenizer's chat template, special tokens and all.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from unbraid.errors import TextError
+from unbraid.replay import Replay
+from unbraid.text.documents import Document
+
+
+class HandedInText:
+    """A `TextSource` over an iterable.
+
+    Args:
+        text: an iterable that can be iterated again, or a function that starts it anew.
+        tokenizer: of the model, for chat messages.
+        vocabulary: token ids the model knows.
+    """
+
+    def __init__(self, text: Any, tokenizer: Any, vocabulary: int):
+        self.replay = Replay(text, "text", TextError)
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+        self._last: tuple[int, Any] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Its type; what it holds cannot be compared."""
+        return {"source": "handed in", "type": type(self.replay.source).__name__}
+
+    def bookmark(self, document: int) -> dict[str, Any] | None:
+        """The iterable's own state before the document, if it was read last."""
+        if self._last is None or self._last[1] is None or self._last[0] > document:
+            return None
+        return {"document": self._last[0], "state": self._last[1]}
+
+    def documents(self, start: int = 0, bookmark: dict[str, Any] | None = None) -> Iterator[Document]:
+        """Documents `start` to the last.
+
+        Raises:
+            TextError: an item is neither text, token ids nor messages, or names a token the model does not know.
+        """
+        known = bookmark is not None and bookmark["document"] <= start
+        items = (
+            self.replay.items(bookmark["document"], bookmark["state"])
+            if known and bookmark is not None
+            else self.replay.items()
+        )
+        for number, item, state in items:
+            self._last = (number, state)
+            if number >= start:
+                yield Document(number, self._document(number, item))
+
+    def _document(self, number: int, item: Any) -> str | bytes | np.ndarray:
+        if isinstance(item, str | bytes):
+            return item
+        if isinstance(item, list) and item and all(isinstance(message, dict) for message in item):
+            item = self._templated(number, item)
+        try:
+            ids = item.cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item)
+        except (ValueError, TypeError):
+            ids = np.zeros(0)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise TextError(
+                f"item {number} of text is a {type(item).__name__}; expected a string, a row of token ids, or a list "
+                'of messages like {"role": "user", "content": "..."}'
+            )
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            raise TextError(
+                f"item {number} of text holds token ids from {ids.min()} to {ids.max()}; expected 0 to "
+                f"{self.vocabulary - 1}, which the model knows; use the model's own tokenizer"
+            )
+        return ids.astype(np.int64)
+
+    def _templated(self, number: int, messages: list[dict[str, Any]]) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        except Exception as error:  # templates are programs of their own, with errors of their own
+            raise TextError(
+                f"item {number} of text is a list of messages, and the tokenizer cannot put them into its chat "
+                f"template ({type(error).__name__}: {str(error)[:200]}); expected messages as the template wants them, "
+                "and a tokenizer with a template; pass tokenizer= of a chat model, or strings"
+            ) from error
