@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "unbraid").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Only where a user asked for them: a logger, a GPU kernel compiler that torch brings itself, other SAE libraries.
+DISTRIBUTED_AS = {"yaml": "pyyaml"}
+"""Modules whose package has another name."""
 OPTIONAL_IMPORTS = {"wandb", "tensorboard", "trackio", "triton"}
 
 
@@ -39,7 +41,8 @@ def pins(path: Path) -> dict[str, str]:
 
 def test_every_third_party_import_is_a_declared_dependency():
     declared = {distribution(requirement) for requirement in PROJECT["dependencies"]}
-    imported = {name.lower().replace("_", "-") for path in SOURCES for name in imported_packages(path)}
+    names = {name for path in SOURCES for name in imported_packages(path)}
+    imported = {DISTRIBUTED_AS.get(name, name).lower().replace("_", "-") for name in names}
     assert imported - {name.replace("_", "-") for name in OPTIONAL_IMPORTS} <= declared
 
 

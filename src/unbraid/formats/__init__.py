@@ -1,9 +1,12 @@
 """SAEs in and out of the layouts researchers already have; `load` recognises which one a path holds.
 
-A layout is a module with `recognises(folder)`, `load(folder)` and, where others read it, `save(sae, folder, ...)`.
-Round trips are exact in what matters, codes and reconstructions; what a layout cannot hold is refused by name.
+A layout is a module with `recognises(place)`, `load(place, known)` and, where others read it, `save(sae, folder, ...)`.
+Most keep one dictionary per folder; some keep one per file, several in a folder. Round trips are exact in what matters,
+codes and reconstructions; what a layout cannot hold is refused by name.
 """
 
+import difflib
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,26 +14,71 @@ from typing import Any
 from torch import Tensor
 
 from unbraid.errors import FormatError
-from unbraid.formats import dictionary_learning, gemma_scope, sae_lens, sparsify
+from unbraid.formats import (
+    connor_rob,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    linear_layers,
+    llama_scope,
+    llama_scope_r1,
+    llamascopium,
+    openai_gpt2,
+    qwen_scope,
+    sae_lens,
+    several_layers,
+    sparsify,
+    transcoder_set,
+)
 from unbraid.formats.folder import SAEFolder
+from unbraid.formats.published import Known
+from unbraid.json_files import is_number
 from unbraid.sae import SAE
 
 __all__ = ["LAYOUTS", "SAEFolder", "load", "open_folder", "save"]
 
-LAYOUTS: dict[str, ModuleType] = {
+FOLDERS: dict[str, ModuleType] = {
     "sae_lens": sae_lens,
     "dictionary_learning": dictionary_learning,
     "sparsify": sparsify,
     "gemma_scope": gemma_scope,
+    "gemma_scope_2": gemma_scope_2,
+    "llama_scope": llama_scope,
+    "llama_scope_r1": llama_scope_r1,
+    "llamascopium": llamascopium,
+    "several_layers": several_layers,
 }
-"""Name -> module; the order in which `load` tries them."""
+"""Layouts with one dictionary per folder; name -> module, in the order in which `load` tries them."""
+FILES: dict[str, ModuleType] = {
+    "qwen_scope": qwen_scope,
+    "transcoder_set": transcoder_set,
+    "connor_rob": connor_rob,
+    "openai_gpt2": openai_gpt2,
+    "linear_layers": linear_layers,
+}
+"""Layouts with one dictionary per file."""
+LAYOUTS = FOLDERS | FILES
+OF_A_FOLDER = (
+    *("cfg.json", "config.json", "hyperparams.json", "ae.pt", "params.npz", "params.safetensors"),
+    *("sae_weights.safetensors", "sparsity.safetensors", "sae.safetensors"),
+)
+"""Files that stand for the folder they lie in."""
+WEIGHTS = (".pt", ".pth", ".safetensors")
+SPELLINGS = {"sae": "sae_lens", "sparse": "sparsify", "eaisparsify": "sparsify", "dl": "dictionary_learning"}
+"""Other names people have for layouts, as `_bare` leaves them."""
+MOST_FILES = 200
+"""A folder with more files of weights is not looked through."""
 
 
 def load(path: Path | str, **options: Any) -> SAE:
-    """The SAE at `path`, in any known layout, ready for inference on raw activations.
+    """The dictionary at `path`, in any known layout, ready for inference on raw activations.
+
+    Example:
+        >>> sae = unbraid.load("runs/tiny/saes/resid_post.1_decorrelated")  # doctest: +SKIP
+        >>> f = sae.encode(x); x_hat = sae.decode(f)  # doctest: +SKIP
 
     Args:
-        path: the folder, or one of the files in it.
+        path: the folder, one of the files in it, or a file that is a dictionary of its own.
         options: as for `open_folder`.
 
     Raises:
@@ -39,25 +87,69 @@ def load(path: Path | str, **options: Any) -> SAE:
     return open_folder(path, **options).sae
 
 
-def open_folder(path: Path | str, *, norm_scaling_factor: float | None = None) -> SAEFolder:
-    """The SAE at `path` with what its folder says about it.
+def open_folder(
+    path: Path | str,
+    *,
+    norm_scaling_factor: float | None = None,
+    decoder_norms: str | None = None,
+    known: Known | None = None,
+) -> SAEFolder:
+    """The dictionary at `path` with what its folder says about it; the same stands in the dictionary's `metadata`.
 
     Args:
-        path: the folder, or one of the files in it.
-        norm_scaling_factor: what activations were multiplied with before the SAE saw them, for layouts that do not
-            store it: SAELens' "expected_average_only_in".
+        path: the folder, one of the files in it, or a file that is a dictionary of its own.
+        norm_scaling_factor: what activations were multiplied with before the dictionary saw them, for layouts that do
+            not store it: SAELens' "expected_average_only_in", Llama Scope of R1.
+        decoder_norms: for Llama Scope, whether norms of decoder rows come before the threshold ("folded") or are left
+            out ("kept"); what its files ask for by default.
+        known: the same, and more, from a registry.
 
     Raises:
         FormatError: no known layout is recognised, or the one that is cannot be held exactly.
     """
-    folder = Path(path)
-    folder = folder.parent if folder.is_file() else folder
-    for layout in LAYOUTS.values():
+    if decoder_norms not in (None, "folded", "kept"):
+        raise FormatError(f"decoder_norms is {decoder_norms!r}; expected 'folded', 'kept' or None")
+    known = known or Known(norm_scaling_factor, decoder_norms)
+    factor = known.norm_scaling_factor
+    if factor is not None and not (is_number(factor) and factor > 0):
+        raise FormatError(f"norm_scaling_factor is {factor!r}; expected a positive number")
+    try:
+        place, layout = _recognised(Path(path))
+    except (OSError, ValueError) as problem:  # no permission, a name too long, a NUL byte
+        raise FormatError(f"cannot look into {str(path)!r}: {problem}; expected a folder that can be read") from None
+    found = layout.load(place, known)
+    found.sae.metadata = {name: value for name, value in found.metadata.items() if name != "unbraid"}
+    return found
+
+
+def _recognised(path: Path) -> tuple[Path, ModuleType]:
+    """What holds the dictionary, and the layout that reads it."""
+    if path.is_file() and path.name not in OF_A_FOLDER:
+        for layout in FILES.values():
+            if layout.recognises(path):
+                return path, layout
+    folder = path.parent if path.is_file() else path
+    for layout in FOLDERS.values():
         if layout.recognises(folder):
-            found = layout.load(folder, **({"norm_scaling_factor": norm_scaling_factor} if layout is sae_lens else {}))
-            found.sae.metadata = {name: value for name, value in found.metadata.items() if name != "unbraid"}
-            return found
+            return folder, layout
+    files = _dictionaries_in(folder)
+    if len(files) == 1:
+        return files[0]
+    if files:
+        names = ", ".join(file.name for file, _ in files[:8]) + (", ..." if len(files) > 8 else "")
+        raise FormatError(f"{str(folder)!r} holds {len(files)} dictionaries, one per file: {names}; name one of them")
     raise FormatError(f"{str(path)!r} is no SAE folder unbraid reads; {_what_is_there(folder)}")
+
+
+def _dictionaries_in(folder: Path) -> list[tuple[Path, ModuleType]]:
+    """Files of a folder that are dictionaries of their own."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS) if folder.is_dir() else []
+    found = []
+    for file in files[:MOST_FILES]:
+        layout = next((layout for layout in FILES.values() if layout.recognises(file)), None)
+        if layout is not None:
+            found.append((file, layout))
+    return found
 
 
 def save(
@@ -90,21 +182,30 @@ def writable_layout(name: str) -> ModuleType:
         FormatError: there is none.
     """
     writable = {key: module for key, module in LAYOUTS.items() if hasattr(module, "save")}
-    key = name.replace("-", "_").lower()
-    if key not in writable:
-        raise FormatError(f"no layout {name!r} can be written; expected one of {', '.join(writable)}")
+    spelled = {_bare(key): key for key in writable} | SPELLINGS
+    key = spelled.get(_bare(name))
+    if key is None:
+        close = difflib.get_close_matches(_bare(name), spelled, n=1)
+        hint = f"; did you mean {spelled[close[0]]!r}?" if close else ""
+        raise FormatError(f"no layout {name!r} can be written; expected one of {', '.join(writable)}{hint}")
     return writable[key]
+
+
+def _bare(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
 
 
 def _what_is_there(folder: Path) -> str:
     layouts = (
         "expected cfg.json with sae_weights.safetensors (SAELens) or sae.safetensors (sparsify), config.json with "
-        "ae.pt (dictionary_learning), or params.npz (Gemma Scope)"
+        "ae.pt (dictionary_learning), params.npz or params.safetensors (Gemma Scope), or another layout "
+        "that docs/formats.md lists"
     )
     if not folder.is_dir():
         return f"there is no such folder; {layouts}"
-    below = {file.parent for depth in ("*/*", "*/*/*") for file in folder.glob(depth) if file.is_file()}
-    inside = sorted(path for path in below if any(layout.recognises(path) for layout in LAYOUTS.values()))
+    files = (file for depth in ("*/*", "*/*/*") for file in folder.glob(depth) if file.is_file())
+    below = {file.parent for file in islice(files, 10 * MOST_FILES)}
+    inside = sorted(path for path in below if any(layout.recognises(path) for layout in FOLDERS.values()))
     if inside:
         names = ", ".join(str(path.relative_to(folder)) for path in inside[:8])
         return f"these folders inside it are: {names}{', ...' if len(inside) > 8 else ''}; name one of them"

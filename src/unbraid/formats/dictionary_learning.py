@@ -19,6 +19,7 @@ from unbraid.files import write_json
 from unbraid.formats.folder import SAEFolder, written_whole
 from unbraid.formats.imported import ImportedSAE
 from unbraid.formats.metadata import checked_metadata
+from unbraid.formats.published import NOTHING, Known, path_words
 from unbraid.formats.reading import read_json, read_pickle, require_widths, section, shown, text, wanted
 from unbraid.formats.weights import (
     Step,
@@ -149,7 +150,7 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
     return folder
 
 
-def load(folder: Path) -> SAEFolder:
+def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     """Read a `trainer_i` folder.
 
     Raises:
@@ -190,16 +191,18 @@ def load(folder: Path) -> SAEFolder:
     d_in, n_features = weights.tensors["W_enc"].shape
     require_widths(settings, {"activation_dim": d_in, "dict_size": n_features}, where)
     weights = restored(weights, config.get("unbraid"), WRITTEN_AS, name, where)
-    metadata = _where_from(settings, config, where) | restored_metadata(config.get("unbraid"))
-    return SAEFolder(weights.to_sae(where), "dictionary_learning", checked_metadata(metadata, where))
+    metadata = _where_from(settings, config, path_words(folder.parent), where) | restored_metadata(
+        config.get("unbraid")
+    )
+    return SAEFolder(weights.to_sae(where), "dictionary_learning", checked_metadata(metadata | known.metadata, where))
 
 
-def _where_from(settings: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, Any]:
+def _where_from(settings: dict[str, Any], config: dict[str, Any], words: str, where: str) -> dict[str, Any]:
     """Model and site, as far as the trainer's settings say them."""
     name, layer = text(settings, "submodule_name", where), settings.get("layer")
     metadata: dict[str, Any] = {"model_name": settings.get("lm_name"), "hook_layer": layer, "submodule_name": name}
     metadata["context_size"] = section(config, "buffer", where).get("ctx_len")
-    match = re.fullmatch(r"(resid_post|resid_pre|mlp_out|attn_out)(?:_layer_|\.)(\d{1,6})", name or "")
+    match = re.search(r"\b(resid_post|resid_pre|mlp_out|attn_out)(?:_layer_|\.)(\d{1,6})$", name or words)
     if match is not None:
         metadata["hook_name"] = f"blocks.{match[2]}.hook_{match[1]}"
     return {key: value for key, value in metadata.items() if value is not None}

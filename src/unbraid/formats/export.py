@@ -44,7 +44,12 @@ def open_source(source: Path | str) -> dict[str, SAEFolder]:
     saes = source / "saes"
     if not (source / "config.json").is_file() or not saes.is_dir():
         return {source.resolve().name: open_folder(source)}
-    folders = {path.name: open_folder(path) for path in sorted(saes.iterdir()) if path.is_dir()}
+    folders = {path.name: open_folder(path) for path in sorted(saes.iterdir()) if _is_named(path)}
     if not folders:
         raise FormatError(f"the run {str(source)!r} has no finished SAE yet; expected some in saes/; let it end first")
     return folders
+
+
+def _is_named(path: Path) -> bool:
+    """Whether an entry of saes/ is an SAE's folder, and not what file managers and notebooks leave behind."""
+    return path.is_dir() and not path.name.startswith(".")

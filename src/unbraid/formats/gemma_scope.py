@@ -14,12 +14,11 @@ from torch import Tensor
 
 from unbraid.formats.folder import SAEFolder
 from unbraid.formats.imported import Form
-from unbraid.formats.published import path_words
+from unbraid.formats.published import NOTHING, Known, path_words
 from unbraid.formats.reading import read_npz
 from unbraid.formats.weights import THRESHOLDED, Weights, clamp_threshold, subtract_input_bias
 
 WEIGHTS = "params.npz"
-NAMES = {name: name for name in THRESHOLDED}
 HOOKS = {"res": "hook_resid_post", "att": "attn.hook_z", "mlp": "hook_mlp_out", "transcoders": "ln2.hook_normalized"}
 
 
@@ -28,14 +27,14 @@ def recognises(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file()
 
 
-def load(folder: Path) -> SAEFolder:
+def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     """Read a folder with a `params.npz`.
 
     Raises:
         FormatError: the file is damaged, needs pickles, or lacks a tensor.
     """
     path = folder / WEIGHTS
-    tensors = read_npz(path, NAMES)
+    tensors = read_npz(path, THRESHOLDED)
     words = path_words(folder)
     metadata = {"folder": "/".join(folder.resolve().parts[-3:])} | _where_from(words)
     if "transcoders" in words:
@@ -44,7 +43,7 @@ def load(folder: Path) -> SAEFolder:
     else:
         steps = [_scaled_embedding] if "embedding" in words else []
         weights = Weights("jumprelu", tensors).folded(str(path), *steps, clamp_threshold, subtract_input_bias)
-    return SAEFolder(weights.to_sae(str(path)), "gemma_scope", metadata)
+    return SAEFolder(weights.to_sae(str(path)), "gemma_scope", metadata | known.metadata)
 
 
 def _scaled_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

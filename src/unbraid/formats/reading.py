@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+import yaml
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from unbraid.errors import FormatError
-from unbraid.json_files import is_count, is_number, read_json_object
+from unbraid.json_files import is_count, is_number, read_json_object, read_text
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 ALIASES = {"float": "float32", "double": "float64", "half": "float16"}
+LARGEST_YAML = 1 << 16
 LARGEST_EXPANSION = 64
 """Weights do not compress; an archive that grows by more when opened is no archive of weights."""
 UNREADABLE = (
@@ -51,15 +53,6 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: the file cannot be read or is not a JSON object.
     """
     return read_json_object(path, FormatError)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Tensors by name from a `.safetensors` file, or from a pickle of tensors and plain containers.
-
-    Raises:
-        FormatError: the file cannot be read, is damaged, or needs more than tensors.
-    """
-    return read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -95,12 +88,53 @@ def read_pickle(path: Path) -> dict[str, Any]:
     return {name: widened(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
-def read_npz(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
+def state_names(path: Path) -> set[str]:
+    """Names in a state dict that torch saved, without reading its tensors; none where that is not to be had."""
+    try:
+        _require_file(path)
+        if not zipfile.is_zipfile(path):
+            return set(read_pickle(path))
+        _refuse_bombs(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (FormatError, *UNREADABLE):
+        return set()
+    return {name for name in state if isinstance(name, str)} if isinstance(state, dict) else set()
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Names in a safetensors file; none where that is not to be had."""
+    try:
+        _require_file(path)
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (FormatError, *UNREADABLE):
+        return set()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a small YAML file.
+
+    Raises:
+        FormatError: the file cannot be read, is large, or holds something else.
+    """
+    content = read_text(path, FormatError, "a YAML file")
+    if len(content) > LARGEST_YAML:
+        raise FormatError(f"{str(path)!r} has {len(content):,} characters; expected settings, which are few")
+    try:
+        data = yaml.safe_load(content)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise FormatError(f"{str(path)!r} is not YAML ({_reason(error)}); expected settings by name") from None
+    if not isinstance(data, dict):
+        raise FormatError(f"{str(path)!r} holds {type(data).__name__}; expected settings by name")
+    return data
+
+
+def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Read arrays of numbers from an npz archive, in float32 at least, without pickles.
 
     Args:
         path: the archive.
-        names: our name -> the archive's; the archive must hold exactly these.
+        names: what it must hold, exactly; matrices may be written with a small w.
 
     Raises:
         FormatError: the file is damaged, needs pickles, or holds other arrays.
@@ -109,10 +143,10 @@ def read_npz(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
     try:
         _refuse_bombs(path)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            found = list(archive.files)
-            if sorted(found) != sorted(names.values()):
-                raise FormatError(f"{str(path)!r} holds {sorted(found)[:12]}; expected {sorted(names.values())}")
-            return {ours: _from_numpy(archive[theirs], theirs) for ours, theirs in names.items()}
+            found = {f"W_{name[2:]}" if name.startswith("w_") else name: name for name in archive.files}
+            if sorted(found) != sorted(names):
+                raise FormatError(f"{str(path)!r} holds {sorted(found)[:12]}; expected {sorted(names)}")
+            return {ours: _from_numpy(archive[theirs], theirs) for ours, theirs in found.items()}
     except UNREADABLE as error:
         raise FormatError(
             f"cannot read {str(path)!r}: {_reason(error)}; expected an intact npz archive of numbers"

@@ -17,6 +17,7 @@ from unbraid.files import write_json
 from unbraid.formats.folder import SAEFolder, write_tensors, written_whole
 from unbraid.formats.imported import Form, ImportedSAE
 from unbraid.formats.metadata import checked_metadata
+from unbraid.formats.published import NOTHING, Known
 from unbraid.formats.reading import (
     flag,
     read_json,
@@ -189,22 +190,23 @@ def _imported_as(sae: ImportedSAE) -> str:
     )
 
 
-def load(folder: Path, norm_scaling_factor: float | None = None) -> SAEFolder:
+def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     """Read a folder written by SAELens 3 to 6 or by `save`.
 
     Args:
         folder: the folder.
-        norm_scaling_factor: what activations were multiplied with, for SAEs whose normalize_activations is
-            "expected_average_only_in": their folders do not say it.
+        known: `norm_scaling_factor` is for SAEs whose normalize_activations is "expected_average_only_in"; their
+            folders do not say it.
 
     Raises:
         FormatError: naming the setting or tensor that is missing, damaged, or cannot be held.
     """
     where = str(folder / CONFIG)
-    config = read_json(folder / CONFIG)
-    metadata = checked_metadata(section(config, "metadata", where) or _flat_metadata(config), where)
+    config = read_json(folder / CONFIG) | known.settings
+    metadata = section(config, "metadata", where) or _flat_metadata(config)
+    metadata = checked_metadata(metadata | _flat_metadata(known.settings) | known.metadata, where)
     tensors = read_tensors(folder / WEIGHTS)
-    weights, steps = _inference_form(config, tensors, norm_scaling_factor, where)
+    weights, steps = _inference_form(config, tensors, known.norm_scaling_factor, where)
     weights = weights.folded(where, *steps)
     d_in, d_out = weights.tensors["W_enc"].shape[0], weights.tensors["W_dec"].shape[1]
     require_widths(config, {"d_in": d_in, "d_sae": weights.tensors["W_enc"].shape[1], "d_out": d_out}, where)

@@ -18,6 +18,7 @@ from unbraid.files import write_json
 from unbraid.formats.folder import SAEFolder, write_tensors, written_whole
 from unbraid.formats.imported import Form, ImportedSAE
 from unbraid.formats.metadata import checked_metadata
+from unbraid.formats.published import NOTHING, Known
 from unbraid.formats.reading import flag, read_json, read_tensors, require_settings, require_widths, wanted
 from unbraid.formats.weights import (
     Weights,
@@ -78,7 +79,7 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
     return folder
 
 
-def load(folder: Path) -> SAEFolder:
+def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     """Read a hookpoint folder.
 
     Raises:
@@ -113,7 +114,7 @@ def load(folder: Path) -> SAEFolder:
         weights = restored(weights, config.get("unbraid"), WRITTEN_AS, "topk", where)
     metadata = {"hookpoint": folder.resolve().name} | _hooks(folder.resolve().name, transcode or skip)
     metadata |= restored_metadata(config.get("unbraid"))
-    return SAEFolder(weights.to_sae(where), "sparsify", checked_metadata(metadata, where))
+    return SAEFolder(weights.to_sae(where), "sparsify", checked_metadata(metadata | known.metadata, where))
 
 
 def _hooks(module: str, transcoder: bool) -> dict[str, Any]:

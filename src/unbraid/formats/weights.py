@@ -162,6 +162,13 @@ def fold_decoder_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return unit
 
 
+def transposed(tensors: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The same with the matrices `names` turned; what is no matrix stays, to be refused by its shape."""
+    turned = {name: tensors[name] for name in names if name in tensors}
+    matrices = {name: value.T for name, value in turned.items() if isinstance(value, Tensor) and value.ndim == 2}
+    return tensors | matrices
+
+
 def clamp_threshold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A threshold below zero changes nothing in relu(pre) * (pre > threshold); ours are at least zero."""
     return tensors | {"threshold": tensors["threshold"].clamp(min=0)}
