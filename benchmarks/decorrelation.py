@@ -12,6 +12,7 @@ quartiles, CPU time beside wall time.
 
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from unbraid.config import DecorrelationConfig
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
+from unbraid.kernels.codes import Codes
 from unbraid.recipes import SPARING
 from unbraid.training.trainee import Trainee
 
@@ -57,6 +59,21 @@ def penalty_call(n_features: int, k: int, device: str, **settings: Any) -> Calla
     return call
 
 
+def oracle_call(n_features: int, device: str) -> Callable[[], Any]:
+    """R through the N x N matrix and autograd, as the tests check every path."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+    import naive
+
+    rows = Codes.from_topk(*codes(n_features, K, device), n_features)
+
+    def call() -> None:
+        chosen, leaf = naive.select(rows, 1e-3, "cosine"), rows.to_dense().requires_grad_()
+        tau = chosen.mean + chosen.std
+        naive.penalty(leaf, chosen.first, chosen.second, chosen.nominal, tau, "cosine")[0].backward()
+
+    return call
+
+
 def scaling(device: str, turns: int) -> dict[str, Any]:
     """Cost of one call against N at fixed W, and against W at fixed N."""
     against_n: dict[str, dict[int, Any]] = {}
@@ -65,7 +82,7 @@ def scaling(device: str, turns: int) -> dict[str, Any]:
         "coactive, 8 pairs a feature": (WIDTHS, lambda n: penalty_call(n, K, device, max_pairs_per_feature=8)),
         "coactive, 2 pairs a feature": (WIDTHS, lambda n: penalty_call(n, K, device, max_pairs_per_feature=2)),
         "blocks of 512": (BLOCK_WIDTHS, lambda n: penalty_call(n, K, device, path="blocks")),
-        "oracle (N x N)": (ORACLE_WIDTHS, lambda n: penalty_call(n, K, device, path="naive")),
+        "oracle (N x N)": (ORACLE_WIDTHS, lambda n: oracle_call(n, device)),
         "SAE step": (STEP_WIDTHS, lambda n: step_call(n, device)),
     }
     for n in sorted({n for widths, _ in series.values() for n in widths}):

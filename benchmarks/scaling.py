@@ -25,7 +25,6 @@ from torch import multiprocessing
 
 from unbraid.config import RunConfig
 from unbraid.decorrelation import coactive
-from unbraid.decorrelation.entries import from_codes
 from unbraid.distributed.cost import Job, Machine, bytes_of_rank, seconds_of_step, smallest_ranks, split_step_payload
 from unbraid.distributed.mesh import Mesh
 from unbraid.distributed.ranks import ALONE, Ranks
@@ -90,8 +89,7 @@ def rates_of_this_machine(job: Job) -> Machine:
     copied = seconds(lambda: target.copy_(block))
     features = torch.stack([torch.randperm(job.n_features)[: job.k] for _ in range(job.rows)])
     codes = Codes.from_topk(features, torch.rand(job.rows, job.k) + 0.1, job.n_features)
-    entries = from_codes(codes)
-    selected = seconds(lambda: coactive.select(entries, fraction=1e-3, measure="cosine"))
+    selected = seconds(lambda: coactive.select(codes, fraction=1e-3, measure="cosine"))
     exchanged = on_processes(2, exchange_rates, 4 * job.rows * job.width)[0]
     return Machine(
         flops=2 * job.rows * job.width * 8192 / product,

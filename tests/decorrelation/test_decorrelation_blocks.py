@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from made_codes import awkward_codes
 
 from unbraid.decorrelation.blocks import Blocks
-from unbraid.decorrelation.entries import Batch, from_dense
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
+from unbraid.kernels.codes import Codes
 
 
 def half_dense(n_rows: int, n_features: int, seed: int = 0) -> torch.Tensor:
@@ -42,7 +42,6 @@ def test_one_block_of_everything_equals_the_exact_path(f_BN, measure, min_suppor
 @given(awkward_codes(), st.sampled_from(["cosine", "pearson"]), st.integers(2, 5))
 def test_dense_and_sparse_forms_of_codes_give_the_same_blocks(f_BN, measure, block):
     dense = f_BN.clone().requires_grad_()
-    entries = from_dense(f_BN)
     values = f_BN.clone().requires_grad_()
     decorrelate = SelectiveDecorrelation(0.3, measure=measure, path="blocks", block=block)
     one, stats = decorrelate(dense)
@@ -55,15 +54,15 @@ def test_dense_and_sparse_forms_of_codes_give_the_same_blocks(f_BN, measure, blo
         other.backward()
         if dense.grad is not None:
             torch.testing.assert_close(dense.grad, values.grad, rtol=0, atol=1e-12)
-    assert stats.co_activations == sparse_stats.co_activations == entries.co_activations
+    assert stats.co_activations == sparse_stats.co_activations == Codes.from_dense(f_BN).co_activations()
 
 
 def test_the_mean_over_200_partitions_is_the_oracle_within_one_percent():
     f_BN = half_dense(128, 512)
-    exact, _ = SelectiveDecorrelation(path="naive", fraction=0.01)(f_BN)
+    exact, _ = SelectiveDecorrelation(path="coactive", fraction=0.01)(f_BN)
     values = []
     for seed in range(200):
-        chosen = Blocks(Batch(f_BN), 64, 1, "cosine", seed).select(0.01, None)
+        chosen = Blocks(f_BN, 64, 1, "cosine", seed).select(0.01, None)
         excess = chosen.correlations - chosen.mean - chosen.std
         values.append(float(torch.relu(excess).sum()) / chosen.nominal)
     assert float(torch.tensor(values).mean()) == pytest.approx(exact.item(), rel=0.01)
@@ -73,9 +72,9 @@ def test_the_mean_over_200_partitions_is_the_oracle_within_one_percent():
 def test_gradients_of_blocks_of_512_point_where_the_exact_ones_do():
     f_BN = half_dense(1024, 4096)
     gradients = []
-    for path in ("tiled", "blocks"):
+    for block in (4096, 512):
         leaf = f_BN.clone().requires_grad_()
-        SelectiveDecorrelation(path=path, block=512)(leaf)[0].backward()
+        SelectiveDecorrelation(path="blocks", block=block)(leaf)[0].backward()
         gradients.append(leaf.grad.flatten().double())
     assert float(torch.nn.functional.cosine_similarity(*gradients, dim=0)) >= 0.85
 

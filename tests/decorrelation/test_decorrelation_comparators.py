@@ -1,5 +1,6 @@
 """The comparators: each against the formula it stands for, all behind one interface."""
 
+import naive
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +8,6 @@ from hypothesis import strategies as st
 from made_codes import awkward_codes, sparse_codes
 
 from unbraid.config import DecorrelationConfig
-from unbraid.decorrelation import naive
 from unbraid.decorrelation.build import build
 from unbraid.decorrelation.comparators import (
     GlobalDecorrelation,
@@ -18,7 +18,7 @@ from unbraid.decorrelation.comparators import (
     pairs_of_numbers,
 )
 from unbraid.decorrelation.selection import live_pairs
-from unbraid.decorrelation.threshold import Threshold
+from unbraid.decorrelation.window import Threshold
 from unbraid.errors import ConfigError
 from unbraid.randomness import generator
 
@@ -35,9 +35,9 @@ def upper(matrix_NN: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 def test_the_global_penalty_equals_the_mean_square_of_the_matrix(f_BN, measure, rare):
     leaf, other = f_BN.clone().requires_grad_(), f_BN.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unbraid.decorrelation.token_gram.RARE", rare)
-        patch.setattr("unbraid.decorrelation.token_gram.MEETINGS", 2 * rare**2)
-        patch.setattr("unbraid.decorrelation.token_gram.COLUMNS", 3)
+        patch.setattr("unbraid.decorrelation.comparators.RARE", rare)
+        patch.setattr("unbraid.decorrelation.comparators.MEETINGS", 2 * rare**2)
+        patch.setattr("unbraid.decorrelation.comparators.COLUMNS", 3)
         penalty, stats = GlobalDecorrelation(measure, interval=1, seed=0)(leaf)
     known = upper(naive.correlation_matrix(other, measure), (f_BN > 0).any(0))
     expected = (known**2).mean() if known.numel() else known.sum()

@@ -1,16 +1,18 @@
 """Decoder space: value and gradient against autograd, the rotating neighbour lists against the exact search."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_codes import sparse_codes
 
-from unbraid.decorrelation.decoder_rows import evaluate_rows, select_exactly, unit_rows
-from unbraid.decorrelation.neighbours import NeighbourLists
+from unbraid.decorrelation.decoder_rows import NeighbourLists, evaluate_rows, select_exactly
+from unbraid.decorrelation.measure import unit_rows
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.decorrelation.selection import live_pairs
-from unbraid.decorrelation.threshold import chance_level
+from unbraid.decorrelation.window import chance_level
 from unbraid.errors import CodesError, ConfigError
 
 
@@ -54,7 +56,7 @@ def test_the_exact_search_is_the_top_of_the_matrix_across_tiles():
     decoder_ND = clustered_rows(300, 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unbraid.decorrelation.decoder_rows.TILE", 64)
-        chosen = select_exactly(unit_rows(decoder_ND).unit_ND, 0.01)
+        chosen = select_exactly(unit_rows(decoder_ND).values, 0.01)
     first, second = torch.triu_indices(300, 300, 1)
     known = cosines_of(decoder_ND)[first, second]
     top = known.topk(chosen.nominal)[1].sort()[0]
@@ -64,7 +66,7 @@ def test_the_exact_search_is_the_top_of_the_matrix_across_tiles():
 
 
 def test_lists_hold_every_features_nearest_rows_after_one_rotation():
-    unit_ND = unit_rows(clustered_rows(101, 16)).unit_ND
+    unit_ND = unit_rows(clustered_rows(101, 16)).values
     lists = NeighbourLists(n_neighbours=5, rows_per_scan=20)
     for _ in range(6):
         lists.scan(unit_ND)
@@ -138,8 +140,8 @@ def test_gradients_are_tangent_to_the_rows_and_zero_for_rows_of_zeros():
     decoder_ND = clustered_rows(60, 8)
     decoder_ND[7] = 0
     rows = unit_rows(decoder_ND)
-    chosen = select_exactly(rows.unit_ND, 0.2)
-    found = evaluate_rows(rows, chosen.first, chosen.second, chosen.nominal, 0.1)
+    chosen = select_exactly(rows.values, 0.2)
+    found = evaluate_rows(rows, dataclasses.replace(chosen, tau=0.1))
     assert float((found.gradient * decoder_ND).sum(1).abs().max()) <= 1e-14
     assert float(found.gradient[7].abs().sum()) == 0.0 < float(found.gradient.abs().sum())
 

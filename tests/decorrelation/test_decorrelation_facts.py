@@ -1,24 +1,28 @@
 """The identities and bounds the engine is built on, each checked by itself."""
 
+from dataclasses import replace
+
+import naive
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_codes import awkward_codes, planted_codes, sparse_codes
 
-from unbraid.decorrelation import coactive, naive, token_gram
-from unbraid.decorrelation.decoder_rows import row_moments, unit_rows
-from unbraid.decorrelation.entries import from_dense, from_indices
-from unbraid.decorrelation.measure import scaled
+from unbraid.decorrelation import coactive
+from unbraid.decorrelation.comparators import mean_square
+from unbraid.decorrelation.decoder_rows import row_moments
+from unbraid.decorrelation.measure import scaled, unit_rows
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.decorrelation.selection import live_pairs, nominal_pairs
 from unbraid.kernels.co_activation import co_activations
+from unbraid.kernels.codes import Codes
 
 
 @given(awkward_codes())
 def test_mean_and_deviation_of_all_pairs_follow_from_the_token_gram(f_BN):
     correlations_NN = naive.correlation_matrix(f_BN, "cosine")
-    z = scaled(from_dense(f_BN), "cosine")
+    z = scaled(Codes.from_dense(f_BN), "cosine")
     z_BN = torch.zeros_like(f_BN)
     z_BN[f_BN > 0] = z.values
     n_live = int((f_BN > 0).any(0).sum())
@@ -31,9 +35,9 @@ def test_mean_and_deviation_of_all_pairs_follow_from_the_token_gram(f_BN):
 
 @given(awkward_codes(), st.sampled_from(["cosine", "pearson"]))
 def test_all_three_ways_to_mu_and_sigma_agree(f_BN, measure):
-    entries = from_dense(f_BN)
+    entries = Codes.from_dense(f_BN)
     chosen = coactive.select(entries, 0.5, measure)
-    _, mean, std, n_live = token_gram.mean_square(entries, measure)
+    _, mean, std, n_live = mean_square(entries, measure)
     correlations_NN = naive.correlation_matrix(f_BN, measure)
     live = (f_BN > 0).any(0)
     known = correlations_NN[live][:, live][torch.triu_indices(int(live.sum()), int(live.sum()), 1).unbind()]
@@ -49,30 +53,29 @@ def test_mu_and_sigma_of_decoder_rows_follow_from_their_gram():
     known = cosines[torch.triu_indices(90, 90, 1).unbind()]
     expected = float(known.mean()), float(known.std(correction=0))
     for rows in (decoder_ND, decoder_ND * torch.linspace(0.1, 9, 90).unsqueeze(1).double()):
-        assert row_moments(unit_rows(rows).unit_ND) == pytest.approx(expected, abs=1e-12)
+        assert row_moments(unit_rows(rows).values) == pytest.approx(expected, abs=1e-12)
 
 
 @given(awkward_codes())
 def test_only_co_active_pairs_correlate_and_w_counts_them(f_BN):
-    entries = from_dense(f_BN)
+    entries = Codes.from_dense(f_BN)
     fires = (f_BN > 0).long()
     together_NN = fires.T @ fires
     correlations_NN = naive.correlation_matrix(f_BN, "cosine")
     assert torch.equal(correlations_NN > 0, together_NN > 0)
-    assert entries.co_activations == int(together_NN.triu(1).sum())
+    assert entries.co_activations() == int(together_NN.triu(1).sum())
 
 
 @given(awkward_codes(), st.sampled_from([1, 7, 1_000_000]))
 def test_co_activations_list_every_pair_once_with_its_dot(f_BN, per_chunk):
-    entries = from_dense(f_BN)
+    entries = Codes.from_dense(f_BN)
     found_NN = torch.zeros(f_BN.shape[1], f_BN.shape[1], dtype=torch.float64)
     seen_NN = torch.zeros_like(found_NN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unbraid.kernels.co_activation.PAIRS_PER_CHUNK", per_chunk)
-        for chunk in co_activations(entries.pattern, entries.values):
-            first, second = chunk.features(torch.arange(chunk.dots.numel()))
+        for dots, first, second in co_activations(entries):
             assert bool((first < second).all())
-            found_NN[first, second] += chunk.dots
+            found_NN[first, second] += dots
             seen_NN[first, second] += 1
     fires = (f_BN > 0).double()
     torch.testing.assert_close(found_NN, (f_BN.T @ f_BN).triu(1), rtol=1e-12, atol=1e-12)
@@ -91,7 +94,7 @@ def chosen_pairs(entries) -> set[tuple[int, int]]:
 
 
 def test_selection_is_the_same_by_loop_and_by_listing_in_chunks_of_any_size():
-    entries = from_indices(*sparse_codes(300, 700, 20, seed=5), n_features=700)
+    entries = Codes.from_topk(*sparse_codes(300, 700, 20, seed=5), n_features=700)
     expected = chosen_pairs(entries)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unbraid.decorrelation.coactive.loops_take", lambda _: False)
@@ -102,14 +105,13 @@ def test_selection_is_the_same_by_loop_and_by_listing_in_chunks_of_any_size():
 
 @given(awkward_codes(), st.sampled_from(["cosine", "pearson"]), st.sampled_from([0.05, 0.5, 1.0]))
 def test_the_loops_agree_with_the_lists_that_other_devices_work_from(f_BN, measure, fraction):
-    entries = from_dense(f_BN)
+    entries = Codes.from_dense(f_BN)
     by_loop = coactive.select(entries, fraction, measure)
-    pairs = (by_loop.first, by_loop.second, by_loop.nominal, by_loop.mean, measure)
-    pushed = coactive.evaluate(entries, *pairs)
+    pushed = coactive.evaluate(entries, replace(by_loop, tau=by_loop.mean), measure)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unbraid.decorrelation.coactive.loops_take", lambda _: False)
         by_lists = coactive.select(entries, fraction, measure)
-        listed = coactive.evaluate(entries, *pairs)
+        listed = coactive.evaluate(entries, replace(by_loop, tau=by_loop.mean), measure)
     assert ids_of(by_loop) == ids_of(by_lists)
     assert [by_loop.mean, by_loop.std] == pytest.approx([by_lists.mean, by_lists.std], rel=1e-10, abs=1e-12)
     assert pushed.penalty == pytest.approx(listed.penalty, rel=1e-10, abs=1e-12)
@@ -121,30 +123,30 @@ def test_the_loops_agree_with_the_lists_that_other_devices_work_from(f_BN, measu
 @pytest.mark.parametrize("n_features", [60, 900, 40_000])
 def test_few_pairs_of_a_feature_and_many_are_pushed_as_by_lists(n_features, measure):
     """From features that fire on every third row to features most of which fire once."""
-    entries, later = (from_indices(*sparse_codes(300, n_features, 20, seed), n_features) for seed in (8, 9))
+    entries, later = (Codes.from_topk(*sparse_codes(300, n_features, 20, seed), n_features) for seed in (8, 9))
     chosen = coactive.select(entries, 1.0, measure)
     shuffled = torch.randperm(chosen.first.numel(), generator=torch.Generator().manual_seed(0))
     some = shuffled[: len(shuffled) // 5].sort().values
     for batch, kept in ((entries, slice(None)), (entries, some), (entries, shuffled), (later, slice(None))):
-        pairs = chosen.first[kept], chosen.second[kept], chosen.nominal, chosen.mean + chosen.std, measure
-        pushed = coactive.evaluate(batch, *pairs)
+        pairs = replace(chosen, first=chosen.first[kept], second=chosen.second[kept], tau=chosen.mean + chosen.std)
+        pushed = coactive.evaluate(batch, pairs, measure)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("unbraid.decorrelation.coactive.loops_take", lambda _: False)
-            listed = coactive.evaluate(batch, *pairs)
+            listed = coactive.evaluate(batch, pairs, measure)
         assert pushed.penalty == pytest.approx(listed.penalty, rel=1e-10) and pushed.penalty > 0
         torch.testing.assert_close(pushed.correlations, listed.correlations, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(pushed.gradient, listed.gradient, rtol=1e-9, atol=1e-15)
 
 
 def test_the_same_codes_give_the_same_bits_on_any_number_of_threads():
-    entries = from_indices(*sparse_codes(512, 900, 20, seed=6), n_features=900)
+    entries = Codes.from_topk(*sparse_codes(512, 900, 20, seed=6), n_features=900)
     threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             chosen = coactive.select(entries, 0.01, "pearson")
-            pairs = chosen.first, chosen.second, chosen.nominal, chosen.mean + chosen.std
-            found.append((chosen, coactive.evaluate(entries, *pairs, "pearson")))
+            pairs = replace(chosen, tau=chosen.mean + chosen.std)
+            found.append((chosen, coactive.evaluate(entries, pairs, "pearson")))
     finally:
         torch.set_num_threads(threads)
     chosen, pushed = found[0]
@@ -231,8 +233,8 @@ def test_two_batches_of_one_source_hardly_share_their_selections(planted):
 
 def test_wide_dictionaries_cost_no_more_than_their_active_entries():
     """The bitmap of `meetings` has a word per 64 rows of each *live* feature, whatever N is."""
-    entries = from_indices(torch.tensor([[5, 999_999], [5, 3]]), torch.ones(2, 2), n_features=1_000_000)
-    assert coactive.FiringBitmap(entries).words.numel() == 4
+    entries = Codes.from_topk(torch.tensor([[5, 999_999], [5, 3]]), torch.ones(2, 2), n_features=1_000_000)
+    assert coactive.firing_bitmap(entries)[0].numel() == 4
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20))

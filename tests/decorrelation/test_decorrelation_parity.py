@@ -1,5 +1,6 @@
 """Every path against the N x N oracle: value, tau, S and gradients, on codes chosen to be awkward."""
 
+import naive
 import pytest
 import torch
 from hypothesis import given
@@ -7,9 +8,8 @@ from hypothesis import strategies as st
 from made_codes import SparseRows, awkward_codes, sparse_codes
 from torch import Tensor
 
-from unbraid.decorrelation import naive
-from unbraid.decorrelation.entries import from_dense
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
+from unbraid.kernels.codes import Codes
 
 MEASURES = st.sampled_from(["cosine", "pearson"])
 FRACTIONS = st.sampled_from([0.02, 0.2, 0.7, 1.0])
@@ -19,8 +19,9 @@ SUPPORTS = st.sampled_from([1, 2, 4])
 def oracle(f_BN: Tensor, fraction: float, measure: str, min_support: int):
     """R, tau, S and dR/df at active entries, through the N x N matrix and autograd."""
     leaf = f_BN.clone().requires_grad_()
-    entries = from_dense(f_BN).supported(min_support)
-    chosen = naive.select(entries, fraction, measure)
+    codes = Codes.from_dense(f_BN)
+    codes = codes.where((codes.support >= min_support)[codes.indices])
+    chosen = naive.select(codes, fraction, measure)
     tau = chosen.mean + chosen.std
     value, _ = naive.penalty(leaf, chosen.first, chosen.second, chosen.nominal, tau, measure)
     value.backward()
@@ -28,11 +29,11 @@ def oracle(f_BN: Tensor, fraction: float, measure: str, min_support: int):
     return value.detach(), tau, chosen, leaf.grad * (f_BN > 0)
 
 
-@given(awkward_codes(), FRACTIONS, MEASURES, SUPPORTS, st.sampled_from(["coactive", "tiled", "naive"]))
-def test_every_exact_path_equals_the_oracle(f_BN, fraction, measure, min_support, path):
+@given(awkward_codes(), FRACTIONS, MEASURES, SUPPORTS)
+def test_the_exact_path_equals_the_oracle(f_BN, fraction, measure, min_support):
     value, tau, chosen, gradient_BN = oracle(f_BN, fraction, measure, min_support)
     leaf = f_BN.clone().requires_grad_()
-    penalty, stats = SelectiveDecorrelation(fraction, measure=measure, min_support=min_support, path=path)(leaf)
+    penalty, stats = SelectiveDecorrelation(fraction, measure=measure, min_support=min_support)(leaf)
     penalty.backward()
     assert abs(penalty - value) <= 1e-10
     assert abs(stats.tau - tau) <= 1e-10
@@ -47,12 +48,12 @@ def test_every_exact_path_equals_the_oracle(f_BN, fraction, measure, min_support
 @given(awkward_codes(), FRACTIONS, MEASURES)
 def test_every_form_of_codes_gives_the_same_bits(f_BN, fraction, measure):
     decorrelate = SelectiveDecorrelation(fraction, measure=measure)
-    entries = from_dense(f_BN)
+    entries = Codes.from_dense(f_BN)
     dense = f_BN.clone().requires_grad_()
     values_BN = f_BN.flip(1).clone().requires_grad_()
     indices_BN = torch.arange(f_BN.shape[1]).flip(0).expand(f_BN.shape)
     listed = entries.values.clone().requires_grad_()
-    codes = SparseRows(entries.pattern.offsets, entries.indices, listed, f_BN.shape[1])
+    codes = SparseRows(entries.offsets, entries.indices, listed, f_BN.shape[1])
     coordinates = f_BN.to_sparse_coo().requires_grad_()
     results = [
         decorrelate(dense)[0],
@@ -78,7 +79,7 @@ def test_float32_agrees_with_the_float64_oracle_on_what_it_selected(f_BN, fracti
     value, _ = naive.penalty(double, *stats.pairs.T, stats.nominal, stats.tau + 1e-6, measure)
     value.backward()
     assert abs(penalty.double() - value) <= 1e-4 * max(1.0, abs(value)) + 2e-6
-    chosen = naive.select(from_dense(f_BN.double()), fraction, measure)
+    chosen = naive.select(Codes.from_dense(f_BN.double()), fraction, measure)
     assert abs(stats.tau - chosen.mean - chosen.std) <= 1e-4 * max(abs(stats.tau), 0.01)
     if leaf.grad is not None:
         expected_BN = double.grad * (f_BN > 0)
@@ -106,9 +107,8 @@ def test_a_real_sized_batch_equals_the_oracle(measure, dtype):
 
 def test_ties_at_the_cut_go_to_the_lowest_pair_ids():
     f_BN = torch.ones(1, 40, dtype=torch.float64)
-    for path in ("coactive", "tiled", "naive"):
-        _, stats = SelectiveDecorrelation(0.01, path=path)(f_BN)
-        assert stats.pairs.tolist() == [[0, j] for j in range(1, 9)], path
+    _, stats = SelectiveDecorrelation(0.01)(f_BN)
+    assert stats.pairs.tolist() == [[0, j] for j in range(1, 9)]
 
 
 def test_an_empty_batch_is_zero_with_its_graph_intact():

@@ -1,12 +1,13 @@
 """Pearson correlation of features that hardly vary beside their mean, on every path, against the float64 oracle."""
 
+import naive
 import pytest
 import torch
 from torch import Tensor
 
-from unbraid.decorrelation import naive, token_gram
-from unbraid.decorrelation.entries import from_dense
+from unbraid.decorrelation.comparators import mean_square
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
+from unbraid.kernels.codes import Codes
 
 PATHS = {
     "loops": {},
@@ -64,7 +65,7 @@ def test_a_mean_far_above_the_spread_changes_nothing(ratio, dtype, path, monkeyp
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_the_mean_square_over_all_pairs_too(ratio, dtype):
     f_BN = codes_with(ratio, dtype, n_rows=200)
-    found, mean, std, _ = token_gram.mean_square(from_dense(f_BN), "pearson")
+    found, mean, std, _ = mean_square(Codes.from_dense(f_BN), "pearson")
     leaf = f_BN.double().clone().requires_grad_()
     known = naive.correlation_matrix(leaf, "pearson")[torch.triu_indices(24, 24, 1).unbind()]
     known.square().mean().backward()

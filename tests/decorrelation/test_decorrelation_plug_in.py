@@ -121,7 +121,7 @@ def test_warning_filters_are_left_as_they_were():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("measure", ["cosine", "pearson"])
-@pytest.mark.parametrize("settings", [{}, {"window": 2}, {"path": "blocks"}, {"path": "tiled"}, {"space": "co-active"}])
+@pytest.mark.parametrize("settings", [{}, {"window": 2}, {"path": "blocks"}, {"space": "co-active"}])
 def test_cuda_gives_what_the_cpu_gives_the_same_bits_every_time(measure, settings):
     indices_BK, values_BK = sparse_codes(512, 2048, 16, seed=0)
     decoder_ND = torch.randn(2048, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

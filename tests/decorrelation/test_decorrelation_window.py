@@ -4,16 +4,15 @@ import copy
 import json
 import math
 
+import naive
 import pytest
 import torch
 from made_codes import SparseRows, planted_codes, sparse_codes
 
-from unbraid.decorrelation import naive
-from unbraid.decorrelation.entries import from_dense, from_indices, to_dense
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
-from unbraid.decorrelation.threshold import Threshold, chance_level
-from unbraid.decorrelation.window import CodesWindow
+from unbraid.decorrelation.window import CodesWindow, Threshold, chance_level
 from unbraid.errors import CodesError, ConfigError
+from unbraid.kernels.codes import Codes
 
 
 def batches(count: int, n_features: int = 200) -> list[dict]:
@@ -25,7 +24,7 @@ def batches(count: int, n_features: int = 200) -> list[dict]:
 
 
 def dense(batch: dict) -> torch.Tensor:
-    return to_dense(from_indices(batch["indices"], batch["values"], batch["n_features"]))
+    return Codes.from_topk(batch["indices"], batch["values"], batch["n_features"]).to_dense()
 
 
 def test_selection_is_of_the_last_batches_and_the_penalty_of_this_one():
@@ -40,7 +39,7 @@ def test_selection_is_of_the_last_batches_and_the_penalty_of_this_one():
         assert stats.refreshed == (step in (2, 5))
         chosen_at = step - (step - 2) % 3
         windowed = torch.cat([dense(earlier).double() for earlier in made[chosen_at - 2 : chosen_at + 1]])
-        chosen = naive.select(from_dense(windowed), 0.01, "cosine")
+        chosen = naive.select(Codes.from_dense(windowed), 0.01, "cosine")
         assert stats.pairs.tolist() == torch.stack([chosen.first, chosen.second], dim=1).tolist()
         f_BN = dense(batch).detach().requires_grad_()
         expected, correlations = naive.penalty(
@@ -159,16 +158,16 @@ def test_evaluation_mode_reads_what_is_remembered_and_changes_nothing():
 
 def test_a_window_holds_the_last_batches_in_order_and_as_little_as_it_can():
     window = CodesWindow(2)
-    made = [from_indices(batch["indices"], batch["values"], 200) for batch in batches(3)]
-    made.insert(1, from_dense(torch.zeros(5, 200)))
-    for entries in made:
-        window.push(entries)
+    made = [Codes.from_topk(batch["indices"], batch["values"], 200) for batch in batches(3)]
+    made.insert(1, Codes.from_dense(torch.zeros(5, 200)))
+    for codes in made:
+        window.push(codes)
     assert (window.n_batches, window.full) == (2, True)
-    assert torch.equal(to_dense(window.entries(200)), torch.cat([to_dense(entries) for entries in made[-2:]]))
+    assert torch.equal(window.codes(200).to_dense(), torch.cat([codes.to_dense() for codes in made[-2:]]))
     held = sum(tensor.numel() * tensor.element_size() for tensor in window.state_dict().values())
     assert held <= 2 * 64 * 8 * 8 + 2 * 64 * 8 + 16
     window.clear()
-    assert window.n_batches == 0 and window.entries(200).n_rows == 0
+    assert window.n_batches == 0 and window.codes(200).n_rows == 0
 
 
 def test_every_refresh_logs_what_the_selection_rests_on():

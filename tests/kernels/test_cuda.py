@@ -5,7 +5,7 @@ import torch
 
 from unbraid.config import OptimiserConfig, SAEConfig
 from unbraid.kernels import products
-from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.codes import Codes
 from unbraid.sae import build
 from unbraid.sae.build import ARCHITECTURES
 from unbraid.training.optimiser import SAEOptimiser
@@ -18,15 +18,15 @@ def test_products_on_cuda_equal_those_on_the_cpu_and_repeat_bit_for_bit():
     generator = torch.Generator().manual_seed(0)
     active = torch.rand(300, N, generator=generator) < 0.05
     pairs = active.nonzero(as_tuple=True)
-    here = Pattern.from_rows(*pairs, *active.shape)
-    there = Pattern.from_rows(*(index.cuda() for index in pairs), *active.shape)
     values = torch.randn(len(pairs[0]), generator=generator)
+    here = Codes.from_rows(*pairs, values, *active.shape)
+    there = Codes.from_rows(*(part.cuda() for part in (*pairs, values)), *active.shape)
     x_BD, W_ND = torch.randn(300, D, generator=generator), torch.randn(N, D, generator=generator)
     for name, arguments in {
-        "weighted_rows": (values, W_ND),
-        "weighted_columns": (values, x_BD),
+        "weighted_rows": (W_ND,),
+        "weighted_columns": (x_BD,),
         "entry_dots": (x_BD, W_ND),
-        "sums_by_feature": (values,),
+        "sums_by_feature": (),
     }.items():
         product = getattr(products, name)
         result = product(there, *(tensor.cuda() for tensor in arguments))

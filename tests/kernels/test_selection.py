@@ -1,11 +1,12 @@
 """Selection against sorting everything: the same entries, whatever the shape, the ties and the guess."""
 
 import pytest
+import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.kernels import reference, selection
+from unbraid.kernels import selection
 
 
 @st.composite
@@ -51,26 +52,26 @@ def test_entries_above_a_threshold_are_all_found_in_order(pre_BN, threshold, one
     threshold_N = torch.full((pre_BN.shape[1],), threshold)
     if one_each:
         threshold_N += torch.linspace(0, 1, len(threshold_N))
-    pattern, values = selection.entries_above(pre_BN, threshold_N if one_each else threshold)
+    codes = selection.entries_above(pre_BN, threshold_N if one_each else threshold)
     rows, features = reference.entries_above(pre_BN, threshold_N)
-    assert torch.equal(pattern.rows, rows) and torch.equal(pattern.indices, features)
-    assert torch.equal(values, pre_BN[rows, features])
-    assert pattern.offsets.tolist() == [int((rows < b).sum()) for b in range(len(pre_BN) + 1)]
+    assert torch.equal(codes.rows(), rows) and torch.equal(codes.indices, features)
+    assert torch.equal(codes.values, pre_BN[rows, features])
+    assert codes.offsets.tolist() == [int((rows < b).sum()) for b in range(len(pre_BN) + 1)]
 
 
 @given(matrices(), st.integers(1, 300), st.sampled_from([0.0, 0.01, 0.5, 1.0, 2.0, 99.0]))
 def test_batch_top_k_does_not_depend_on_the_guess(pre_BN, count, guess):
-    pattern, values = selection.batch_top_k(pre_BN, count, guess)
+    codes = selection.batch_top_k(pre_BN, count, guess)
     rows, features = reference.batch_top_k(pre_BN, count)
-    assert torch.equal(pattern.rows, rows) and torch.equal(pattern.indices, features)
-    assert (values > 0).all()
+    assert torch.equal(codes.rows(), rows) and torch.equal(codes.indices, features)
+    assert (codes.values > 0).all()
 
 
 @given(matrices(levels=2), st.integers(1, 60), st.sampled_from([0.0, 0.5, 1.0]))
 def test_batch_top_k_gives_ties_at_the_cut_to_the_earlier_entry(pre_BN, count, guess):
-    pattern, _ = selection.batch_top_k(pre_BN, count, guess)
+    codes = selection.batch_top_k(pre_BN, count, guess)
     rows, features = reference.batch_top_k(pre_BN, count)
-    assert torch.equal(pattern.rows, rows) and torch.equal(pattern.indices, features)
+    assert torch.equal(codes.rows(), rows) and torch.equal(codes.indices, features)
 
 
 @given(matrices())

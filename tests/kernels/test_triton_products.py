@@ -1,12 +1,12 @@
 """The Triton kernels against plain loops: interpreted on CPU tensors here, compiled where there is a GPU."""
 
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unbraid.kernels import reference
-from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.codes import Codes
 
 pytest.importorskip("triton")
 from unbraid.kernels import products_triton
@@ -17,21 +17,21 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def problem(seed: int, rows: int, features: int, width: int, density: float, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     active = torch.rand(rows, features, generator=generator) < density
-    pattern = Pattern.from_rows(*active.nonzero(as_tuple=True), *active.shape)
-    values = torch.randn(pattern.indices.numel(), generator=generator, dtype=dtype)
+    pairs = active.nonzero(as_tuple=True)
+    codes = Codes.from_rows(*pairs, torch.randn(len(pairs[0]), generator=generator, dtype=dtype), *active.shape)
     x_BD = torch.randn(rows, width, generator=generator, dtype=dtype)
-    return pattern, values, x_BD, torch.randn(features, width, generator=generator, dtype=dtype)
+    return codes, x_BD, torch.randn(features, width, generator=generator, dtype=dtype)
 
 
-def compare(pattern, values, x_BD, W_ND, **tolerance):
-    entries = pattern.by_feature
+def compare(codes, x_BD, W_ND, **tolerance):
+    offsets, order = codes.feature_offsets, codes.order
     there = lambda *tensors: [tensor.to(DEVICE) for tensor in tensors]  # noqa: E731
-    rows = products_triton.segment_sums(*there(pattern.offsets, pattern.indices, values, W_ND))
-    columns = products_triton.segment_sums(*there(entries.offsets, entries.rows, values[entries.order], x_BD))
-    dots = products_triton.entry_dots(*there(entries.offsets, entries.rows, x_BD, W_ND))
-    torch.testing.assert_close(rows.cpu(), reference.weighted_rows(pattern, values, W_ND), **tolerance)
-    torch.testing.assert_close(columns.cpu(), reference.weighted_columns(pattern, values, x_BD), **tolerance)
-    torch.testing.assert_close(dots.cpu(), reference.entry_dots(pattern, x_BD, W_ND)[entries.order], **tolerance)
+    rows = products_triton.segment_sums(*there(codes.offsets, codes.indices, codes.values, W_ND))
+    columns = products_triton.segment_sums(*there(offsets, codes.rows_by_feature, codes.values[order], x_BD))
+    dots = products_triton.entry_dots(*there(offsets, codes.rows_by_feature, x_BD, W_ND))
+    torch.testing.assert_close(rows.cpu(), reference.weighted_rows(codes, W_ND), **tolerance)
+    torch.testing.assert_close(columns.cpu(), reference.weighted_columns(codes, x_BD), **tolerance)
+    torch.testing.assert_close(dots.cpu(), reference.entry_dots(codes, x_BD, W_ND)[order], **tolerance)
 
 
 @settings(max_examples=12)

@@ -283,7 +283,7 @@ def test_denoising_corrupts_what_the_encoder_sees_and_reconstructs_the_clean_inp
 def test_sparse_filtering_does_not_mind_how_strongly_a_feature_fires():
     sae, x = make("sparse_filtering"), batch(40)
     codes = sae.training_forward(x, path="sparse").codes
-    louder = Codes.at(codes.pattern, codes.values * torch.where(codes.indices % 2 == 0, 3.0, 1.0))
+    louder = codes.with_values(codes.values * torch.where(codes.indices % 2 == 0, 3.0, 1.0))
     torch.testing.assert_close(sae.sparsity(codes), sae.sparsity(louder))
     one_each = Codes.from_dense(torch.eye(8))
     assert sae.sparsity(one_each).item() == pytest.approx(1.0)

@@ -51,9 +51,9 @@ class DecorrelationConfig(Section):
     """Features per random block when codes are too dense for the exact path."""
     pair_budget: int = Field(default=64_000_000, ge=1)
     """Most co-activations W of a batch the exact path enumerates before blocks take over."""
-    path: Literal["auto", "coactive", "blocks", "tiled", "naive"] = "auto"
-    """auto: coactive (exact) within pair_budget, blocks above it; tiled: exact for dense codes, slow; naive: the N x N
-    oracle."""
+    path: Literal["auto", "coactive", "blocks", "tiled"] = "auto"
+    """How pairs are found. Of codes: coactive is exact, blocks samples dense codes, auto is coactive within
+    pair_budget. space=decoder: auto keeps lists of neighbours, tiled compares all rows at each selection."""
     scan_rows: int = Field(default=256, ge=1)
     """space=decoder: rows compared with all others at each penalised step; S is first chosen when all have been."""
     neighbours: int = Field(default=16, ge=1)

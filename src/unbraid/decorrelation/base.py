@@ -1,18 +1,28 @@
-"""What every penalty on features shares: how it is called, and when it acts."""
+"""What every penalty on features shares: how it is called, when it acts, and how its gradient enters autograd.
+
+A gradient worked out by hand enters as one node: nothing of a selection is recorded, the gradient exists once and
+reaches only what it belongs to. Codes are checked here, once, and nowhere behind it.
+
+Codes of an SAE that is split by features over ranks are brought together on every one of them. What travels is what
+fires: of each active entry its feature and its value, and how many there are a row. Every rank then knows all codes; it
+looks for pairs whose lower feature is its own, so the slices share out the co-activations and no pair is looked at
+twice.
+"""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from unbraid.config import DecorrelationConfig
-from unbraid.decorrelation.across import gathered
 from unbraid.decorrelation.decoder_rows import require_decoder
-from unbraid.decorrelation.entries import Batch, SparseCodes
-from unbraid.decorrelation.gradient import attached
-from unbraid.decorrelation.hinge import Evaluation
+from unbraid.decorrelation.selection import Evaluation
 from unbraid.decorrelation.stats import DecorrelationStats
 from unbraid.distributed.shard import Shard
+from unbraid.errors import CodesError
+from unbraid.kernels.codes import Codes, positive_entries, require_codes, require_matrix
 
 DEFAULTS = DecorrelationConfig()
 
@@ -30,14 +40,14 @@ class Penalty(nn.Module, ABC):
 
     Attributes:
         reads_codes: whether calls must bring codes; in decoder space most penalties do not look at them.
+        remembers: whether calls change more than their number.
         shard: set where codes come from an SAE split by features: the slice they are of. Stats then name the pairs
             whose first feature is in it.
     """
 
     step: Tensor
-    shard: Shard | None = None
     remembers: bool = False
-    """Whether calls change more than their number."""
+    shard: Shard | None = None
 
     def __init__(self, interval: int, seed: int, space: str, *, counts_calls: bool = False):
         super().__init__()
@@ -53,38 +63,38 @@ class Penalty(nn.Module, ABC):
         indices: Tensor | None = None,
         values: Tensor | None = None,
         n_features: int | None = None,
-        codes: SparseCodes | None = None,
+        codes: Codes | Any = None,
         decoder: Tensor | None = None,
     ) -> tuple[Tensor, DecorrelationStats]:
         """The penalty of one batch.
 
         Args:
             f: codes [B, N], dense or a sparse tensor, or
-            indices: [B, K] feature ids with `values` [B, K] (0 is padding) and `n_features` N, or
-            codes: an object with CSR `offsets`, `indices`, `values` and `n_features`.
+            indices: [B, K] feature ids with `values` [B, K] (0 is padding; a feature named twice in a row counts with
+                its sum) and `n_features` N, or
+            codes: `Codes`, or any object with its `offsets`, `indices`, `values` and `n_features`.
             decoder: [N, D], a row a feature; penalties on decoder rows need it and may do without codes.
 
         Raises:
             CodesError: codes or decoder are missing, of the wrong shape, not finite, or negative.
         """
-        batch, decoder = self._inputs(f, indices, values, n_features, codes, decoder)
-        target = decoder
-        if self.space == "codes":
-            assert batch is not None
-            target = batch.source
-        assert target is not None
+        given = None if not self.reads_codes else codes_of(f, indices, values, n_features, codes)
+        target = self._target(given, decoder)
         acts = self._count_call()
+        if not acts and not self.remembers:
+            return attached(target, 0.0, None), DecorrelationStats("skipped", refreshed=False, penalised=False)
+        if isinstance(given, Tensor) and (self.shard is not None or not self.takes_dense(given)):
+            given = positive_entries(given if self.space == "codes" else given.detach())
+            target = given.values if self.space == "codes" else target
+        own = None
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-            everything = None
-            if batch is not None and self.shard is not None:
-                everything = gathered(batch.entries, self.shard)
-            found, stats = self.find(Batch(codes=everything.entries) if everything else batch, decoder, acts)
+            if isinstance(given, Codes) and self.shard is not None:
+                given, own = gathered(given, self.shard)
+            found, stats = self.find(given, decoder, acts)
             stats = stats if self.shard is None else stats.of(self.shard)
-        if found is None or not acts:
+        if found is None:
             return attached(target, 0.0, None), stats
-        gradient = found.gradient if everything is None else found.gradient[everything.own]
-        if batch is not None and self.space == "codes" and gradient.shape != target.shape:
-            target = batch.entries.values
+        gradient = found.gradient if own is None else found.gradient[own]
         return attached(target, self.interval * found.penalty, self.interval * gradient), stats
 
     @torch.compiler.disable
@@ -96,7 +106,7 @@ class Penalty(nn.Module, ABC):
         indices: Tensor | None = None,
         values: Tensor | None = None,
         n_features: int | None = None,
-        codes: SparseCodes | None = None,
+        codes: Codes | Any = None,
         decoder: Tensor | None = None,
     ) -> None:
         """A call whose penalty nobody asks for: what is remembered ends as after `forward`, without the cost of R.
@@ -106,27 +116,39 @@ class Penalty(nn.Module, ABC):
         acts = self._count_call()
         if not (self.remembers and self.training):
             return
-        batch, decoder = self._inputs(f, indices, values, n_features, codes, decoder)
-        if batch is not None and self.shard is not None:
-            batch = Batch(codes=gathered(batch.entries, self.shard).entries)
-        source = decoder if batch is None else batch.source
-        assert source is not None
-        with torch.autocast(source.device.type, enabled=False):
-            self.remember(batch, decoder, acts)
+        given = None if not self.reads_codes else codes_of(f, indices, values, n_features, codes)
+        target = self._target(given, decoder)
+        if isinstance(given, Tensor) and (self.shard is not None or not self.takes_dense(given)):
+            given = positive_entries(given)
+        if isinstance(given, Codes) and self.shard is not None:
+            given, _ = gathered(given, self.shard)
+        with torch.autocast(target.device.type, enabled=False):
+            self.remember(given, decoder, acts)
 
-    def _inputs(
-        self,
-        f: Tensor | None,
-        indices: Tensor | None,
-        values: Tensor | None,
-        n_features: int | None,
-        codes: SparseCodes | None,
-        decoder: Tensor | None,
-    ) -> tuple[Batch | None, Tensor | None]:
-        batch = Batch(f, indices, values, n_features, codes) if self.reads_codes else None
-        if self.space != "codes":
-            decoder = require_decoder(decoder, batch.n_features if batch else None)
-        return batch, decoder
+    def takes_dense(self, f_BN: Tensor) -> bool:
+        """Whether these dense codes are looked at as they are, not as the list of their active entries."""
+        return False
+
+    @abstractmethod
+    def find(
+        self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool
+    ) -> tuple[Evaluation | None, DecorrelationStats]:
+        """Value and gradient, if there is something to penalise on this call, and the stats.
+
+        Called with dense codes only where `takes_dense` says so, and where nothing is remembered only when `acts`.
+        """
+
+    def remember(self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool) -> None:
+        """What `find` does to the state, for penalties that remember."""
+
+    def _target(self, codes: Codes | Tensor | None, decoder: Tensor | None) -> Tensor:
+        """What the gradient belongs to."""
+        source = codes.values if isinstance(codes, Codes) else codes
+        if self.space == "codes":
+            assert source is not None
+            return source
+        width = codes.n_features if isinstance(codes, Codes) else codes.shape[1] if codes is not None else None
+        return require_decoder(decoder, width, None if source is None else source.device)
 
     def _count_call(self) -> bool:
         """Whether this call penalises."""
@@ -135,11 +157,97 @@ class Penalty(nn.Module, ABC):
             self.step += 1
         return acts
 
-    def remember(self, batch: Batch | None, decoder: Tensor | None, acts: bool) -> None:
-        """What `find` does to the state, for penalties whose `remembers` is true."""
 
-    @abstractmethod
-    def find(
-        self, batch: Batch | None, decoder: Tensor | None, acts: bool
-    ) -> tuple[Evaluation | None, DecorrelationStats]:
-        """Value and gradient, if there is something to penalise on this call, and the stats."""
+def codes_of(
+    f: Tensor | None,
+    indices: Tensor | None,
+    values: Tensor | None,
+    n_features: int | None,
+    codes: Codes | Any,
+) -> Codes | Tensor:
+    """The codes of a call, checked: a dense tensor as it is, every other form as `Codes`.
+
+    Raises:
+        CodesError: no or several forms of codes were passed, or they are not codes.
+    """
+    forms = sum((f is not None, indices is not None or values is not None, codes is not None))
+    if forms != 1:
+        raise CodesError(
+            f"{forms} forms of codes were passed; expected exactly one: dense codes, indices= with values= and "
+            "n_features=, or codes="
+        )
+    if codes is not None:
+        if isinstance(codes, Codes):
+            require_codes(codes.values)
+            return codes
+        parts: list[Any] = [getattr(codes, name, None) for name in ("offsets", "indices", "values", "n_features")]
+        if any(part is None for part in parts):
+            raise CodesError(
+                f"codes= is a {type(codes).__name__}; expected an object with offsets, indices, values and n_features; "
+                "pass dense codes as the first argument"
+            )
+        return Codes(*parts)
+    if f is None:
+        if indices is None or values is None or n_features is None:
+            raise CodesError("indices, values and n_features belong together, and one is missing; pass all three")
+        require_matrix(values, "values", "[B, K]")
+        require_codes(values)
+        return Codes.from_topk(indices, values, n_features)
+    require_matrix(f, "codes", "[B, N]")
+    if f.layout == torch.strided:
+        require_codes(f)
+        return f
+    coordinates = f.to_sparse_coo().coalesce()
+    require_codes(coordinates.values())
+    kept = (coordinates.values() > 0).nonzero().squeeze(1)
+    rows, features = coordinates.indices()[:, kept]
+    return Codes.from_rows(rows, features, coordinates.values()[kept], *f.shape)
+
+
+class _KnownGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, value: float, gradient: Tensor | None) -> Tensor:
+        ctx.gradient = gradient
+        dtype = torch.promote_types(source.dtype, torch.float32)
+        return torch.tensor(value, dtype=dtype, device=source.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        gradient = ctx.gradient
+        return None if gradient is None else gradient * grads[0].to(gradient.dtype), None, None
+
+
+def attached(source: Tensor, value: float, gradient: Tensor | None) -> Tensor:
+    """A scalar that is `value` and whose gradient with respect to `source` is `gradient` (none: zero).
+
+    Differentiable once. At least float32, whatever the codes are.
+    """
+    gradient = None if gradient is None else gradient.to(source.dtype)
+    return _KnownGradient.apply(source, float(value), gradient)  # pyright: ignore[reportReturnType]
+
+
+def gathered(codes: Codes, shard: Shard) -> tuple[Codes, Tensor]:
+    """All codes [B, N] from each rank's slice [B, n], without a graph, and which of the entries are this rank's.
+
+    Slices are contiguous, so rows stay sorted by feature.
+    """
+    values = codes.values.detach()
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    counts_B = codes.offsets.diff()
+    message = torch.cat([counts_B.int(), (codes.indices + shard.start).int(), values.view(torch.int32)])
+    messages = shard.ranks.gather_ragged(message)
+    n_rows, words = codes.n_rows, values.element_size() // 4
+    counts_RB = torch.stack([message[:n_rows] for message in messages]).long()
+    ends_BR = counts_RB.T.reshape(-1).cumsum(0).view(n_rows, -1)
+    all_rows = torch.repeat_interleave(torch.arange(n_rows, device=values.device), counts_RB.sum(0))
+    all_indices, all_values = torch.empty_like(all_rows), values.new_empty(all_rows.numel())
+    own = all_rows
+    for rank, (message, counts_B) in enumerate(zip(messages, counts_RB, strict=True)):
+        places = torch.arange(int(counts_B.sum()), device=values.device)
+        places += torch.repeat_interleave(ends_BR[:, rank] - counts_B.cumsum(0), counts_B)
+        all_indices[places] = message[n_rows : n_rows + places.numel()].long()
+        # Copied, because a view as wider numbers must start at a multiple of their size.
+        all_values[places] = message[n_rows + places.numel() :][: words * places.numel()].clone().view(values.dtype)
+        own = places if rank == shard.ranks.rank else own
+    return Codes.from_rows(all_rows, all_indices, all_values, n_rows, shard.n_features), own

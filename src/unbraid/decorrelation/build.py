@@ -12,7 +12,7 @@ from unbraid.decorrelation.comparators import (
     StaticGroups,
 )
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
-from unbraid.decorrelation.threshold import Threshold
+from unbraid.decorrelation.window import Threshold
 from unbraid.distributed.shard import Shard
 from unbraid.errors import ConfigError
 from unbraid.randomness import derive_seed

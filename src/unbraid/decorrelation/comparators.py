@@ -5,22 +5,29 @@ decoder penalty, and random pairs (as many as S, the control for "selective").
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unbraid.decorrelation import coactive, token_gram
+from unbraid.decorrelation import coactive
 from unbraid.decorrelation.base import Penalty
-from unbraid.decorrelation.decoder_rows import UnitRows, unit_rows
-from unbraid.decorrelation.entries import Batch, Entries
-from unbraid.decorrelation.hinge import Evaluation, add_at
-from unbraid.decorrelation.measure import Measure
+from unbraid.decorrelation.blocks import entries_of_block
+from unbraid.decorrelation.measure import Measure, Scaled, scaled, unit_rows
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
-from unbraid.decorrelation.selection import Selection, live_pairs, low_support
+from unbraid.decorrelation.selection import Evaluation, Selection, add_at, live_pairs, low_support, moments
 from unbraid.decorrelation.stats import DecorrelationStats, stats_of
-from unbraid.decorrelation.threshold import Threshold
+from unbraid.decorrelation.window import Threshold
+from unbraid.kernels.codes import Codes
 from unbraid.randomness import derive_seed, generator
+
+RARE = 64
+"""Firings up to which listing n^2 products beats a dense column of a B x B product."""
+COLUMNS = 512
+"""Dense columns at a time."""
+MEETINGS = 1_000_000
+"""Listed products at a time."""
 
 
 class NoDecorrelation(Penalty):
@@ -30,10 +37,14 @@ class NoDecorrelation(Penalty):
         super().__init__(interval=1, seed=0, space="codes")
 
     def find(
-        self, batch: Batch | None, decoder: Tensor | None, acts: bool
+        self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool
     ) -> tuple[Evaluation | None, DecorrelationStats]:
         """See `Penalty.find`."""
         return None, DecorrelationStats("none", refreshed=False, penalised=False)
+
+    def takes_dense(self, f_BN: Tensor) -> bool:
+        """They are not looked at."""
+        return True
 
 
 class GlobalDecorrelation(Penalty):
@@ -44,17 +55,20 @@ class GlobalDecorrelation(Penalty):
         self.measure: Measure = measure
 
     def find(
-        self, batch: Batch | None, decoder: Tensor | None, acts: bool
+        self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool
     ) -> tuple[Evaluation | None, DecorrelationStats]:
         """See `Penalty.find`."""
-        assert batch is not None
-        if not acts:
-            return None, DecorrelationStats("global", refreshed=False, penalised=False)
-        found, mean, std, n_live = token_gram.mean_square(batch.entries, self.measure)
-        stats = DecorrelationStats(
-            "global", found.penalty, mean=mean, std=std, n_live=n_live, nominal=live_pairs(n_live)
+        assert isinstance(codes, Codes)
+        found, mean, std, n_live = mean_square(codes, self.measure)
+        return found, DecorrelationStats(
+            "global",
+            found.penalty,
+            mean=mean,
+            std=std,
+            n_live=n_live,
+            nominal=live_pairs(n_live),
+            co_activations=codes.co_activations(),
         )
-        return found, dataclasses.replace(stats, co_activations=batch.co_activations)
 
 
 class StaticGroups(Penalty):
@@ -76,37 +90,36 @@ class StaticGroups(Penalty):
         return torch.empty_like(order).index_copy_(0, order, torch.arange(n_features) % self.groups)
 
     def find(
-        self, batch: Batch | None, decoder: Tensor | None, acts: bool
+        self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool
     ) -> tuple[Evaluation | None, DecorrelationStats]:
         """See `Penalty.find`."""
-        assert batch is not None
+        assert isinstance(codes, Codes)
         if not acts:
-            return None, DecorrelationStats("static groups", refreshed=False, penalised=False)
-        entries = batch.entries
-        selection, tau = self._choose(entries)
-        found = coactive.evaluate(entries, selection.first, selection.second, selection.nominal, tau, self.measure)
-        stats = stats_of("static groups", selection, tau, found)
-        return found, dataclasses.replace(stats, co_activations=batch.co_activations)
+            return None, DecorrelationStats("skipped", refreshed=False, penalised=False)
+        selection = self._select(codes)
+        found = coactive.evaluate(codes, selection, self.measure)
+        return found, stats_of("static groups", selection, found, codes.co_activations())
 
-    def remember(self, batch: Batch | None, decoder: Tensor | None, acts: bool) -> None:
+    def remember(self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool) -> None:
         """See `Penalty.remember`."""
-        if acts and batch is not None:
-            self._choose(batch.entries)
+        if acts and isinstance(codes, Codes):
+            self._select(codes)
 
-    def _choose(self, entries: Entries) -> tuple[Selection, float]:
-        groups = self.group_of(entries.n_features).to(entries.indices.device)
-        selection = coactive.select_inside_groups(entries, groups, self.groups, self.measure)
-        return selection, self.threshold(selection.mean, selection.std, selection.n_live, entries.n_rows)
+    def _select(self, codes: Codes) -> Selection:
+        groups = self.group_of(codes.n_features).to(codes.indices.device)
+        selection = coactive.select_inside_groups(codes, groups, self.groups, self.measure)
+        tau = self.threshold(selection.mean, selection.std, selection.n_live, codes.n_rows)
+        return dataclasses.replace(selection, tau=tau)
 
 
 class RandomPairs(SelectiveDecorrelation):
     """As many pairs as S, drawn at random from the live pairs at every selection; tau as for S."""
 
-    def select(self, entries: Entries, path: str) -> Selection:
+    def top_pairs(self, codes: Codes) -> Selection:
         """Random pairs in the place of the top ones."""
-        selection = super().select(entries, path)
-        live = (entries.supported(self.config.min_support).support > 0).nonzero().squeeze(1)
-        draw = derive_seed(self.seed, "random pairs", float(entries.values.sum(dtype=torch.float64)).hex())
+        selection = super().top_pairs(codes)
+        live = (codes.support >= self.config.min_support).nonzero().squeeze(1)
+        draw = derive_seed(self.seed, "random pairs", float(codes.values.sum(dtype=torch.float64)).hex())
         numbers = distinct_numbers(live_pairs(live.numel()), selection.nominal, draw).to(live.device)
         first, second = pairs_of_numbers(numbers)
         first, second = live[first], live[second]
@@ -116,7 +129,7 @@ class RandomPairs(SelectiveDecorrelation):
             second=second,
             correlations=torch.zeros_like(first, dtype=selection.correlations.dtype),
             limit="fraction",
-            low_support=low_support(entries.support, first, second),
+            low_support=low_support(codes.support, first, second),
         )
         return drawn if self.shard is None else drawn.of(self.shard)
 
@@ -129,20 +142,18 @@ class OrthogonalDecoder(Penalty):
         self.chunk = chunk
 
     def find(
-        self, batch: Batch | None, decoder: Tensor | None, acts: bool
+        self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool
     ) -> tuple[Evaluation | None, DecorrelationStats]:
         """See `Penalty.find`."""
         assert decoder is not None
-        if not acts:
-            return None, DecorrelationStats("orthogonal", refreshed=False, penalised=False)
         order = torch.randperm(decoder.shape[0], generator=generator(self.seed, "orthogonal", int(self.step)))
         found = nearest_in_chunk(unit_rows(decoder), order.to(decoder.device), self.chunk)
         return found, DecorrelationStats("orthogonal", found.penalty)
 
 
-def nearest_in_chunk(rows: UnitRows, order: Tensor, size: int) -> Evaluation:
+def nearest_in_chunk(rows: Scaled, order: Tensor, size: int) -> Evaluation:
     """mean_chunks mean_i (max_{j in chunk, j != i} cos(d_i, d_j))^2 over ceil(N / size) chunks of `order`."""
-    unit_ND, n_rows = rows.unit_ND, rows.unit_ND.shape[0]
+    unit_ND, n_rows = rows.values, rows.values.shape[0]
     gradient = torch.zeros_like(unit_ND)
     nearest = unit_ND.new_zeros(n_rows)
     value, chunks = 0.0, [chunk for chunk in order.tensor_split(max(1, -(-n_rows // size))) if chunk.numel() > 1]
@@ -194,3 +205,77 @@ def pairs_of_numbers(numbers: Tensor) -> tuple[Tensor, Tensor]:
     second = torch.where(second * (second - 1) // 2 > numbers, second - 1, second)
     second = torch.where(second * (second + 1) // 2 <= numbers, second + 1, second)
     return numbers - second * (second - 1) // 2, second
+
+
+def mean_square(codes: Codes, measure: Measure) -> tuple[Evaluation, float, float, int]:
+    """The mean of C^2 over live pairs, its gradient at active entries, mu, sigma, and the number of live features."""
+    z = scaled(codes, measure)
+    values = z.values  # Stays float64 for Pearson, where the Gram matrix is centred after the product.
+    if z.shift is None:
+        values = values.to(torch.promote_types(codes.values.dtype, torch.float32))
+    n_live = int((codes.support > 0).sum())
+    n_pairs = live_pairs(n_live)
+    gram_BB = token_gram(codes, values)
+    row_sums = add_at(z.values.new_zeros(codes.n_rows), codes.rows(), z.values)
+    norms = add_at(torch.zeros_like(z.inverse_norm), codes.indices, z.values**2)
+    if z.shift is not None:
+        gram_BB = gram_BB - gram_BB.mean(0) - gram_BB.mean(1, keepdim=True) + gram_BB.mean()
+        row_sums = row_sums - z.shift.sum() / max(codes.n_rows, 1) ** 0.5
+        norms = norms - z.shift**2
+    squares = float(torch.linalg.vector_norm(gram_BB, dtype=torch.float64)) ** 2
+    mean, std = moments(float((row_sums**2).sum() - norms.sum()) / 2, (squares - float((norms**2).sum())) / 2, n_pairs)
+    slope = times_codes(gram_BB, codes, values).double() * (2 / max(n_pairs, 1))
+    own = add_at(torch.zeros_like(z.inverse_norm), codes.indices, slope * z.values)[codes.indices]
+    centred = z.values
+    if z.shift is not None:
+        centred = z.values - (z.shift / max(codes.n_rows, 1) ** 0.5)[codes.indices]
+    movable = torch.where(codes.support > 1, z.inverse_norm, 0.0)[codes.indices]
+    value = mean * mean + std * std
+    return Evaluation(value, (slope - own * centred) * movable, torch.empty(0, dtype=torch.float64)), mean, std, n_live
+
+
+def token_gram(codes: Codes, values: Tensor) -> Tensor:
+    """Z Z^T [B, B]."""
+    n_rows = codes.n_rows
+    gram = values.new_zeros(n_rows * n_rows)
+    for one, other in meetings_of_rare_features(codes):
+        gram = add_at(gram, codes.rows()[one] * n_rows + codes.rows()[other], values[one] * values[other])
+    gram_BB = gram.reshape(n_rows, n_rows)
+    for ids, rows, columns, width in dense_features(codes):
+        z_Bc = values.new_zeros(n_rows, width)
+        z_Bc[rows, columns] = values[ids]
+        gram_BB.addmm_(z_Bc, z_Bc.T)
+    return gram_BB
+
+
+def times_codes(gram_BB: Tensor, codes: Codes, values: Tensor) -> Tensor:
+    """(Z Z^T) Z at the active entries."""
+    out = torch.zeros_like(values)
+    for one, other in meetings_of_rare_features(codes):
+        out = add_at(out, one, gram_BB[codes.rows()[one], codes.rows()[other]] * values[other])
+    for ids, rows, columns, width in dense_features(codes):
+        z_Bc = values.new_zeros(codes.n_rows, width)
+        z_Bc[rows, columns] = values[ids]
+        out[ids] = (gram_BB @ z_Bc)[rows, columns]
+    return out
+
+
+def dense_features(codes: Codes) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Frequent features, a few at a time: their entries, rows and columns, and how many features."""
+    for block in (codes.support > RARE).nonzero().squeeze(1).split(COLUMNS):
+        yield *entries_of_block(codes, block), block.numel()
+
+
+def meetings_of_rare_features(codes: Codes) -> Iterator[tuple[Tensor, Tensor]]:
+    """All ordered pairs of entries (an entry with itself, too) of the same rare feature."""
+    support = codes.support
+    rare = ((support > 0) & (support <= RARE)).nonzero().squeeze(1)
+    for block in rare.split(MEETINGS // RARE**2):
+        ids, _, columns = entries_of_block(codes, block)
+        lengths = support[block]
+        repeats = lengths[columns]
+        one = torch.repeat_interleave(torch.arange(ids.numel(), device=ids.device), repeats)
+        run_starts = repeats.cumsum(0) - repeats
+        feature_starts = lengths.cumsum(0) - lengths
+        other = torch.arange(one.numel(), device=ids.device) - run_starts[one] + feature_starts[columns][one]
+        yield ids[one], ids[other]

@@ -8,52 +8,53 @@ Only such a feature can have a mean above sqrt(B) standard deviations, so no shi
 keeps its digits.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unbraid.decorrelation.entries import Entries
-from unbraid.decorrelation.hinge import add_at
+from unbraid.decorrelation.selection import add_at
+from unbraid.errors import CodesError
+from unbraid.kernels.codes import Codes
 
 Measure = Literal["cosine", "pearson"]
 CONSTANT = 1e-36
 """Centred sums of squares up to this share of the plain ones are the rounding of a constant."""
+SAFE = 1e15
+"""Norms between 1 / this and this are squares in float32's range."""
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """Entries scaled so that a correlation is a dot product minus a product of shifts; float64, no gradient."""
+class Scaled(NamedTuple):
+    """Features or decoder rows, scaled so that a correlation is a dot product (minus a product of shifts)."""
 
     values: Tensor
-    """[nnz] z at active entries."""
+    """z: at active entries [nnz] in float64, or the unit rows of a decoder [N, D]; no gradient."""
     inverse_norm: Tensor
-    """[N] 1 / (centred) norm, 0 for features that never fire or never vary."""
-    shift: Tensor | None
+    """[N] 1 / (centred) norm, float64; 0 for features that never fire or never vary, and for rows of zeros."""
+    shift: Tensor | None = None
     """[N] for Pearson; none for cosine."""
 
 
-def scaled(entries: Entries, measure: Measure) -> Scaled:
-    """Scale the features of a batch for `measure`."""
-    values = entries.values.detach().double()
-    n_features, n_rows = entries.n_features, entries.n_rows
-    squares = add_at(values.new_zeros(n_features), entries.indices, values * values)
+def scaled(codes: Codes, measure: Measure) -> Scaled:
+    """The features of a batch, at their active entries."""
+    values = codes.values.detach().double()
+    n_features, n_rows = codes.n_features, codes.n_rows
+    squares = add_at(values.new_zeros(n_features), codes.indices, values * values)
     if measure == "cosine":
         inverse = torch.where(squares > 0, squares, torch.inf).rsqrt()
-        return Scaled(values * inverse[entries.indices], inverse, None)
-    means = add_at(values.new_zeros(n_features), entries.indices, values) / max(n_rows, 1)
-    centred = values - means[entries.indices]
-    rest = add_at(torch.zeros_like(means), entries.indices, centred)
-    always = entries.support == n_rows
+        return Scaled(values * inverse[codes.indices], inverse)
+    means = add_at(values.new_zeros(n_features), codes.indices, values) / max(n_rows, 1)
+    centred = values - means[codes.indices]
+    rest = add_at(torch.zeros_like(means), codes.indices, centred)
+    always = codes.support == n_rows
     # The mean of what is left corrects the rounding of the first mean, which may exceed the spread of the feature.
-    centred = centred - torch.where(always, rest / max(n_rows, 1), 0.0)[entries.indices]
-    norms = add_at(torch.zeros_like(means), entries.indices, centred * centred)
-    norms += (n_rows - entries.support) * means * means
+    centred = centred - torch.where(always, rest / max(n_rows, 1), 0.0)[codes.indices]
+    norms = add_at(torch.zeros_like(means), codes.indices, centred * centred)
+    norms += (n_rows - codes.support) * means * means
     inverse = torch.where(norms > CONSTANT * squares, norms, torch.inf).rsqrt()
     shift = torch.where(always, 0.0, means * inverse * max(n_rows, 1) ** 0.5)
-    return Scaled(torch.where(always[entries.indices], centred, values) * inverse[entries.indices], inverse, shift)
+    return Scaled(torch.where(always[codes.indices], centred, values) * inverse[codes.indices], inverse, shift)
 
 
 def scaled_columns(f_BN: Float[Tensor, "B N"], measure: Measure) -> tuple[Float[Tensor, "B N"], Float[Tensor, " N"]]:
@@ -68,3 +69,36 @@ def scaled_columns(f_BN: Float[Tensor, "B N"], measure: Measure) -> tuple[Float[
     norms = torch.linalg.vector_norm(centred_BN, dim=0) ** 2
     inverse = torch.where(norms > CONSTANT * squares, norms, torch.inf).rsqrt()
     return (centred_BN * inverse).to(dtype), inverse
+
+
+def unit_rows(matrix_ND: Float[Tensor, "N D"]) -> Scaled:
+    """Rows over their norms, in float32 (float64 for float64).
+
+    Raises:
+        CodesError: a row is not finite.
+    """
+    dtype = torch.promote_types(matrix_ND.dtype, torch.float32)
+    matrix_ND = matrix_ND.detach()
+    norms = torch.linalg.vector_norm(matrix_ND, dim=1, dtype=dtype)
+    if norms.numel():
+        low, high = (float(bound) for bound in torch.aminmax(norms))
+        if not 1 / SAFE < low <= high < SAFE:
+            return _unit_rows_of_any_size(matrix_ND, dtype)
+    inverse = torch.where(norms > 0, norms, torch.inf).reciprocal()
+    return Scaled(matrix_ND.to(dtype) * inverse.unsqueeze(1), inverse.double())
+
+
+def _unit_rows_of_any_size(matrix_ND: Tensor, dtype: torch.dtype) -> Scaled:
+    """The same where squares leave the range of the dtype, or a row is zero or not finite."""
+    largest = matrix_ND.abs().amax(1).double()
+    if not bool(largest.isfinite().all()):
+        rows = (~largest.isfinite()).nonzero().squeeze(1)
+        raise CodesError(
+            f"decoder rows {', '.join(map(str, rows[:5].tolist()))}{', ...' if len(rows) > 5 else ''} hold NaN or "
+            "infinity; expected finite numbers; look for the step at which training diverged"
+        )
+    scale = torch.where(largest > 0, largest, 1.0)
+    norms = torch.linalg.vector_norm(matrix_ND.double() / scale.unsqueeze(1), dim=1)
+    inverse = torch.where(norms > 0, norms, torch.inf).reciprocal()
+    unit_ND = (matrix_ND.double() / scale.unsqueeze(1) * inverse.unsqueeze(1)).to(dtype)
+    return Scaled(unit_ND, inverse / scale)

@@ -11,46 +11,22 @@ import torch
 from torch import Tensor
 
 from unbraid.config import DecorrelationConfig, Floor, validated
-from unbraid.decorrelation import coactive, naive, tiled
-from unbraid.decorrelation.across import completed
+from unbraid.decorrelation import coactive
 from unbraid.decorrelation.base import DEFAULTS, Penalty
 from unbraid.decorrelation.blocks import Blocks
 from unbraid.decorrelation.decoder_rows import (
-    UnitRows,
+    NeighbourLists,
     evaluate_rows,
     require_decoder,
     row_moments,
     select_exactly,
-    unit_rows,
 )
-from unbraid.decorrelation.entries import Batch, Entries
-from unbraid.decorrelation.hinge import Evaluation
-from unbraid.decorrelation.measure import Measure
-from unbraid.decorrelation.neighbours import NeighbourLists
-from unbraid.decorrelation.selection import Selection
+from unbraid.decorrelation.measure import Measure, Scaled, unit_rows
+from unbraid.decorrelation.selection import Evaluation, Selection
 from unbraid.decorrelation.stats import DecorrelationStats, stats_of
-from unbraid.decorrelation.threshold import Threshold, ThresholdKind
-from unbraid.decorrelation.window import CodesWindow, FiringCounts, RememberedSelection
+from unbraid.decorrelation.window import CodesWindow, FiringCounts, RememberedSelection, Threshold, ThresholdKind
+from unbraid.kernels.codes import Codes, pairs_within
 from unbraid.randomness import derive_seed
-
-EXACT_PATHS = {"coactive": coactive, "tiled": tiled, "naive": naive}
-
-
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """S and tau for one call, and where they come from."""
-
-    selection: Selection
-    tau: float
-    refreshed: bool
-    overlap: float | None = None
-    blocks: Blocks | None = None
-    """Where S was found, if not on an exact path."""
-
-    @property
-    def penalised(self) -> tuple[Tensor, Tensor, int, float]:
-        """What a path needs to evaluate R: the pairs, |S| and tau."""
-        return self.selection.first, self.selection.second, self.selection.nominal, self.tau
 
 
 class SelectiveDecorrelation(Penalty):
@@ -83,7 +59,7 @@ class SelectiveDecorrelation(Penalty):
         threshold_decay: float = DEFAULTS.threshold_decay,
         floor: Floor = DEFAULTS.floor,
         max_pairs_per_feature: int | None = DEFAULTS.max_pairs_per_feature,
-        path: Literal["auto", "coactive", "blocks", "tiled", "naive"] = DEFAULTS.path,
+        path: Literal["auto", "coactive", "blocks", "tiled"] = DEFAULTS.path,
         pair_budget: int = DEFAULTS.pair_budget,
         block: int = DEFAULTS.block,
         scan_rows: int = DEFAULTS.scan_rows,
@@ -106,152 +82,155 @@ class SelectiveDecorrelation(Penalty):
 
     def exact_selection(self, decoder: Tensor) -> Selection:
         """The true top pairs of decoder rows, on demand: O(N^2 D)."""
-        unit_ND = unit_rows(require_decoder(decoder, None)).unit_ND
+        unit_ND = unit_rows(require_decoder(decoder, None, None)).values
         return select_exactly(unit_ND, self.config.fraction, self.config.max_pairs_per_feature)
 
+    def takes_dense(self, f_BN: Tensor) -> bool:
+        """Codes too dense for the exact path; in decoder space only firings are counted."""
+        return self.space == "decoder" or self._in_blocks(f_BN)
+
     def find(
-        self, batch: Batch | None, decoder: Tensor | None, acts: bool
+        self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool
     ) -> tuple[Evaluation | None, DecorrelationStats]:
         """See `Penalty.find`."""
-        path, rows = self._path(batch), self._rows(decoder, acts)
-        chosen = self._choose(batch, decoder, rows, path, acts)
-        if chosen is None:
-            filling = self.selection is not None and path != "blocks"
-            return None, DecorrelationStats("filling" if filling else path, refreshed=False, penalised=False)
-        found = None
-        if not acts:
-            pass
-        elif rows is not None:
-            found = self._push_rows(rows, chosen)
-        elif chosen.blocks is not None:
-            found = chosen.blocks.evaluate(chosen.selection, chosen.tau)
+        rows = self._rows(decoder, acts)
+        if self.space == "decoder":
+            path, w = "tiled" if self.lists is None else "neighbours", None
+            selection = self._select_rows(codes, decoder, rows)
         else:
-            assert batch is not None
-            found = EXACT_PATHS[path].evaluate(batch.entries, *chosen.penalised, self.config.measure)
-        if found is not None and self.shard is not None and batch is not None:
-            found = completed(found, self.shard.ranks, batch.entries.values.dtype)
-        return found, self._stats(path, batch, chosen, found)
+            assert codes is not None
+            path, w = "coactive", co_activations(codes)
+            if isinstance(codes, Tensor) or self._in_blocks(codes):
+                return self._find_in_blocks(codes, rows, w, acts)
+            selection = self._select(codes, rows, acts)
+        if selection is None:
+            return None, DecorrelationStats("filling", co_activations=w, refreshed=False, penalised=False)
+        if not acts:
+            return None, stats_of(path, selection, None, w)
+        if rows is not None:
+            found = self._push_rows(rows, selection)
+        else:
+            assert isinstance(codes, Codes)
+            found = coactive.evaluate(codes, selection, self.config.measure)
+        if self.shard is not None and isinstance(codes, Codes):
+            (penalty,) = self.shard.ranks.total(found.penalty)
+            gradient = self.shard.ranks.sum(found.gradient.to(codes.values.dtype))
+            found = Evaluation(penalty, gradient, found.correlations)
+        return found, stats_of(path, selection, found, w)
 
-    def remember(self, batch: Batch | None, decoder: Tensor | None, acts: bool) -> None:
+    def remember(self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool) -> None:
         """See `Penalty.remember`."""
-        self._choose(batch, decoder, self._rows(decoder, acts), self._path(batch), acts)
+        rows = self._rows(decoder, acts)
+        if self.space == "decoder":
+            self._select_rows(codes, decoder, rows)
+        elif isinstance(codes, Tensor) or (codes is not None and self._in_blocks(codes)):
+            self._count_firing(codes)
+            if acts and self.threshold.kind == "running":
+                self._select_in_blocks(codes, rows)
+        else:
+            assert codes is not None
+            self._select(codes, rows, acts)
 
-    def _rows(self, decoder: Tensor | None, acts: bool) -> UnitRows | None:
-        """Decoder rows where they are compared on this call; a call between two penalties costs nothing."""
+    def top_pairs(self, codes: Codes) -> Selection:
+        """S of some codes, without tau."""
+        supported = codes.detach()
+        if self.config.min_support > 1:
+            supported = supported.where((codes.support >= self.config.min_support)[codes.indices])
+        wanted = self.config.fraction, self.config.measure, self.config.max_pairs_per_feature
+        return coactive.select(supported, *wanted, self.shard)
+
+    def _in_blocks(self, codes: Codes | Tensor) -> bool:
+        if self.config.path == "auto":
+            return co_activations(codes) > self.config.pair_budget
+        return self.config.path == "blocks"
+
+    def _rows(self, decoder: Tensor | None, acts: bool) -> Scaled | None:
+        """Decoder rows where they are compared; in decoder space a call between two penalties costs nothing."""
         if self.space == "codes" or decoder is None or not (acts or self.space == "co-active"):
             return None
         return unit_rows(decoder)
 
-    def _path(self, batch: Batch | None) -> str:
-        if self.space == "decoder":
-            return "tiled" if self.lists is None else "neighbours"
-        assert batch is not None
-        return self.path_for(batch)
-
-    def path_for(self, batch: Batch) -> str:
-        """The path these codes take."""
-        if self.config.path != "auto":
-            return self.config.path
-        return "coactive" if batch.co_activations <= self.config.pair_budget else "blocks"
-
-    def select(self, entries: Entries, path: str) -> Selection:
-        """S of some codes, by an exact path."""
-        supported = entries.detach().supported(self.config.min_support)
-        wanted = self.config.fraction, self.config.measure, self.config.max_pairs_per_feature
-        if self.shard is not None:
-            return coactive.select(supported, *wanted, self.shard)
-        return EXACT_PATHS[path].select(supported, *wanted)
-
-    def _choose(
-        self, batch: Batch | None, decoder: Tensor | None, rows: UnitRows | None, path: str, acts: bool
-    ) -> Chosen | None:
-        """S for this call, if there is one; everything that is remembered changes here."""
+    def _count_firing(self, codes: Codes | Tensor | None) -> None:
         if self.firing is not None and self.training:
-            assert batch is not None
-            self.firing.add(batch.support)
-        if self.space == "decoder":
-            assert decoder is not None and self.selection is not None
-            self.selection.require_width(len(decoder))
-            return self._choose_decoder_rows(rows, path)
-        assert batch is not None
-        if path == "blocks":
-            return self._choose_in_blocks(batch, rows) if acts else None
-        entries = batch.entries
+            assert codes is not None
+            self.firing.add(codes.support if isinstance(codes, Codes) else (codes > 0).sum(0))
+
+    def _select(self, codes: Codes, rows: Scaled | None, acts: bool) -> Selection | None:
+        """S for this call: of this batch, or the one in force after looking whether a new one is due."""
+        self._count_firing(codes)
         if self.selection is None or self.window is None:
-            return self._with_tau(self.select(entries, path), rows, entries.n_rows) if acts else None
-        self.selection.require_width(entries.n_features)
+            return self._with_tau(self.top_pairs(codes), rows, codes.n_rows) if acts else None
+        self.selection.require_width(codes.n_features)
         refreshed = False
         if self.training:
             self.selection.age()
             calls, known = self.selection.calls_since, self.selection.known
             if not known or calls + self.window.size > self.refresh:
-                self.window.push(entries)
+                self.window.push(codes)
             if acts and self.window.full and (not known or calls >= self.refresh):
-                codes = self.window.entries(entries.n_features)
-                self._remember(self._with_tau(self.select(codes, path), rows, codes.n_rows), path, entries.n_features)
+                held = self.window.codes(codes.n_features)
+                self.selection.replace(self._with_tau(self.top_pairs(held), rows, held.n_rows), codes.n_features)
                 self.window.clear()
                 refreshed = True
-        return self._in_force(refreshed)
+        return self.selection.recall(refreshed)
 
-    def _in_force(self, refreshed: bool) -> Chosen | None:
-        if self.selection is None or not self.selection.known:
-            return None
-        selection, tau, _, overlap = self.selection.recall()
-        return Chosen(selection, tau, refreshed, overlap)
+    def _find_in_blocks(
+        self, codes: Codes | Tensor, rows: Scaled | None, w: int, acts: bool
+    ) -> tuple[Evaluation | None, DecorrelationStats]:
+        """Codes too dense to remember or to list: select and penalise this batch, block by block."""
+        self._count_firing(codes)
+        if not acts:
+            return None, DecorrelationStats("blocks", co_activations=w, refreshed=False, penalised=False)
+        blocks, selection = self._select_in_blocks(codes, rows)
+        found = blocks.evaluate(selection) if rows is None else self._push_rows(rows, selection)
+        return found, stats_of("blocks", selection, found, w)
 
-    def _remember(self, chosen: Chosen, path: str, n_features: int) -> None:
-        assert self.selection is not None
-        self.selection.replace(chosen.selection, chosen.tau, path, n_features)
-
-    def _with_tau(self, selection: Selection, rows: UnitRows | None, n_dimensions: int) -> Chosen:
-        """tau in the units of what is penalised: of the codes' correlations, or of the decoder's cosines."""
-        n_features = selection.n_live
-        if rows is not None:
-            n_features, n_dimensions = rows.unit_ND.shape
-            if self.space == "co-active":
-                mean, std = row_moments(rows.unit_ND)
-                selection = dataclasses.replace(selection, mean=mean, std=std)
-        tau = self.threshold(selection.mean, selection.std, n_features, n_dimensions)
-        return Chosen(selection, tau, refreshed=True)
-
-    def _choose_in_blocks(self, batch: Batch, rows: UnitRows | None) -> Chosen:
-        """Codes too dense to remember or to list: S of this batch, block by block."""
+    def _select_in_blocks(self, codes: Codes | Tensor, rows: Scaled | None) -> tuple[Blocks, Selection]:
         # Drawn from the codes themselves: a resumed run draws the same partition, and nothing has to be remembered.
-        seed = derive_seed(self.seed, "blocks", float(batch.source.sum(dtype=torch.float64)).hex())
-        blocks = Blocks(batch, self.config.block, self.config.min_support, self.config.measure, seed)
+        source, n_rows = (codes.values, codes.n_rows) if isinstance(codes, Codes) else (codes, len(codes))
+        seed = derive_seed(self.seed, "blocks", float(source.sum(dtype=torch.float64)).hex())
+        blocks = Blocks(codes, self.config.block, self.config.min_support, self.config.measure, seed)
         selection = blocks.select(self.config.fraction, self.config.max_pairs_per_feature)
-        return dataclasses.replace(self._with_tau(selection, rows, batch.n_rows), blocks=blocks)
+        return blocks, self._with_tau(selection, rows, n_rows)
 
-    def _choose_decoder_rows(self, rows: UnitRows | None, path: str) -> Chosen | None:
-        assert self.selection is not None
+    def _select_rows(
+        self, codes: Codes | Tensor | None, decoder: Tensor | None, rows: Scaled | None
+    ) -> Selection | None:
+        """S among decoder rows, after a look at the next of them where this call penalises."""
+        assert self.selection is not None and decoder is not None
+        self._count_firing(codes)
+        self.selection.require_width(len(decoder))
         if self.training:
             self.selection.age()
         refreshed = False
         if rows is not None and self.training:
             refreshed = not self.selection.known or self.selection.calls_since >= self.refresh
             if self.lists is not None:
-                self.lists.scan(rows.unit_ND)
+                self.lists.scan(rows.values)
                 refreshed = refreshed and self.lists.complete
         if rows is not None and refreshed:
-            wanted = self.config.fraction, self.config.max_pairs_per_feature
-            found = self.lists.select(rows, *wanted) if self.lists else select_exactly(rows.unit_ND, *wanted)
-            self._remember(self._with_tau(found, rows, 0), path, len(rows.unit_ND))
-        return self._in_force(refreshed)
+            search = select_exactly if self.lists is None else self.lists.select
+            found = search(rows.values, self.config.fraction, self.config.max_pairs_per_feature)
+            self.selection.replace(self._with_tau(found, rows, 0), len(decoder))
+        return self.selection.recall(refreshed)
 
-    def _push_rows(self, rows: UnitRows, chosen: Chosen) -> Evaluation:
+    def _with_tau(self, selection: Selection, rows: Scaled | None, n_dimensions: int) -> Selection:
+        """With tau in the units of what is penalised: of the codes' correlations, or of the decoder's cosines."""
+        n_features = selection.n_live
+        if rows is not None:
+            n_features, n_dimensions = rows.values.shape
+            if self.space == "co-active":
+                mean, std = row_moments(rows.values)
+                selection = dataclasses.replace(selection, mean=mean, std=std)
+        tau = self.threshold(selection.mean, selection.std, n_features, n_dimensions)
+        return dataclasses.replace(selection, tau=tau)
+
+    def _push_rows(self, rows: Scaled, selection: Selection) -> Evaluation:
         """R over pairs of decoder rows, and who moves how far."""
-        pairs = chosen.selection.first, chosen.selection.second
-        share = None if self.firing is None else self.firing.first_is_rarer(*pairs)
-        return evaluate_rows(rows, *chosen.penalised, share)
+        share = None if self.firing is None else self.firing.first_is_rarer(selection.first, selection.second)
+        return evaluate_rows(rows, selection, share)
 
-    def _stats(self, path: str, batch: Batch | None, chosen: Chosen, found: Evaluation | None) -> DecorrelationStats:
-        selection = chosen.selection
-        return stats_of(
-            path,
-            selection,
-            chosen.tau,
-            found,
-            co_activations=None if batch is None or self.space == "decoder" else batch.co_activations,
-            overlap=chosen.overlap,
-            refreshed=chosen.refreshed,
-        )
+
+def co_activations(codes: Codes | Tensor) -> int:
+    """W, the number of (row, pair of features active on it), also of dense codes without listing their entries."""
+    return codes.co_activations() if isinstance(codes, Codes) else pairs_within((codes > 0).sum(1))

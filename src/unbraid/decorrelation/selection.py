@@ -1,23 +1,23 @@
-"""Which pairs are penalised: the top share of live pairs by correlation, chosen the same way on every path.
+"""Which pairs are penalised, above which correlation, and what a penalty on them answers with.
 
-Correlations are ranked on a grid fine enough to lose nothing (2^-20 in float32, 2^-36 in float64), so pairs that are
-equal on paper - every pair of features that fired once, together - are equal here too, whatever order a path summed
-in; ties then go to the lowest pair id i * N + j, and a pair within one step of tau is at tau: it is not pushed. Only
-pairs above zero are chosen: the others are not entangled.
+S is the top share of live pairs by correlation, chosen the same way on every path. Correlations are ranked on a grid
+fine enough to lose nothing (2^-20 in float32, 2^-36 in float64), so pairs that are equal on paper - every pair of
+features that fired once, together - are equal here too, whatever order a path summed in; ties then go to the lowest
+pair id i * N + j, and a pair within one step of tau is at tau: it is not pushed. Only pairs above zero are chosen: the
+others are not entangled.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.distributed.shard import Shard, cut_of
-
-BIN_COUNT = 4096
-"""Bins from C = 0 to C = 1 in which correlations are counted to find how far down the wanted pairs reach."""
+from unbraid.kernels.co_activation import BIN_COUNT, bar_for, bin_bits
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Selection:
     """What bounds |S|: fraction, max_pairs_per_feature, or co-activation (fewer pairs than asked for have C > 0)."""
     low_support: float = 0.0
     """Share of S in which a feature fired at most 4 times."""
+    tau: float = math.nan
+    """The threshold of Eq. 4, once it is known."""
+    refreshed: bool = True
+    """Whether it was made on this call."""
+    overlap: float | None = None
+    """Share of S that was in the S before it; none where no earlier S is remembered."""
 
     def of(self, shard: Shard) -> "Selection":
         """The pairs whose first feature belongs to the shard."""
@@ -55,6 +61,31 @@ class Selection:
     def cut(self) -> float:
         """The smallest correlation chosen; 0 when nothing was."""
         return float(self.correlations.min()) if self.correlations.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A penalty on one batch, with its gradient."""
+
+    penalty: float
+    """Unweighted by lambda2 and by the interval."""
+    gradient: Tensor
+    """d penalty / d(what was penalised): at active entries [nnz], of dense codes [B, N], or of decoder rows [N, D]."""
+    correlations: Tensor
+    """[P] of the pairs, float64."""
+
+
+def hinge_weights(correlations: Tensor, selection: Selection, dtype: torch.dtype) -> Tensor:
+    """[P] 1/|S| for pairs above tau by more than the rounding of `dtype`, else 0: dR/dC."""
+    above = correlations - selection.tau > 1 / steps_per_unit(dtype)
+    return above.to(correlations.dtype) / max(selection.nominal, 1)
+
+
+def add_at(base: Tensor, places: Tensor, amounts: Tensor) -> Tensor:
+    """`base` with `amounts` added at `places`, in the same order every time (index_add is not, on CUDA)."""
+    if base.is_cuda:
+        return base.index_put_((places,), amounts, accumulate=True)
+    return base.index_add_(0, places, amounts)
 
 
 def low_support(support: Tensor, first: Tensor, second: Tensor) -> float:
@@ -104,26 +135,6 @@ def grid(correlations: Tensor, steps: int) -> Tensor:
     return torch.round(correlations * steps).to(torch.int64 if steps > 2**24 else torch.int32)
 
 
-@runtime_checkable
-class PairsInOrder(Protocol):
-    """A chunk of pairs that can say which features they are."""
-
-    def features(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Features i < j of the pairs at these positions."""
-        ...
-
-
-def bin_bits(steps: int) -> int:
-    """Ranks in a bin, as a power of two; bin b holds the ranks from 1 + b * width on."""
-    return (steps // BIN_COUNT).bit_length() - 1
-
-
-def bar_for(histogram: Tensor, wanted: int, bits: int) -> int:
-    """The lowest rank of the highest bin from which on there are `wanted` pairs, or 1."""
-    reached = histogram.flip(0).cumsum(0).flip(0) >= wanted
-    return 1 + (max(0, int(reached.sum()) - 1) << bits)
-
-
 def best_pairs(
     first: Tensor,
     second: Tensor,
@@ -169,8 +180,8 @@ class TopPairs:
         self._histogram = torch.zeros(BIN_COUNT + 2, dtype=torch.int64, device=device)
         self._bar = 1
 
-    def add(self, correlations: Tensor, chunk: PairsInOrder) -> None:
-        """Offer a chunk; `correlations[p]` belongs to position p of the chunk."""
+    def add(self, correlations: Tensor, features: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Offer a chunk of correlations; `features` gives the features i < j of the pairs at some positions of it."""
         unfiltered = self._bar == 1
         if unfiltered:
             self._raise_bar(grid(correlations, self.steps))
@@ -179,7 +190,7 @@ class TopPairs:
         if not unfiltered:
             self._raise_bar(grid(found, self.steps))
         better = (grid(found, self.steps) >= self._bar).nonzero().squeeze(1)
-        self._kept.append((*chunk.features(positions[better]), found[better]))
+        self._kept.append((*features(positions[better]), found[better]))
 
     def _raise_bar(self, ranks: Tensor) -> None:
         """Count newcomers in bins; what is not above zero falls into none, beyond 1 (rounding) into the last."""

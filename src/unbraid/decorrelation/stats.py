@@ -3,33 +3,17 @@
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unbraid.decorrelation.hinge import Evaluation
-from unbraid.decorrelation.selection import Selection
+from unbraid.decorrelation.selection import Evaluation, Selection
 from unbraid.distributed.ranks import Ranks
 from unbraid.distributed.shard import Shard
 
-
-class PairsFound(NamedTuple):
-    """S, in the order the path came across it, and its correlations."""
-
-    first: Tensor
-    second: Tensor
-    correlations: Tensor
-
-    @property
-    def ids(self) -> Tensor:
-        """A number for each pair, the same for the same pair in any selection."""
-        return (self.first << 32) + self.second
-
-
 NO_PAIRS = torch.empty(0, dtype=torch.int64)
-NOTHING = PairsFound(NO_PAIRS, NO_PAIRS, torch.empty(0, dtype=torch.float64))
+NO_CORRELATIONS = torch.empty(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -41,8 +25,8 @@ class DecorrelationStats:
     """
 
     path: str
-    """How it was computed: coactive, blocks, tiled, naive, decoder, ...; filling while a window has too few batches
-    or decoder rows have not all been looked at."""
+    """How it was computed: coactive, blocks, neighbours, ...; filling while a window has too few batches or decoder
+    rows have not all been looked at; skipped where nothing was due (interval)."""
     penalty: float = math.nan
     """R(tau), unweighted by lambda2 and by the interval."""
     tau: float = math.nan
@@ -53,8 +37,12 @@ class DecorrelationStats:
     """sigma: population standard deviation of the same."""
     cut: float = math.nan
     """The lowest correlation that got into S."""
-    found: PairsFound = field(default=NOTHING, repr=False)
-    """S as the path left it; `pairs` and `correlations` are the same in order, sorted when somebody asks."""
+    first: Tensor = field(default=NO_PAIRS, repr=False)
+    """[P] the smaller feature of each pair of S, as the path left it; `pairs` and `correlations` are sorted."""
+    second: Tensor = field(default=NO_PAIRS, repr=False)
+    """[P] the larger feature."""
+    found: Tensor = field(default=NO_CORRELATIONS, repr=False)
+    """[P] correlations of these pairs."""
     n_live: int = 0
     """Features that fired in the window, at least min_support times."""
     nominal: int = 0
@@ -72,38 +60,44 @@ class DecorrelationStats:
     penalised: bool = True
     """Whether this call's penalty is switched on (interval)."""
 
+    @property
+    def ids(self) -> Int[Tensor, " P"]:
+        """A number for each pair of S, the same for the same pair in any selection."""
+        return (self.first << 32) + self.second
+
     @cached_property
     def _order(self) -> Tensor:
-        return torch.sort(self.found.ids)[1]
+        return torch.sort(self.ids)[1]
 
     @cached_property
     def pairs(self) -> Int[Tensor, "P 2"]:
         """S as [P, 2], i < j, by ascending i, then j."""
-        return torch.stack(self.found[:2], dim=1)[self._order]
+        return torch.stack([self.first, self.second], dim=1)[self._order]
 
     @cached_property
     def correlations(self) -> Float[Tensor, " P"]:
         """Correlations of `pairs`: on this batch, or of the decoder rows; as selected where nothing is penalised."""
-        return self.found.correlations[self._order]
+        return self.found[self._order]
 
     def of(self, shard: Shard) -> "DecorrelationStats":
         """The same with only the pairs whose first feature belongs to the shard."""
-        own = (self.found.first >= shard.start) & (self.found.first < shard.end)
-        return replace(self, found=PairsFound(*(part[own] for part in self.found)))
+        own = (self.first >= shard.start) & (self.first < shard.end)
+        return replace(self, first=self.first[own], second=self.second[own], found=self.found[own])
 
     def from_all(self, ranks: Ranks) -> "DecorrelationStats":
         """The stats of all ranks as one, from each rank's pairs."""
         if ranks.size == 1:
             return self
-        found = PairsFound(*(torch.cat(ranks.gather_ragged(part)) for part in self.found))
-        pairs, overlap = self.found.first.numel(), self.overlap or 0.0
+        first, second, found = (torch.cat(ranks.gather_ragged(part)) for part in (self.first, self.second, self.found))
+        pairs, overlap = self.first.numel(), self.overlap or 0.0
         remembered = ranks.any(self.overlap is not None)
-        low_support = 0.0 if pairs == 0 else pairs * self.low_support
-        total, low, overlapping = ranks.total(pairs, low_support, pairs * overlap)
+        total, low, overlapping = ranks.total(pairs, pairs and pairs * self.low_support, pairs * overlap)
         cut = float(ranks.min(torch.tensor(self.cut if pairs else torch.inf, dtype=torch.float64)))
+        whole = replace(self, first=first, second=second, found=found)
+        if math.isnan(self.tau):
+            return whole
         return replace(
-            self,
-            found=found,
+            whole,
             cut=cut if total else 0.0,
             low_support=low / max(total, 1),
             overlap=overlapping / max(total, 1) if remembered else None,
@@ -111,20 +105,20 @@ class DecorrelationStats:
 
     def overlap_with(self, previous: "DecorrelationStats") -> float:
         """Share of this S that was also in `previous`'s."""
-        if self.found.first.numel() == 0:
+        if self.first.numel() == 0:
             return 0.0
-        return float(torch.isin(self.found.ids, previous.found.ids).double().mean())
+        return float(torch.isin(self.ids, previous.ids).double().mean())
 
     @property
     def top(self) -> float:
         """Mean correlation over the nominal |S|: a pair that is missing from S counts as 0."""
         if math.isnan(self.tau):
             return math.nan
-        return float(self.found.correlations.sum(dtype=torch.float64)) / max(1, self.nominal)
+        return float(self.found.sum(dtype=torch.float64)) / max(1, self.nominal)
 
     def scalars(self) -> dict[str, float | int | str | None]:
         """The numbers worth a line in a log, ready for JSON; None where nothing was measured."""
-        correlations = self.found.correlations
+        correlations = self.found
         some, known, selected = correlations.numel() > 0, not math.isnan(self.mean), not math.isnan(self.tau)
         numbers: dict[str, float | int | str | None] = {
             "path": self.path,
@@ -148,20 +142,26 @@ class DecorrelationStats:
         return numbers if self.overlap is None else numbers | {"overlap": self.overlap}
 
 
-def stats_of(path: str, selection: Selection, tau: float, found: Evaluation | None, **more: Any) -> DecorrelationStats:
+def stats_of(
+    path: str, selection: Selection, found: Evaluation | None, co_activations: int | None = None
+) -> DecorrelationStats:
     """Stats of a selection and, where it was penalised, of what was found."""
     return DecorrelationStats(
         path=path,
         penalty=math.nan if found is None else found.penalty,
-        tau=tau,
+        tau=selection.tau,
         mean=selection.mean,
         std=selection.std,
         cut=selection.cut,
-        found=PairsFound(selection.first, selection.second, (found or selection).correlations),
+        first=selection.first,
+        second=selection.second,
+        found=(found or selection).correlations,
         n_live=selection.n_live,
         nominal=selection.nominal,
         limit=selection.limit,
+        co_activations=co_activations,
         low_support=selection.low_support,
+        overlap=selection.overlap,
+        refreshed=selection.refreshed,
         penalised=found is not None,
-        **more,
     )

@@ -1,24 +1,29 @@
-"""Select on a window, penalise on the batch: what a penalty remembers between calls, all of it tensors.
+"""What a penalty remembers between calls, all of it tensors: a window of codes, the S and tau in force, firing counts.
 
 One batch holds a handful of firings of most features, so the top of its correlations is mostly noise; the codes of the
 last few batches, kept without gradient (1 MiB a batch at 2048 x 64 entries), hold enough to tell pairs that belong
-together. Both modules here grow and shrink, so loading a state takes over the shapes it finds.
+together: S is selected on the window, and penalised on the batch. These modules grow and shrink, so loading a state
+takes over the shapes it finds.
+
+tau = mu + sigma falls as pairs come apart, so a penalty that aims at it never stops: the adaptive threshold ratchets
+down until it pushes apart what chance alone would put together. A floor stops it there.
 """
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from unbraid.decorrelation.entries import Entries
 from unbraid.decorrelation.selection import Selection
-from unbraid.errors import CodesError
-from unbraid.kernels.pattern import Pattern
+from unbraid.errors import CodesError, ConfigError
+from unbraid.kernels.codes import Codes
+
+ThresholdKind = Literal["batch", "running", "fixed"]
 
 FADING = 0.99
 """What a firing counts for, a batch later: the memory of `FiringCounts` is about a hundred batches."""
 LIMITS = ("fraction", "max_pairs_per_feature", "co-activation")
-PATHS = ("coactive", "blocks", "tiled", "naive", "neighbours")
 
 
 class ElasticState(nn.Module):
@@ -63,18 +68,18 @@ class CodesWindow(ElasticState):
         """Whether `size` batches are held."""
         return self.n_batches == self.size
 
-    def push(self, entries: Entries) -> None:
+    def push(self, codes: Codes) -> None:
         """Add a batch; the oldest leaves when there are more than `size`."""
-        values = entries.values.detach()
+        values = codes.values.detach()
         device, dtype = values.device, torch.promote_types(values.dtype, torch.float32)
         dropped = max(0, self.n_batches + 1 - self.size)
         dropped_rows = int(self.row_counts[:dropped].sum())
         dropped_entries = int(self.lengths[:dropped_rows].sum())
-        n_rows = torch.tensor([entries.n_rows], device=device)
+        n_rows = torch.tensor([codes.n_rows], device=device)
         self.remember(
             row_counts=torch.cat([self.row_counts[dropped:].to(device), n_rows]),
-            lengths=torch.cat([self.lengths[dropped_rows:].to(device), entries.pattern.offsets.diff()]),
-            indices=torch.cat([self.indices[dropped_entries:].to(device), entries.indices.int()]),
+            lengths=torch.cat([self.lengths[dropped_rows:].to(device), codes.offsets.diff()]),
+            indices=torch.cat([self.indices[dropped_entries:].to(device), codes.indices.int()]),
             values=torch.cat([self.values[dropped_entries:].to(device, dtype), values.to(dtype)]),
         )
 
@@ -82,10 +87,10 @@ class CodesWindow(ElasticState):
         """Forget every batch."""
         self.remember(**{name: buffer[:0] for name, buffer in self._buffers.items() if buffer is not None})
 
-    def entries(self, n_features: int) -> Entries:
+    def codes(self, n_features: int) -> Codes:
         """All batches as one."""
         offsets = torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)])
-        return Entries(Pattern(offsets, self.indices.long(), n_features), self.values)
+        return Codes.unchecked(offsets, self.indices.long(), self.values, n_features)
 
 
 class FiringCounts(ElasticState):
@@ -135,7 +140,7 @@ class RememberedSelection(ElasticState):
         self.register_buffer("correlations", torch.empty(0, dtype=torch.float64))
         # mean, std, tau, low_support, overlap (-1: there was no selection before)
         self.register_buffer("numbers", torch.zeros(5, dtype=torch.float64))
-        # 1 once there is a selection, calls since, nominal, n_live, limit, path, n_features
+        # 1 once there is a selection, calls since, nominal, n_live, limit, nothing, n_features
         self.register_buffer("counts", torch.zeros(7, dtype=torch.int64))
 
     @property
@@ -160,16 +165,15 @@ class RememberedSelection(ElasticState):
                 "expected the same width on every call; use one SelectiveDecorrelation per SAE"
             )
 
-    def replace(self, selection: Selection, tau: float, path: str, n_features: int) -> None:
+    def replace(self, selection: Selection, n_features: int) -> None:
         """Take a new selection; its overlap with the one before is worked out here."""
         overlap = -1.0
         if self.known and selection.first.numel():
             ids = selection.first * n_features + selection.second
             earlier = self.first * n_features + self.second
             overlap = float(torch.isin(ids, earlier, assume_unique=True).double().mean())
-        numbers = [selection.mean, selection.std, tau, selection.low_support, overlap]
-        counts = [1, 0, selection.nominal, selection.n_live]
-        counts += [LIMITS.index(selection.limit), PATHS.index(path), n_features]
+        numbers = [selection.mean, selection.std, selection.tau, selection.low_support, overlap]
+        counts = [1, 0, selection.nominal, selection.n_live, LIMITS.index(selection.limit), 0, n_features]
         device = selection.first.device
         self.remember(
             first=selection.first,
@@ -179,11 +183,57 @@ class RememberedSelection(ElasticState):
             counts=torch.tensor(counts, device=device),
         )
 
-    def recall(self) -> tuple[Selection, float, str, float | None]:
-        """The selection in force, its tau, the path it came by, and its overlap with the one before."""
-        mean, std, tau, low_support, overlap = self.numbers.tolist()
-        _, _, nominal, n_live, limit, path, _ = self.counts.tolist()
-        selection = Selection(
-            self.first, self.second, self.correlations, nominal, mean, std, n_live, LIMITS[limit], low_support
-        )
-        return selection, tau, PATHS[path], None if overlap < 0 else overlap
+    def recall(self, refreshed: bool) -> Selection | None:
+        """The selection in force, if there has been one; `refreshed` says whether it was made on this call."""
+        if not self.known:
+            return None
+        mean, std, tau, low, overlap = self.numbers.tolist()
+        _, _, nominal, n_live, limit, _, _ = self.counts.tolist()
+        pairs = self.first, self.second, self.correlations
+        earlier = None if overlap < 0 else overlap
+        return Selection(*pairs, nominal, mean, std, n_live, LIMITS[limit], low, tau, refreshed, earlier)
+
+
+def chance_level(n_features: int, n_dimensions: int) -> float:
+    """sqrt(2 ln N / D): about the largest cosine a feature has with N random directions in D dimensions, at most 1."""
+    return min(1.0, math.sqrt(2 * math.log(max(n_features, 1)) / max(n_dimensions, 1)))
+
+
+class Threshold(nn.Module):
+    """tau from mu and sigma: of the latest selection, as a running mean over selections, or fixed; with a floor.
+
+    Args:
+        kind: batch (mu + sigma), running (its exponential mean), or fixed.
+        tau: the fixed threshold.
+        decay: of the running mean, which starts at the first value it sees.
+        floor: tau never falls below it: a number, "chance" (`chance_level` of the vectors compared), or none.
+    """
+
+    running: torch.Tensor
+
+    def __init__(self, kind: ThresholdKind, tau: float, decay: float, floor: float | Literal["chance"] | None):
+        super().__init__()
+        if kind not in ("batch", "running", "fixed"):
+            raise ConfigError(f"threshold = {kind!r} is unknown; expected batch, running or fixed")
+        if isinstance(floor, str) and floor != "chance":
+            raise ConfigError(f"floor = {floor!r} is unknown; expected a number, chance or none")
+        self.kind, self.tau, self.decay, self.floor = kind, tau, decay, floor
+        unset = torch.tensor(math.inf, dtype=torch.float64)
+        self.register_buffer("running", unset, persistent=kind == "running")
+
+    def forward(self, mean: float, std: float, n_features: int, n_dimensions: int) -> float:
+        """tau after a selection with this mu and sigma among `n_features` vectors of `n_dimensions`."""
+        tau = self.tau if self.kind == "fixed" else mean + std
+        if self.kind == "running":
+            before = float(self.running)
+            if math.isfinite(before):
+                tau = self.decay * before + (1 - self.decay) * tau
+            if self.training:
+                self.running.fill_(tau)
+        return self.floored(tau, n_features, n_dimensions)
+
+    def floored(self, tau: float, n_features: int, n_dimensions: int) -> float:
+        """`tau`, or the floor where that is higher."""
+        if self.floor is None:
+            return tau
+        return max(tau, chance_level(n_features, n_dimensions) if self.floor == "chance" else float(self.floor))

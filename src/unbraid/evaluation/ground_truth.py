@@ -19,8 +19,8 @@ from unbraid.evaluation.explained import ExplainedVariance
 from unbraid.evaluation.faces import Autoencoder, decoder_rows
 from unbraid.evaluation.mixing import Mixing, mixing
 from unbraid.evaluation.pairs import stack_codes
+from unbraid.kernels.codes import Codes
 from unbraid.randomness import generator
-from unbraid.sae.codes import Codes
 from unbraid.synthetic.world import World
 
 RECOVERED = 0.9
@@ -170,7 +170,7 @@ def _samples(world: World, n_samples: int, batch: int, chance: torch.Generator):
 def _rows_between(codes: Codes, first: int, last: int) -> Codes:
     start, stop = int(codes.offsets[first]), int(codes.offsets[last])
     offsets = codes.offsets[first : last + 1] - start
-    return Codes(offsets, codes.indices[start:stop], codes.values[start:stop], codes.n_features)
+    return Codes.unchecked(offsets, codes.indices[start:stop], codes.values[start:stop], codes.n_features)
 
 
 def _own_latents(cosines: Float[Tensor, "N G"], world: World) -> Int[Tensor, "M 2"]:

@@ -237,6 +237,6 @@ def _keep_codes(judged: Judged) -> Callable[[Tensor], None]:
     def keep(f_BN: Tensor) -> None:
         codes = Codes.from_dense(f_BN.cpu())
         # A bare copy: the original remembers its sorted pattern, several times its size.
-        judged.codes.append(Codes(codes.offsets, codes.indices, codes.values, codes.n_features))
+        judged.codes.append(Codes.unchecked(codes.offsets, codes.indices, codes.values, codes.n_features))
 
     return keep

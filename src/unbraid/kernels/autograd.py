@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.codes import Codes
 from unbraid.kernels.products import entry_dots, sums_by_feature, weighted_columns, weighted_rows
 
 
@@ -26,19 +26,20 @@ class _ActiveEntries(torch.autograd.Function):
         b_enc: Tensor | None,
         centred_BD: Tensor,
         values: Tensor,
-        pattern: Pattern,
+        codes: Codes,
     ) -> Tensor:
         ctx.save_for_backward(encoder_ND, centred_BD)
-        ctx.pattern = pattern
+        ctx.codes = codes
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         encoder_ND, centred_BD = ctx.saved_tensors
-        sums_N = sums_by_feature(ctx.pattern, g)
-        g_x = weighted_rows(ctx.pattern, g, encoder_ND) if ctx.needs_input_grad[0] else None
+        g_codes = ctx.codes.with_values(g)
+        sums_N = sums_by_feature(g_codes)
+        g_x = weighted_rows(g_codes, encoder_ND) if ctx.needs_input_grad[0] else None
         g_b_dec = -(sums_N @ encoder_ND) if ctx.needs_input_grad[1] else None
-        g_encoder = weighted_columns(ctx.pattern, g, centred_BD) if ctx.needs_input_grad[2] else None
+        g_encoder = weighted_columns(g_codes, centred_BD) if ctx.needs_input_grad[2] else None
         return g_x, g_b_dec, g_encoder, sums_N if ctx.needs_input_grad[3] else None, None, None, None
 
 
@@ -48,36 +49,35 @@ def active_entries(
     encoder_ND: Float[Tensor, "N D"],
     b_enc: Float[Tensor, " N"] | None,
     centred_BD: Float[Tensor, "B D"],
-    values: Float[Tensor, " nnz"],
-    pattern: Pattern,
-) -> Float[Tensor, " nnz"]:
-    """`values`, with the gradient of ((x - b_dec) W_enc + b_enc) at the entries of `pattern`.
+    codes: Codes,
+) -> Codes:
+    """`codes`, their values with the gradient of ((x - b_dec) W_enc + b_enc) at their entries.
 
     Args:
         x_BD, b_dec, encoder_ND, b_enc: what the pre-activations are made of; each may require a gradient.
         centred_BD: x - b_dec, as used for the product.
-        values: the pre-activations at the entries, made without a graph.
-        pattern: the entries.
+        codes: the pre-activations at the entries, made without a graph.
     """
-    return _ActiveEntries.apply(x_BD, b_dec, encoder_ND, b_enc, centred_BD, values, pattern)  # pyright: ignore
+    values: Any = _ActiveEntries.apply(x_BD, b_dec, encoder_ND, b_enc, centred_BD, codes.values, codes)
+    return codes.with_values(values)
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, pattern: Pattern) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, codes: Codes) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(values, W_dec)
-        ctx.pattern = pattern
-        return weighted_rows(pattern, values, W_dec)
+        ctx.codes = codes
+        return weighted_rows(codes.with_values(values), W_dec)
 
     @staticmethod
     def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, W_dec = ctx.saved_tensors
         g_BD = g_BD.contiguous()
-        g_values = entry_dots(ctx.pattern, g_BD, W_dec) if ctx.needs_input_grad[0] else None
-        g_W_dec = weighted_columns(ctx.pattern, values, g_BD) if ctx.needs_input_grad[1] else None
+        g_values = entry_dots(ctx.codes, g_BD, W_dec) if ctx.needs_input_grad[0] else None
+        g_W_dec = weighted_columns(ctx.codes.with_values(values), g_BD) if ctx.needs_input_grad[1] else None
         return g_values, g_W_dec, None
 
 
-def decode(values: Float[Tensor, " nnz"], W_dec: Float[Tensor, "N D"], pattern: Pattern) -> Float[Tensor, "rows D"]:
+def decode(codes: Codes, W_dec: Float[Tensor, "N D"]) -> Float[Tensor, "rows D"]:
     """The sparse code times W_dec, differentiable in both."""
-    return _Decode.apply(values, W_dec, pattern)  # pyright: ignore
+    return _Decode.apply(codes.values, W_dec, codes.detach())  # pyright: ignore

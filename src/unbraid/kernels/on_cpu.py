@@ -1,10 +1,13 @@
 """How the compiled loops of `loops.py` are run: on which tensors, and on as many threads as torch has.
 
-This stands apart from the loops so that Numba, which takes a second to import, is imported when the first of them runs.
+This stands apart from the loops so that Numba, which takes a second to import, is imported when the first of them runs:
+callers import `loops` where they run one.
 """
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +18,8 @@ def loops_take(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
 
 
-def in_parallel(name: str, edges: list[int], *arguments: Tensor | float | int) -> None:
-    """Call `loops.NAME(part, start, end, *arguments)` for each range between neighbouring edges."""
-    from unbraid.kernels import loops
-
-    loop = getattr(loops, name)
+def in_parallel(loop: Callable[..., Any], edges: list[int], *arguments: Tensor | float | int) -> None:
+    """Call `loop(part, start, end, *arguments)` for each range between neighbouring edges."""
     arrays = [value.detach().numpy() if isinstance(value, Tensor) else value for value in arguments]
     parts = [(part, start, end) for part, (start, end) in enumerate(itertools.pairwise(edges))]
     if torch.get_num_threads() == 1 or len(parts) == 1:

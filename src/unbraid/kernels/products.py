@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.codes import Codes
 
 with warnings.catch_warnings():
     # torch announces once per process that CSR tensors are in beta; taken here, it never interrupts a training run.
@@ -34,40 +34,31 @@ def segment_sums(
     return F.embedding_bag(indices, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
-def weighted_rows(
-    pattern: Pattern, values: Float[Tensor, " nnz"], matrix_ND: Float[Tensor, "N D"]
-) -> Float[Tensor, "B D"]:
+def weighted_rows(codes: Codes, matrix_ND: Float[Tensor, "N D"]) -> Float[Tensor, "B D"]:
     """The code times a matrix: out[b] = sum of values * matrix[feature] over row b's entries (decoding)."""
-    return segment_sums(pattern.offsets, pattern.indices, values, matrix_ND)
+    return segment_sums(codes.offsets, codes.indices, codes.values, matrix_ND)
 
 
-def weighted_columns(
-    pattern: Pattern, values: Float[Tensor, " nnz"], matrix_BD: Float[Tensor, "B D"]
-) -> Float[Tensor, "N D"]:
+def weighted_columns(codes: Codes, matrix_BD: Float[Tensor, "B D"]) -> Float[Tensor, "N D"]:
     """The code's transpose times a matrix: out[n] = sum of values * matrix[row] over feature n's entries."""
-    entries = pattern.by_feature
-    return segment_sums(entries.offsets, entries.rows, values[entries.order], matrix_BD)
+    return segment_sums(codes.feature_offsets, codes.rows_by_feature, codes.values[codes.order], matrix_BD)
 
 
-def entry_dots(
-    pattern: Pattern, matrix_BD: Float[Tensor, "B D"], matrix_ND: Float[Tensor, "N D"]
-) -> Float[Tensor, " nnz"]:
+def entry_dots(codes: Codes, matrix_BD: Float[Tensor, "B D"], matrix_ND: Float[Tensor, "N D"]) -> Float[Tensor, " nnz"]:
     """matrix_BD[row] . matrix_ND[feature] at each entry, in row order (the gradient of the codes)."""
-    entries = pattern.by_feature
+    offsets, rows = codes.feature_offsets, codes.rows_by_feature
     if matrix_BD.is_cuda:
         from unbraid.kernels import products_triton
 
-        dots = products_triton.entry_dots(entries.offsets, entries.rows, matrix_BD, matrix_ND)
+        dots = products_triton.entry_dots(offsets, rows, matrix_BD, matrix_ND)
     else:
-        shape = (pattern.n_features, matrix_BD.shape[0])
-        zeros = torch.sparse_csr_tensor(
-            entries.offsets, entries.rows, matrix_BD.new_zeros(entries.rows.numel()), shape, check_invariants=False
-        )
+        shape = (codes.n_features, matrix_BD.shape[0])
+        zeros = matrix_BD.new_zeros(rows.numel())
+        zeros = torch.sparse_csr_tensor(offsets, rows, zeros, shape, check_invariants=False)
         dots = torch.sparse.sampled_addmm(zeros, matrix_ND, matrix_BD.T, beta=0.0).values()
-    return torch.empty_like(dots).index_copy_(0, entries.order, dots)
+    return torch.empty_like(dots).index_copy_(0, codes.order, dots)
 
 
-def sums_by_feature(pattern: Pattern, values: Float[Tensor, " nnz"]) -> Float[Tensor, " N"]:
+def sums_by_feature(codes: Codes) -> Float[Tensor, " N"]:
     """The sum of each feature's values, the same bits every time."""
-    entries = pattern.by_feature
-    return torch.segment_reduce(values[entries.order], "sum", offsets=entries.offsets, initial=0)
+    return torch.segment_reduce(codes.values[codes.order], "sum", offsets=codes.feature_offsets, initial=0)

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unbraid.kernels.codes import Codes
 from unbraid.kernels.on_cpu import in_parallel, loops_take
-from unbraid.kernels.pattern import Pattern
 
 WORD = 8
 ROWS_PER_PART = 64
@@ -22,7 +22,9 @@ def top_k(pre_BN: Float[Tensor, "B N"], k: int) -> tuple[Float[Tensor, "B k"], I
         values_BK = pre_BN.new_empty(len(pre_BN), k)
         features_BK = torch.empty(values_BK.shape, dtype=torch.int64)
         edges = [*range(0, len(pre_BN), ROWS_PER_PART), len(pre_BN)]
-        in_parallel("top_k", edges, pre_BN, k, values_BK, features_BK)
+        from unbraid.kernels import loops
+
+        in_parallel(loops.top_k, edges, pre_BN, k, values_BK, features_BK)
         return values_BK, features_BK
     values_BK, features_BK = pre_BN.topk(k, dim=1, sorted=False)
     features_BK, order_BK = features_BK.sort(dim=1)
@@ -42,15 +44,13 @@ def positions_above(pre_BN: Float[Tensor, "B N"], threshold: float | Float[Tenso
     return hits[word] * WORD + byte
 
 
-def entries_above(
-    pre_BN: Float[Tensor, "B N"], threshold: float | Float[Tensor, " N"]
-) -> tuple[Pattern, Float[Tensor, " nnz"]]:
-    """The entries above the threshold, and their values."""
+def entries_above(pre_BN: Float[Tensor, "B N"], threshold: float | Float[Tensor, " N"]) -> Codes:
+    """The entries above the threshold."""
     return _entries_at(pre_BN, positions_above(pre_BN, threshold))
 
 
-def batch_top_k(pre_BN: Float[Tensor, "B N"], count: int, guess: float) -> tuple[Pattern, Float[Tensor, " nnz"]]:
-    """The `count` largest positive entries of the whole batch (ties go to the earlier one), and their values.
+def batch_top_k(pre_BN: Float[Tensor, "B N"], count: int, guess: float) -> Codes:
+    """The `count` largest positive entries of the whole batch; ties go to the earlier one.
 
     Args:
         pre_BN: pre-activations.
@@ -85,8 +85,7 @@ def density_above(pre_BN: Float[Tensor, "B N"], threshold: float | Float[Tensor,
     return int((sample > threshold).count_nonzero()) / sample.numel()
 
 
-def _entries_at(pre_BN: Tensor, positions: Tensor) -> tuple[Pattern, Tensor]:
+def _entries_at(pre_BN: Tensor, positions: Tensor) -> Codes:
     n_rows, n_features = pre_BN.shape
     rows = positions // n_features
-    pattern = Pattern.from_rows(rows, positions - rows * n_features, n_rows, n_features)
-    return pattern, pre_BN.view(-1)[positions]
+    return Codes.from_rows(rows, positions - rows * n_features, pre_BN.view(-1)[positions], n_rows, n_features)

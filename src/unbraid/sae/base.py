@@ -25,9 +25,8 @@ from unbraid.distributed.shard import Shard
 from unbraid.errors import ActivationError
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
+from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, dense_autoencode
-from unbraid.kernels.pattern import Pattern
-from unbraid.sae.codes import Codes
 from unbraid.sae.dead import pull_to_threshold
 
 Path = Literal["dense", "sparse"]
@@ -240,8 +239,8 @@ class SAE(nn.Module):
         """Share of entries the sparse path would touch."""
         raise TypeError(f"{type(self).__name__} is not an architecture; build one with unbraid.sae.build")
 
-    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
-        """The active entries of a training batch and their values, all > 0, without a graph."""
+    def select(self, pre_BN: Tensor) -> Codes:
+        """The active entries of a training batch, without a graph."""
         raise TypeError(f"{type(self).__name__} is not an architecture; build one with unbraid.sae.build")
 
     def prefix_widths(self) -> list[int]:
@@ -250,13 +249,12 @@ class SAE(nn.Module):
 
     def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """Codes and their parts of the reconstruction from active entries only."""
-        pattern, values = self.select(pre_BN)
+        codes = self.select(pre_BN)
         workspace.give(pre_BN)
-        values = values.to(self.W_dec.dtype)
-        values = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, values, pattern)
+        codes = codes.with_values(codes.values.to(self.W_dec.dtype))
+        codes = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, codes)
         widths = self.prefix_widths()
-        parts = decode(values, self.W_dec, pattern.split(widths) if len(widths) > 1 else pattern)
-        codes = Codes.at(pattern, values)
+        parts = decode(codes.split(widths) if len(widths) > 1 else codes, self.W_dec)
         return Encoded(codes, parts.view(len(x_BD), len(widths), -1), self.sparsity(codes), x_BD.new_zeros(()))
 
     def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
@@ -280,9 +278,9 @@ class SAE(nn.Module):
     @torch.no_grad()
     def dense_codes(self, pre_BN: Tensor) -> Tensor:
         """The codes of a training batch as a matrix, in the memory of the pre-activations."""
-        pattern, values = self.select(pre_BN)
+        codes = self.select(pre_BN)
         f_BN = pre_BN.to(self.W_dec.dtype).zero_()
-        return f_BN.index_put_((pattern.rows, pattern.indices), values.to(f_BN.dtype))
+        return f_BN.index_put_((codes.rows(), codes.indices), codes.values.to(f_BN.dtype))
 
     def sparsity(self, codes: Codes) -> Tensor:
         """The loss that lambda1 weighs: none."""

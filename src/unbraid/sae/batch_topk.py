@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unbraid.distributed.shard import among_top
-from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.codes import Codes
 from unbraid.kernels.selection import batch_top_k
 from unbraid.sae.topk import TopKSAE
 
@@ -33,17 +33,16 @@ class BatchTopKSAE(TopKSAE):
         pre = self.preactivations(x)
         return pre.relu() * (pre > self.threshold)
 
-    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+    def select(self, pre_BN: Tensor) -> Codes:
         """The B * k largest positive entries of the batch; the threshold follows the smallest of them."""
         count, shard = len(pre_BN) * self.config.k, self.shard
-        pattern, values = batch_top_k(pre_BN, min(count, pre_BN.numel()), GUESS * float(self.threshold))
+        codes = batch_top_k(pre_BN, min(count, pre_BN.numel()), GUESS * float(self.threshold))
         if not shard.whole:
-            keys = pattern.rows * shard.n_features + pattern.indices + shard.start
-            kept = among_top(values, keys, count, shard.ranks)
-            pattern = Pattern.from_rows(pattern.rows[kept], pattern.indices[kept], len(pre_BN), self.n_features)
-            values = values[kept]
+            keys = codes.rows() * shard.n_features + codes.indices + shard.start
+            codes = codes.where(among_top(codes.values, keys, count, shard.ranks))
+        values = codes.values
         smallest = shard.ranks.min(values.amin() if values.numel() else values.new_full((), torch.inf))
         if smallest < torch.inf:
             weight = (1 - self.config.threshold_decay) * (self.threshold > 0) + 1.0 * (self.threshold == 0)
             self.threshold += weight * (smallest - self.threshold)
-        return pattern, values
+        return codes

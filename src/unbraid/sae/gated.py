@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from unbraid.distributed.ranks import summed
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
+from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense_gated import dense_gated
-from unbraid.kernels.pattern import Pattern
 from unbraid.kernels.selection import density_above, entries_above
 from unbraid.sae.base import SAE, Encoded, squared_error
-from unbraid.sae.codes import Codes
 from unbraid.sae.dead import pull_to_threshold
 
 
@@ -47,28 +46,25 @@ class GatedSAE(SAE):
         """Share of open gates."""
         return density_above(pre_BN, -self.b_gate.detach())
 
-    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+    def select(self, pre_BN: Tensor) -> Codes:
         """The open gates, with the product there."""
         return entries_above(pre_BN, -self.b_gate.detach())
 
     def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """Codes and reconstruction from the open gates only."""
-        pattern, u = self.select(pre_BN)
+        open_gates = self.select(pre_BN)
         workspace.give(pre_BN)
-        u = u.to(self.W_dec.dtype)
-        u = active_entries(seen_BD, self.b_dec, self.encoder_ND, None, centred_BD, u, pattern)
-        b_gate, b_mag, r_mag = (p.index_select(0, pattern.indices) for p in (self.b_gate, self.b_mag, self.r_mag))
+        open_gates = open_gates.with_values(open_gates.values.to(self.W_dec.dtype))
+        open_gates = active_entries(seen_BD, self.b_dec, self.encoder_ND, None, centred_BD, open_gates)
+        u = open_gates.values
+        b_gate, b_mag, r_mag = (p.index_select(0, open_gates.indices) for p in (self.b_gate, self.b_mag, self.r_mag))
         gate = (u + b_gate).relu()
-        f = (u * r_mag.exp() + b_mag).relu()
-        parts_BD = decode(f, self.W_dec, pattern)
-        gate_hat_BD = decode(gate, self.W_dec.detach(), pattern)
-        active = f.detach() > 0
-        if active.all():
-            codes = Codes.at(pattern, f)
-        else:
-            codes = Codes.at(
-                Pattern.from_rows(pattern.rows[active], pattern.indices[active], len(x_BD), self.n_features), f[active]
-            )
+        codes = open_gates.with_values((u * r_mag.exp() + b_mag).relu())
+        parts_BD = decode(codes, self.W_dec)
+        gate_hat_BD = decode(open_gates.with_values(gate), self.W_dec.detach())
+        active = codes.values.detach() > 0
+        if not active.all():
+            codes = codes.where(active)
         detection = squared_error(x_BD, summed(gate_hat_BD, self.shard.ranks) + self.b_dec.detach())
         return Encoded(codes, parts_BD.unsqueeze(1), gate.sum() / len(x_BD), detection)
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
+from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, dense_autoencode, slabs
-from unbraid.kernels.pattern import Pattern
 from unbraid.kernels.selection import density_above, entries_above
 from unbraid.sae.base import SAE, Encoded
-from unbraid.sae.codes import Codes
 from unbraid.sae.dead import pull_to_threshold
 
 
@@ -69,28 +68,27 @@ class JumpReLUSAE(SAE):
         """Share of entries above the lower edge of their window."""
         return density_above(pre_BN, self._lower_edge())
 
-    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+    def select(self, pre_BN: Tensor) -> Codes:
         """Entries above the lower edge of their feature's window: more than the active ones."""
         return entries_above(pre_BN, self._lower_edge())
 
     def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """Codes and reconstruction from active entries and those just below their threshold."""
-        pattern, pre = self.select(pre_BN)
+        near = self.select(pre_BN)
         workspace.give(pre_BN)
-        pre = pre.to(self.W_dec.dtype)
-        pre = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, pre, pattern)
-        threshold = self.threshold.index_select(0, pattern.indices)
-        f = _Jump.apply(pre, threshold, self.config.bandwidth)
-        parts_BD = decode(f, self.W_dec, pattern)
+        near = near.with_values(near.values.to(self.W_dec.dtype))
+        near = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, near)
+        pre, threshold = near.values, self.threshold.index_select(0, near.indices)
+        f: Any = _Jump.apply(pre, threshold, self.config.bandwidth)
+        codes = near.with_values(f)
+        parts_BD = decode(codes, self.W_dec)
         active = f.detach() > 0
-        codes = Codes.at(
-            Pattern.from_rows(pattern.rows[active], pattern.indices[active], len(x_BD), self.n_features), f[active]
-        )
+        codes = codes.where(active)
         if self.config.jumprelu_sparsity == "tanh":
             sparsity = self._tanh(f).sum() / len(x_BD)
         else:
             window = (pre.detach() - threshold.detach()).abs() < self.config.bandwidth / 2
-            in_window_N = torch.zeros_like(self.threshold).index_add_(0, pattern.indices, window.to(f.dtype))
+            in_window_N = torch.zeros_like(self.threshold).index_add_(0, near.indices, window.to(f.dtype))
             sparsity = _CountAbove.apply(self.threshold, active.sum(), in_window_N, self.config.bandwidth) / len(x_BD)
         return Encoded(codes, parts_BD.unsqueeze(1), sparsity, x_BD.new_zeros(()))
 

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
+from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient
-from unbraid.kernels.pattern import Pattern
 from unbraid.kernels.selection import density_above, entries_above
 from unbraid.sae.base import SAE
-from unbraid.sae.codes import Codes
 
 
 class ReLUSAE(SAE):
@@ -19,7 +18,7 @@ class ReLUSAE(SAE):
         """Share of positive pre-activations."""
         return density_above(pre_BN, 0.0)
 
-    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+    def select(self, pre_BN: Tensor) -> Codes:
         """The positive pre-activations."""
         return entries_above(pre_BN, 0.0)
 

@@ -9,8 +9,8 @@ reconstruction is learned beside it, as in every SAE.
 import torch
 from torch import Tensor
 
+from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, slabs
-from unbraid.sae.codes import Codes
 from unbraid.sae.relu import ReLUSAE
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from unbraid.distributed.shard import among_top_k
-from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.codes import Codes
 from unbraid.kernels.selection import top_k
 from unbraid.sae.base import SAE
 from unbraid.sae.dead import explain_residual
@@ -29,7 +29,7 @@ class TopKSAE(SAE):
         """k / N."""
         return self.config.k / self.config.n_features
 
-    def select(self, pre_BN: Tensor) -> tuple[Pattern, Tensor]:
+    def select(self, pre_BN: Tensor) -> Codes:
         """The k largest of each row, less those that are not positive."""
         k = min(self.config.k, self.n_features)
         values_BK, features_BK = top_k(pre_BN, k)
@@ -38,7 +38,7 @@ class TopKSAE(SAE):
         kept = ((values_BK > 0) & among_top_k(values_BK, self.config.k, self.shard.ranks)).flatten()
         if not kept.all():
             values, features, rows = values[kept], features[kept], rows[kept]
-        return Pattern.from_rows(rows, features, len(pre_BN), self.n_features), values
+        return Codes.from_rows(rows, features, values, len(pre_BN), self.n_features)
 
     def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
         """Dead features explain the residual (aux-k), weighted."""

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbraid.sae.codes import Codes
+from unbraid.kernels.codes import Codes
 
 BLOCK_ROWS = 16_384
 CHUNK_ROWS, CHUNK_ENTRIES = 1024, 1 << 19  # at least, at most: large enough to amortise calls, small enough for cache
@@ -133,7 +133,9 @@ class World:
         strengths = torch.cat(values) if values else self.magnitude[:0]
         rows = key // self.n_features
         counts = torch.bincount(rows, minlength=n)
-        return Codes(F.pad(counts.cumsum(0), (1, 0)), key - rows * self.n_features, strengths, self.n_features)
+        return Codes.unchecked(
+            F.pad(counts.cumsum(0), (1, 0)), key - rows * self.n_features, strengths, self.n_features
+        )
 
     def _draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(row, feature, strength) of everything that fires on `n` tokens, level by level."""

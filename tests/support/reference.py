@@ -3,38 +3,38 @@
 import torch
 from torch import Tensor
 
-from unbraid.kernels.pattern import Pattern
+from unbraid.kernels.codes import Codes
 
 
-def weighted_rows(pattern: Pattern, values: Tensor, matrix_ND: Tensor) -> Tensor:
-    """[B, D]: out[b] = sum over row b's entries e of values[e] * matrix[indices[e]]."""
-    out_BD = matrix_ND.new_zeros(pattern.n_rows, matrix_ND.shape[1])
-    for e, (row, feature) in enumerate(zip(pattern.rows.tolist(), pattern.indices.tolist(), strict=True)):
-        out_BD[row] += values[e] * matrix_ND[feature]
+def weighted_rows(codes: Codes, matrix_ND: Tensor) -> Tensor:
+    """[B, D]: out[b] = sum over row b's entries e of codes.values[e] * matrix[indices[e]]."""
+    out_BD = matrix_ND.new_zeros(codes.n_rows, matrix_ND.shape[1])
+    for e, (row, feature) in enumerate(zip(codes.rows().tolist(), codes.indices.tolist(), strict=True)):
+        out_BD[row] += codes.values[e] * matrix_ND[feature]
     return out_BD
 
 
-def weighted_columns(pattern: Pattern, values: Tensor, matrix_BD: Tensor) -> Tensor:
-    """[N, D]: out[n] = sum over feature n's entries e of values[e] * matrix[row of e]."""
-    out_ND = matrix_BD.new_zeros(pattern.n_features, matrix_BD.shape[1])
-    for e, (row, feature) in enumerate(zip(pattern.rows.tolist(), pattern.indices.tolist(), strict=True)):
-        out_ND[feature] += values[e] * matrix_BD[row]
+def weighted_columns(codes: Codes, matrix_BD: Tensor) -> Tensor:
+    """[N, D]: out[n] = sum over feature n's entries e of codes.values[e] * matrix[row of e]."""
+    out_ND = matrix_BD.new_zeros(codes.n_features, matrix_BD.shape[1])
+    for e, (row, feature) in enumerate(zip(codes.rows().tolist(), codes.indices.tolist(), strict=True)):
+        out_ND[feature] += codes.values[e] * matrix_BD[row]
     return out_ND
 
 
-def entry_dots(pattern: Pattern, matrix_BD: Tensor, matrix_ND: Tensor) -> Tensor:
+def entry_dots(codes: Codes, matrix_BD: Tensor, matrix_ND: Tensor) -> Tensor:
     """[nnz]: out[e] = matrix_BD[row of e] . matrix_ND[feature of e]."""
-    out = matrix_BD.new_zeros(pattern.indices.numel())
-    for e, (row, feature) in enumerate(zip(pattern.rows.tolist(), pattern.indices.tolist(), strict=True)):
+    out = matrix_BD.new_zeros(codes.indices.numel())
+    for e, (row, feature) in enumerate(zip(codes.rows().tolist(), codes.indices.tolist(), strict=True)):
         out[e] = matrix_BD[row] @ matrix_ND[feature]
     return out
 
 
-def sums_by_feature(pattern: Pattern, values: Tensor) -> Tensor:
+def sums_by_feature(codes: Codes) -> Tensor:
     """[N]: the sum of each feature's values."""
-    out_N = values.new_zeros(pattern.n_features)
-    for e, feature in enumerate(pattern.indices.tolist()):
-        out_N[feature] += values[e]
+    out_N = codes.values.new_zeros(codes.n_features)
+    for e, feature in enumerate(codes.indices.tolist()):
+        out_N[feature] += codes.values[e]
     return out_N
 
 

@@ -7,10 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unbraid.decorrelation.entries import Entries, to_dense
-from unbraid.decorrelation.hinge import Evaluation
 from unbraid.decorrelation.measure import CONSTANT, Measure
 from unbraid.decorrelation.selection import Selection, grid, low_support, nominal_pairs, steps_per_unit
+from unbraid.kernels.codes import Codes
 
 
 def correlation_matrix(f_BN: Float[Tensor, "B N"], measure: Measure) -> Float[Tensor, "N N"]:
@@ -47,9 +46,9 @@ def penalty(
     return torch.where(above, excess, 0.0).sum() / max(nominal, 1), correlations
 
 
-def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_feature: int | None = None) -> Selection:
+def select(codes: Codes, fraction: float, measure: Measure, max_pairs_per_feature: int | None = None) -> Selection:
     """S, mu and sigma from the whole matrix."""
-    f_BN = to_dense(entries.detach())
+    f_BN = codes.detach().to_dense()
     n_features = f_BN.shape[1]
     live = (f_BN > 0).any(0)
     first, second = torch.triu_indices(n_features, n_features, offset=1, device=f_BN.device)
@@ -64,15 +63,5 @@ def select(entries: Entries, fraction: float, measure: Measure, max_pairs_per_fe
     chosen = torch.sort(order[ranks[order] > 0])[0]
     limit = "co-activation" if chosen.numel() < wanted else limit
     first, second = first[chosen], second[chosen]
-    low = low_support(entries.support, first, second)
+    low = low_support(codes.support, first, second)
     return Selection(first, second, known[chosen], wanted, mean, std, n_live, limit, low)
-
-
-def evaluate(entries: Entries, first: Tensor, second: Tensor, nominal: int, tau: float, measure: Measure) -> Evaluation:
-    """R(tau) over given pairs and its gradient at active entries, by autograd."""
-    with torch.enable_grad():
-        f_BN = to_dense(entries.detach()).requires_grad_()
-        value, correlations = penalty(f_BN, first, second, nominal, tau, measure)
-        (gradient_BN,) = torch.autograd.grad(value, f_BN)
-    gradient = gradient_BN[entries.rows, entries.indices]
-    return Evaluation(float(value.detach()), gradient, correlations.detach().double())
