@@ -15,7 +15,7 @@ from unbraid.activations.packaged_model import find_packaged_model, packaged_mod
 from unbraid.activations.random_model import FAMILIES
 from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
-from unbraid.text.contexts import tokenise
+from unbraid.text.tokens import tokenise
 
 ENGLISH = (
     "The committee met on Tuesday to discuss the new library. Several members argued that the old building, which had "

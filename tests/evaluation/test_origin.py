@@ -40,7 +40,7 @@ def run_of(metadata: dict, **settings):
 
 def test_context_size_and_the_rule_for_bos_are_followed(tmp_path: Path):
     run = run_of(LLAMA | {"context_size": 16, "prepend_bos": False})
-    assert (run.text.context_length, run.text.prepend_bos) == (16, False)
+    assert (run.text.context_length, run.text.bos) == (16, "none")
     from unbraid.activations.live import LiveActivations
 
     plain, bare = (LiveActivations(each, torch.device("cpu")) for each in (run_of(LLAMA), run))

@@ -13,7 +13,9 @@ from unbraid.activations.random_model import word_tokenizer
 from unbraid.config import TextConfig
 from unbraid.errors import TextError
 from unbraid.text import Contexts, Counts, Document, Position, count_contexts, explain_shortage
-from unbraid.text.contexts import is_held_out, tokenise
+from unbraid.text.contexts import is_held_out
+from unbraid.text.documents import TOO_LONG
+from unbraid.text.tokens import tokenise
 
 TOKENIZER = word_tokenizer()
 BOS, EOS = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
@@ -152,7 +154,7 @@ def test_unusable_documents_are_counted_by_reason() -> None:
     texts = ["bade gale", "", "   ", None, 3, b"\xff\xfe", "\ud800", "x" * 101, b"tape tape"]
     contexts = Contexts(ListSource(texts), TOKENIZER, config(length=2, characters=100))
     assert len(rows(contexts)) == 6
-    assert contexts.counts == Counts(9, 2, {"empty": 2, "not text": 2, "not UTF-8": 2, "too large": 1})
+    assert contexts.counts == Counts(9, 2, {"empty": 2, "not text": 2, "not UTF-8": 2, TOO_LONG: 1})
 
 
 def test_too_many_unusable_documents_stop_with_their_reasons() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from unbraid.activations.live import LiveActivations
 from unbraid.activations.rows import Chunk, RowFilter, StopSignal, never
-from unbraid.config import RunConfig
+from unbraid.config import RunConfig, TextConfig
 from unbraid.errors import ActivationError, TextError
 from unbraid.files import checksum, free_bytes, held, holds_nothing, write_json, write_whole
 from unbraid.json_files import is_count, read_json_object
@@ -163,6 +163,9 @@ def _write_shard(
 ) -> dict[str, Any]:
     dtype = getattr(torch, config.buffer.dtype)
     tensors = {"tokens": torch.cat([chunk.tokens_BT for chunk in group]).to(torch.int32)}
+    trains = [chunk.trains_BT for chunk in group if chunk.trains_BT is not None]
+    if trains:
+        tensors["trains"] = torch.cat(trains)
     for i, site in enumerate(config.sites):
         tensors[str(site)] = torch.cat([chunk.activations[i].to("cpu", dtype) for chunk in group])
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), free_bytes(folder)
@@ -246,8 +249,8 @@ def _problem_in_shard(shard: Any, part: str) -> str | None:
 
 def _check_recipe(manifest: dict[str, Any], config: RunConfig, folder: Path) -> None:
     expected, found = recipe_of_activations(config), manifest["recipe"]
-    if isinstance(found.get("text"), dict):  # a setting that harvests of earlier versions did not have
-        found = found | {"text": {"prepend_bos": True} | found["text"]}
+    if isinstance(found.get("text"), dict):  # harvests of earlier versions lack the settings that came later
+        found = found | {"text": TextConfig().model_dump(mode="json") | found["text"]}
     for group in expected:
         if found.get(group) != expected[group]:
             raise ActivationError(
@@ -321,7 +324,8 @@ class CachedActivations:
                 first += contexts
                 if not waiting:
                     activations = [tensors[str(site)][here] for site in self.sites]
-                    yield Chunk(tensors["tokens"][here].long(), activations, after)
+                    trains = tensors["trains"][here] if "trains" in tensors else None
+                    yield Chunk(tensors["tokens"][here].long(), activations, after, trains)
                 elif after == position:
                     waiting = False
 
@@ -329,7 +333,8 @@ class CachedActivations:
         path = self.folder / shard["file"]
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("tokens", *map(str, self.sites))}
+                masks = [name for name in file.keys() if name == "trains"]  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in ("tokens", *masks, *map(str, self.sites))}
         except (OSError, safetensors.SafetensorError) as error:
             raise ActivationError(
                 f"shard {str(path)!r} cannot be read ({error}); harvest again into a new folder"

@@ -109,9 +109,10 @@ class LanguageModel:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """Ids of the BOS, EOS and padding tokens, ascending; rows of these tokens are not for training."""
-        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-        return tuple(sorted({token for token in ids if token is not None}))
+        """Ids of the tokens that mark beginning, end and padding, ascending; their rows are not for training."""
+        names = ("bos", "eos", "pad", "cls", "sep")
+        ids = {getattr(self.tokenizer, f"{name}_token_id", None) for name in names}
+        return tuple(sorted(token for token in ids if token is not None))
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ everybody gets every chunk, in the order of the text: the same chunks whatever t
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,9 +20,18 @@ from unbraid.text import Contexts, Position, TextSource, open_source
 from unbraid.text.documents import FirstDocuments
 from unbraid.text.handed_in import HandedInText
 from unbraid.text.hub import HubSource
+from unbraid.text.tokens import bos_token
 
 DOCUMENTS_SEARCHED = 200_000
 """For one held-out context, before the run is refused; a text may be endless."""
+
+
+class _Pass(NamedTuple):
+    """One model batch: token ids, which may be learnt from, and where there is a token and no filling."""
+
+    tokens_BT: torch.Tensor
+    trains_BT: torch.Tensor
+    present_BT: torch.Tensor
 
 
 class LiveActivations:
@@ -56,11 +65,11 @@ class LiveActivations:
         self.model = handed_in_model(config.model, model, tokenizer) or load_language_model(config.model, device)
         if tokenizer is not None:
             self.model.tokenizer = tokenizer
-        if not config.text.prepend_bos:
+        if config.text.bos == "none":
             # Whatever makes contexts or prompts asks the tokenizer, and this one is the model's own.
             self.model.tokenizer.bos_token = None
         vocabulary = self.model.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-        self.documents = documents or HandedInText(text, self.model.tokenizer, vocabulary)
+        self.documents = documents or HandedInText(text, vocabulary)
         self.model_name = self.model.name
         self.drop_first_position = config.buffer.drop_first_position
         self.sites = config.sites
@@ -68,7 +77,7 @@ class LiveActivations:
         self.context_length = config.text.context_length
         self.batch_contexts = config.model.batch_contexts
         self.special_ids = frozenset(self.model.special_ids)
-        self.prepends_bos = self.model.tokenizer.bos_token_id is not None
+        self.prepends_bos = config.text.bos == "context" and bos_token(self.model.tokenizer) is not None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -80,18 +89,22 @@ class LiveActivations:
         batches = self._batches(position, held_out)
         while True:
             turns = self.ranks.broadcast_json(list(islice(batches, self.ranks.size)) if self.ranks.first else None)
-            passes = [torch.tensor(tokens) for tokens, _ in turns]
-            own = self.model.activations(passes[self.ranks.rank]) if self.ranks.rank < len(turns) else []
-            for turn, (tokens_BT, (_, after)) in enumerate(zip(passes, turns, strict=True)):
-                yield Chunk(tokens_BT, self._from_rank(turn, own, tokens_BT), after)
+            passes = [_Pass(*map(torch.tensor, rows)) for rows, _ in turns]
+            own = self._activations(passes[self.ranks.rank]) if self.ranks.rank < len(turns) else []
+            for turn, (batch, (_, after)) in enumerate(zip(passes, turns, strict=True)):
+                trains_BT = batch.trains_BT if self.text.masked else None
+                yield Chunk(batch.tokens_BT, self._from_rank(turn, own, batch.tokens_BT), after, trains_BT)
             if len(turns) < self.ranks.size:
                 return
 
     def _batches(self, position: dict[str, Any] | None, held_out: bool) -> Iterator[tuple[list, dict[str, Any]]]:
-        """Token ids of the model batches, and where the text continues after each."""
+        """Model batches as plain lists, and where the text continues after each."""
         contexts = self._contexts(self.documents, position, held_out)
-        while batch := list(islice(contexts, self.batch_contexts)):
-            yield torch.stack(batch).tolist(), contexts.position.to_json()
+        while batch := list(islice(contexts.with_masks(), self.batch_contexts)):
+            yield [torch.stack(rows).tolist() for rows in zip(*batch, strict=True)], contexts.position.to_json()
+
+    def _activations(self, batch: _Pass) -> list[torch.Tensor]:
+        return self.model.activations(batch.tokens_BT, batch.present_BT.long() if self.text.masked else None)
 
     def _from_rank(self, rank: int, own: list[torch.Tensor], tokens_BT: torch.Tensor) -> list[torch.Tensor]:
         """Activations of the chunk that `rank` computed."""
@@ -116,8 +129,9 @@ class LiveActivations:
         if isinstance(self.documents, HubSource | HandedInText):
             return None
         special, found = torch.tensor(sorted(self.special_ids), dtype=torch.long), 0
-        for context_T in self._contexts(self.documents, None, False):
-            found += int((~torch.isin(context_T[int(self.drop_first_position) :], special)).sum())
+        for context in self._contexts(self.documents, None, False).with_masks():
+            kept_T = context.trains & ~torch.isin(context.tokens, special)
+            found += int(kept_T[int(self.drop_first_position) :].sum())
             if found >= limit:
                 return found
         return found

@@ -26,11 +26,13 @@ class Chunk:
         tokens_BT: token ids, [contexts, T].
         activations: one [contexts, T, D] tensor a site.
         position: where the text continues after this chunk; plain JSON data.
+        trains_BT: which tokens may be learnt from, [contexts, T] bool; None for all.
     """
 
     tokens_BT: Tensor
     activations: list[Tensor]
     position: dict[str, Any]
+    trains_BT: Tensor | None = None
 
 
 @runtime_checkable
@@ -89,15 +91,17 @@ class RowFilter:
         """
         first_BT = torch.zeros_like(chunk.tokens_BT, dtype=torch.bool)
         first_BT[:, 0] = self.config.drop_first_position
-        special_BT = torch.isin(chunk.tokens_BT, self.special_ids) & ~first_BT
-        keep_BT = ~(first_BT | special_BT)
+        unwanted_BT = torch.zeros_like(first_BT) if chunk.trains_BT is None else ~chunk.trains_BT & ~first_BT
+        special_BT = torch.isin(chunk.tokens_BT, self.special_ids) & ~first_BT & ~unwanted_BT
+        keep_BT = ~(first_BT | unwanted_BT | special_BT)
         norms = [self._norms(site, x_BTD) for site, x_BTD in zip(self.sites, chunk.activations, strict=True)]
         massive_BT = torch.zeros_like(keep_BT)
         if self.config.norm_limit is not None:
             if self.limits is None:
                 if not keep_BT.any():
                     raise ActivationError(
-                        "the first model batch holds no token row to learn from, only special tokens; check text"
+                        "the first model batch holds no token row to learn from, only special tokens or ones that "
+                        "text.train_on leaves out; check text"
                     )
                 self.limits = [self.config.norm_limit * float(norm_BT[keep_BT].median()) for norm_BT in norms]
             for norm_BT, limit in zip(norms, self.limits, strict=True):
@@ -105,6 +109,8 @@ class RowFilter:
             keep_BT &= ~massive_BT
         self.dropped["first_position"] += int(first_BT.sum())
         self.dropped["special"] += int(special_BT.sum())
+        if chunk.trains_BT is not None:
+            self.dropped["not_trained"] = self.dropped.get("not_trained", 0) + int(unwanted_BT.sum())
         self.dropped["massive"] += int(massive_BT.sum())
         self.kept += int(keep_BT.sum())
         return keep_BT

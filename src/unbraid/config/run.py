@@ -19,8 +19,8 @@ class TextConfig(Section):
     """Where documents come from and how they are cut into contexts."""
 
     source: Literal["packaged", "files", "hub", "generated"] = "packaged"
-    """packaged: the corpus installed from the package index; files: local txt/jsonl/parquet; hub: a streamed Hugging
-    Face dataset; generated: seeded pseudo-text, for trying things out."""
+    """packaged: the corpus installed from the package index; files: local txt, jsonl, csv or parquet, also gzipped, or
+    a saved data set; hub: a streamed Hugging Face dataset; generated: seeded pseudo-text, for trying things out."""
     paths: list[str] = []
     """Files or folders, for source=files."""
     dataset: str = ""
@@ -30,21 +30,33 @@ class TextConfig(Section):
     revision: str | None = None
     """Revision of the hub dataset."""
     split: str = "train"
-    """Split of the hub dataset."""
+    """Split of the hub dataset, or of a saved data set that has several."""
     column: str = "text"
-    """Column (parquet, hub) or key (jsonl) that holds the text."""
+    """Column (csv, parquet, hub) or key (jsonl) that holds documents: strings, chats or lists of token ids."""
     context_length: int = Field(default=128, ge=2, le=1_000_000)
     """Tokens per context T, the beginning-of-sequence token included."""
-    prepend_bos: bool = True
-    """Begin every context with the tokenizer's beginning-of-sequence token, where it has one."""
+    bos: Literal["context", "document", "none"] = "context"
+    """Where the beginning-of-sequence token stands: at the start of every context, of every document, or nowhere."""
+    pack: bool = True
+    """Contexts run on from document to document; false: each holds tokens of one document, and the rest of a
+    document's last context is filled up with tokens that are not learnt from."""
+    special_tokens: bool = False
+    """Read the name of a special token inside a text as that token; false: as plain text. Chats always keep theirs."""
+    train_on: Literal["all", "assistant"] = "all"
+    """assistant: of chats only what the assistant said is learnt from; the rest is still read by the model."""
     held_out_fraction: float = Field(default=0.02, ge=0.0, le=0.5)
     """Share of documents kept for held-out metrics, chosen by a hash of their text, never trained on."""
     shuffle_seed: int = 0
     """Order of the documents; hub streams are put in random order within blocks of 1024 documents."""
     max_skipped_fraction: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Stop when more than this share of documents is unusable (empty, not text, not UTF-8, too large)."""
+    """Stop when more than this share of documents is unusable (empty, not text, not UTF-8, too long)."""
     max_document_characters: int = Field(default=2_000_000, ge=1)
-    """Documents longer than this count as too large."""
+    """Documents longer than this are skipped."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether contexts may hold tokens that are not learnt from, or filling."""
+        return not self.pack or self.train_on != "all"
 
 
 class ModelConfig(Section):

@@ -58,7 +58,7 @@ def origin(metadata: dict[str, Any], config: EvaluationConfig) -> RunConfig:
     if metadata.get("context_size") is not None:
         text["context_length"] = metadata["context_size"]
     if metadata.get("prepend_bos") is not None:
-        text["prepend_bos"] = metadata["prepend_bos"]
+        text["bos"] = "context" if metadata["prepend_bos"] else "none"
     try:
         return RunConfig(
             model=validated(ModelConfig, settings, "the SAE's folder"),

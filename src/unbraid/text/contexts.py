@@ -1,24 +1,25 @@
-"""Packs documents into contexts: rows of exactly T tokens, never padded, from a position that can be saved.
+"""Packs documents into contexts: rows of exactly T tokens, from a position that can be saved.
 
 A context is the tokenizer's BOS token, if it has one, then the next tokens of an endless row: one document, EOS,
-another document, EOS, and so on. Each document belongs to training or to held-out by a hash of its text, so equal
-texts never fall on both sides, whatever source or order they come in.
+another document, EOS, and so on. With `text.pack` off each context holds tokens of one document and what is left is
+filled up, never to be learnt from. Each document belongs to training or to held-out by a hash of what it holds, so
+equal texts never fall on both sides, whatever source or order they come in.
 """
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from unbraid.config import TextConfig
 from unbraid.errors import TextError
-from unbraid.text.documents import TextSource, usable_text
+from unbraid.text.documents import TOO_LONG, Content, TextSource, key_of, usable
+from unbraid.text.tokens import DocumentTokenizer
 
 BATCH_CHARACTERS = 1 << 17
 """Documents are tokenised together up to this many characters: fast, yet little is lost when a run starts anew."""
@@ -59,11 +60,26 @@ class Position:
         return cls(data["document"], data["token"], Counts(**data["counts"]), data["bookmark"])
 
 
+class Context(NamedTuple):
+    """A context.
+
+    Attributes:
+        tokens: token ids [T], int64.
+        trains: which of them may be learnt from [T].
+        present: where there is a token and no filling [T].
+    """
+
+    tokens: Int[Tensor, " T"]
+    trains: Bool[Tensor, " T"]
+    present: Bool[Tensor, " T"]
+
+
 class _Piece(NamedTuple):
-    """A tokenised document, EOS included, and the counts before and after it."""
+    """A tokenised document, BOS and EOS included as the settings say, and the counts before and after it."""
 
     index: int
     tokens: np.ndarray
+    trains: np.ndarray
     before: Counts
     after: Counts
 
@@ -74,7 +90,7 @@ class Contexts:
     Args:
         source: where documents come from.
         tokenizer: a transformers tokenizer.
-        config: context_length, held_out_fraction and the limits on unusable documents.
+        config: how contexts are made, held_out_fraction and the limits on unusable documents.
         held_out: whether to take the held-out documents or the training documents.
         position: where to go on; a `Position` taken from another `Contexts` with the same arguments.
 
@@ -95,8 +111,12 @@ class Contexts:
         self.config = config
         self.held_out = held_out
         self._position = self._end = position or Position()
-        self._bos: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self._eos: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._tokenise = DocumentTokenizer(tokenizer, config)
+        bos, eos, pad = self._tokenise.bos, self._tokenise.eos, tokenizer.pad_token_id
+        self._context_start = [bos] if config.bos == "context" and bos is not None else []
+        self._document_start = [bos] if config.bos == "document" and bos is not None else []
+        self._document_end = [eos] if config.pack and eos is not None else []
+        self._filling = next((token for token in (pad, eos, bos) if token is not None), 0)
         self._pieces = self._read()
         self._piece: _Piece | None = None
         self._token = self._position.token
@@ -105,22 +125,45 @@ class Contexts:
         return self
 
     def __next__(self) -> Int[Tensor, " T"]:
-        context_T = np.empty(self.config.context_length, dtype=np.int64)
-        context_T[: len(self._bos)] = self._bos
-        filled = len(self._bos)
-        while filled < len(context_T):
+        return self.next_context().tokens
+
+    def with_masks(self) -> Iterator[Context]:
+        """The contexts that are left, with what may be learnt from each."""
+        while True:
+            try:
+                yield self.next_context()
+            except StopIteration:
+                return
+
+    def next_context(self) -> Context:
+        """The next context, with what may be learnt from it.
+
+        Raises:
+            StopIteration: the text has ended.
+        """
+        start, length = len(self._context_start), self.config.context_length
+        tokens_T = np.full(length, self._filling, dtype=np.int64)
+        trains_T, present_T = np.zeros(length, dtype=bool), np.zeros(length, dtype=bool)
+        tokens_T[:start], trains_T[:start] = self._context_start, True
+        filled = start
+        while filled < length:
             if self._piece is None:
                 self._piece = self._next_piece()
-            taken = self._piece.tokens[self._token : self._token + len(context_T) - filled]
-            context_T[filled : filled + len(taken)] = taken
+            rest = slice(self._token, self._token + length - filled)
+            taken = self._piece.tokens[rest]
+            here = slice(filled, filled + len(taken))
+            tokens_T[here], trains_T[here] = taken, self._piece.trains[rest]
             filled += len(taken)
             self._token += len(taken)
             if self._token >= len(self._piece.tokens):
                 self._position = Position(self._piece.index + 1, 0, self._piece.after)
                 self._piece, self._token = None, 0
+                if filled > start and not self.config.pack:
+                    break
+        present_T[:filled] = True
         if self._piece is not None:
             self._position = Position(self._piece.index, self._token, self._piece.before)
-        return torch.from_numpy(context_T)
+        return Context(torch.from_numpy(tokens_T), torch.from_numpy(trains_T), torch.from_numpy(present_T))
 
     def _next_piece(self) -> _Piece:
         try:
@@ -143,19 +186,19 @@ class Contexts:
     def _read(self) -> Iterator[_Piece]:
         """Usable documents of this side, tokenised, from the position on."""
         counts, end = self._position.counts, self._position.document
-        waiting: deque[tuple[int, str | np.ndarray, Counts, Counts]] = deque()
+        waiting: list[tuple[int, Content, Counts, Counts]] = []
         characters = 0
         for document in self.source.documents(self._position.document, self._position.bookmark):
             before = counts
             end = document.index + 1
-            text, problem = usable_text(document.text, self.config.max_document_characters)
-            counts = self._counted(counts, text, problem)
+            content, problem = usable(document.text, self.config.max_document_characters)
+            counts = self._counted(counts, content, problem)
             if counts.used > before.used:
-                waiting.append((document.index, text, before, counts))
-                characters += len(text)
+                waiting.append((document.index, content, before, counts))
+                characters += len(content)
             if characters >= BATCH_CHARACTERS:
                 yield from self._tokenised(waiting)
-                characters = 0
+                waiting, characters = [], 0
             if problem and counts.seen >= ENOUGH_TO_JUDGE:
                 self._check_skipped(counts)
         yield from self._tokenised(waiting)
@@ -166,24 +209,25 @@ class Contexts:
         self._check_skipped(counts)
         self._end = Position(end, 0, counts)
 
-    def _counted(self, counts: Counts, text: str | np.ndarray, problem: str) -> Counts:
+    def _counted(self, counts: Counts, content: Content, problem: str) -> Counts:
         if problem:
             skipped = counts.skipped | {problem: counts.skipped.get(problem, 0) + 1}
             return Counts(counts.seen + 1, counts.used, skipped)
-        ours = is_held_out(text, self.config.held_out_fraction) == self.held_out
+        ours = is_held_out(content, self.config.held_out_fraction) == self.held_out
         return Counts(counts.seen + 1, counts.used + ours, counts.skipped)
 
-    def _tokenised(self, waiting: "deque[tuple[int, str | np.ndarray, Counts, Counts]]") -> Iterator[_Piece]:
-        ids = iter(tokenise(self.tokenizer, [text for _, text, _, _ in waiting if isinstance(text, str)]))
-        while waiting:
-            index, text, before, after = waiting.popleft()
-            tokens = next(ids) if isinstance(text, str) else text.tolist()
-            ends = [] if tokens and [tokens[-1]] == self._eos else self._eos
-            yield _Piece(index, np.asarray(tokens + ends, dtype=np.int64), before, after)
+    def _tokenised(self, waiting: list[tuple[int, Content, Counts, Counts]]) -> Iterator[_Piece]:
+        found = self._tokenise([content for _, content, _, _ in waiting])
+        start, end = len(self._document_start), len(self._document_end)
+        for (index, _, before, after), (ids, trains) in zip(waiting, found, strict=True):
+            tokens = np.concatenate([self._document_start, ids, self._document_end]).astype(np.int64)
+            yield _Piece(index, tokens, np.pad(trains, (start, end), constant_values=True), before, after)
 
     def _check_skipped(self, counts: Counts) -> None:
         if counts.skipped_fraction > self.config.max_skipped_fraction:
             reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.skipped.items()))
+            longest = f" (now {self.config.max_document_characters:,})"
+            reasons = reasons.replace(TOO_LONG, TOO_LONG + longest)
             raise TextError(
                 f"{sum(counts.skipped.values())} of the first {counts.seen} documents cannot be used ({reasons}); "
                 f"expected at most {self.config.max_skipped_fraction:.0%}; check text.column and the files, or raise "
@@ -191,35 +235,10 @@ class Contexts:
             )
 
 
-def is_held_out(text: str | np.ndarray, fraction: float) -> bool:
-    """Whether a document belongs to the held-out side: a hash of its text, or token ids, below `fraction`."""
-    content = text.encode("utf-8") if isinstance(text, str) else text.tobytes()
-    digest = hashlib.blake2b(content, digest_size=8, person=b"held-out").digest()
+def is_held_out(content: Content, fraction: float) -> bool:
+    """Whether a document belongs to the held-out side: a hash of what it holds below `fraction`."""
+    digest = hashlib.blake2b(key_of(content), digest_size=8, person=b"held-out").digest()
     return int.from_bytes(digest, "big") < fraction * 2.0**64
-
-
-def tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without BOS or EOS; a special token's name inside a text is read as plain text.
-
-    The Rust tokenizer is called directly where there is one: transformers would also collect offsets and masks, which
-    costs a fifth of the time. It sets these three switches anew on every call of its own.
-    """
-    if not texts:
-        return []
-    if getattr(tokenizer, "is_fast", False):
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
 
 
 def count_contexts(contexts: Contexts, limit: int) -> int:

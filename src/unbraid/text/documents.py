@@ -1,11 +1,13 @@
 """What every source of text looks like to the rest of the package: a numbered sequence of documents.
 
 A document's number never changes between runs with the same settings, so a number is all that has to be saved to go
-on. Sources hand out whatever they hold at a place, usable or not; `usable_text` is the one judge of what can be
-trained on, so that skipping is counted the same way whatever the text comes from.
+on. A document is a string, a chat (a list of messages) or a list of token ids. Sources hand out whatever they hold at a
+place, usable or not; `usable` is the one judge of what can be trained on, so that skipping is counted the same way
+whatever the text comes from.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -15,16 +17,20 @@ from unbraid.randomness import derive_seed
 
 BLOCK = 1024
 """Documents that streams and line-based files put in random order at a time."""
+TOO_LONG = "longer than text.max_document_characters"
+
+Messages = list[dict[str, Any]]
+Content = str | Messages | np.ndarray
+"""A usable document: text, a chat, or token ids [tokens] int64."""
 
 
 class Document(NamedTuple):
-    """Document number `index` and what the source holds there: a string, undecodable bytes, or None if not text."""
+    """Document number `index` and what the source holds there, usable or not."""
 
     index: int
     text: Any
 
 
-@runtime_checkable
 @runtime_checkable
 class TextSource(Protocol):
     """Documents in a fixed order that can be entered anywhere."""
@@ -72,27 +78,59 @@ def shuffled(count: int, seed: int, *names: str | int) -> list[int]:
     return np.random.Generator(np.random.Philox(derive_seed(seed, *names))).permutation(count).tolist()
 
 
-def usable_text(value: Any, max_characters: int) -> tuple[str | np.ndarray, str]:
-    """`(text, "")`, or `("", reason)` with reason one of "not text", "not UTF-8", "empty", "too large".
+def usable(value: Any, max_characters: int) -> tuple[Content, str]:
+    """`(content, "")`, or `("", reason)` with reason "not text", "not UTF-8", "empty" or TOO_LONG.
 
-    An array of token ids counts as text.
+    Args:
+        value: what a source holds.
+        max_characters: length above which a text, or all messages of a chat, count as too long; a list of token ids
+            may have as many tokens.
     """
-    if isinstance(value, np.ndarray):
-        return (value, "") if len(value) else ("", "empty")
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError:
             return "", "not UTF-8"
-    if not isinstance(value, str):
+    if isinstance(value, str):
+        return value, _problem_of_text(value, max_characters)
+    if hasattr(value, "tolist"):  # arrays and tensors
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
         return "", "not text"
-    if len(value) > max_characters:
-        return "", "too large"
-    if not value or value.isspace():
+    if not value:
         return "", "empty"
-    if not value.isascii():
+    if len(value) > max_characters:
+        return "", TOO_LONG
+    if all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31 for item in value):
+        return np.array(value, dtype=np.int64), ""
+    return _usable_chat(value, max_characters)
+
+
+def key_of(content: Content) -> bytes:
+    """What a document's side, training or held-out, is decided by."""
+    if isinstance(content, str):
+        return content.encode("utf-8")
+    return content.tobytes() if isinstance(content, np.ndarray) else json.dumps(content, sort_keys=True).encode()
+
+
+def _problem_of_text(text: str, max_characters: int) -> str:
+    if len(text) > max_characters:
+        return TOO_LONG
+    if not text or text.isspace():
+        return "empty"
+    if not text.isascii():
         try:
-            value.encode("utf-8")
+            text.encode("utf-8")
         except UnicodeEncodeError:
-            return "", "not UTF-8"
-    return value, ""
+            return "not UTF-8"
+    return ""
+
+
+def _usable_chat(value: list[Any] | tuple[Any, ...], max_characters: int) -> tuple[Content, str]:
+    if not all(isinstance(item, Mapping) and isinstance(item.get("role"), str) for item in value):
+        return "", "not text"
+    messages = [{key: part for key, part in item.items() if part is not None} for item in value]
+    texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+    if not texts:
+        return "", "empty"
+    return messages, _problem_of_text("".join(texts), max_characters)

@@ -4,7 +4,7 @@ Strings are documents like any other. A row of token ids is a document that is t
 (`[{"role": "user", "content": "..."}, ...]`) goes through the tokenizer's chat template, special tokens and all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,12 @@ class HandedInText:
 
     Args:
         text: an iterable that can be iterated again, or a function that starts it anew.
-        tokenizer: of the model, for chat messages.
         vocabulary: token ids the model knows.
     """
 
-    def __init__(self, text: Any, tokenizer: Any, vocabulary: int):
+    def __init__(self, text: Any, vocabulary: int):
         self.replay = Replay(text, "text", TextError)
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+        self.vocabulary = vocabulary
         self._last: tuple[int, Any] | None = None
 
     @property
@@ -44,7 +43,7 @@ class HandedInText:
         """Documents `start` to the last.
 
         Raises:
-            TextError: an item is neither text, token ids nor messages, or names a token the model does not know.
+            TextError: an item is neither text, token ids nor messages, or holds a token the model does not know.
         """
         known = bookmark is not None and bookmark["document"] <= start
         items = (
@@ -57,11 +56,9 @@ class HandedInText:
             if number >= start:
                 yield Document(number, self._document(number, item))
 
-    def _document(self, number: int, item: Any) -> str | bytes | np.ndarray:
-        if isinstance(item, str | bytes):
+    def _document(self, number: int, item: Any) -> Any:
+        if isinstance(item, str | bytes) or _is_chat(item):
             return item
-        if isinstance(item, list) and item and all(isinstance(message, dict) for message in item):
-            item = self._templated(number, item)
         try:
             ids = item.cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item)
         except (ValueError, TypeError):
@@ -78,12 +75,6 @@ class HandedInText:
             )
         return ids.astype(np.int64)
 
-    def _templated(self, number: int, messages: list[dict[str, Any]]) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-        except Exception as error:  # templates are programs of their own, with errors of their own
-            raise TextError(
-                f"item {number} of text is a list of messages, and the tokenizer cannot put them into its chat "
-                f"template ({type(error).__name__}: {str(error)[:200]}); expected messages as the template wants them, "
-                "and a tokenizer with a template; pass tokenizer= of a chat model, or strings"
-            ) from error
+
+def _is_chat(item: Any) -> bool:
+    return isinstance(item, list) and len(item) > 0 and all(isinstance(message, Mapping) for message in item)

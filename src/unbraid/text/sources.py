@@ -1,11 +1,14 @@
 """From settings to a source of text."""
 
+from pathlib import Path
+
 from unbraid.config import TextConfig
 from unbraid.text.documents import TextSource
 from unbraid.text.files import FileSource
 from unbraid.text.generated import GeneratedSource
 from unbraid.text.hub import HubSource
 from unbraid.text.packaged import PackagedSource
+from unbraid.text.readers import saved_dataset
 
 
 def open_source(config: TextConfig) -> TextSource:
@@ -17,7 +20,9 @@ def open_source(config: TextConfig) -> TextSource:
     if config.source == "packaged":
         return PackagedSource(config.shuffle_seed)
     if config.source == "files":
-        return FileSource(config.paths, config.column, config.shuffle_seed)
+        return FileSource(config.paths, config.column, config.shuffle_seed, config.split)
     if config.source == "generated":
         return GeneratedSource(config.shuffle_seed)
+    if config.dataset and saved_dataset(Path(config.dataset).expanduser(), config.split):
+        return FileSource([config.dataset], config.column, config.shuffle_seed, config.split)
     return HubSource(config)
