@@ -3,14 +3,46 @@
 run = unbraid.train(unbraid.recipes.tiny())      # a whole run: text, model, SAEs, metrics, figure
 sae = unbraid.load(path)                         # an SAE folder in any known layout
 decorrelate = unbraid.SelectiveDecorrelation()   # the penalty, for a training loop of your own
+fm = unbraid.features("runs/demo")               # the model with a run's SAEs in it: read, steer, attribute
 """
 
 from unbraid import recipes
 from unbraid.config import RunConfig
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.errors import UnbraidError
+from unbraid.feature_model import (
+    Ablate,
+    Clamp,
+    FeatureModel,
+    Patch,
+    Scale,
+    Splice,
+    Steer,
+    features,
+    logit,
+    match,
+)
 from unbraid.formats import load
 from unbraid.run import Run, resume, train
 
-__all__ = ["Run", "RunConfig", "SelectiveDecorrelation", "UnbraidError", "load", "recipes", "resume", "train"]
+__all__ = [
+    "Ablate",
+    "Clamp",
+    "FeatureModel",
+    "Patch",
+    "Run",
+    "RunConfig",
+    "Scale",
+    "SelectiveDecorrelation",
+    "Splice",
+    "Steer",
+    "UnbraidError",
+    "features",
+    "load",
+    "logit",
+    "match",
+    "recipes",
+    "resume",
+    "train",
+]
 __version__ = "0.1.0"

@@ -57,3 +57,7 @@ class FormatError(UnbraidError):
 
 class EvaluationError(UnbraidError):
     """An evaluation cannot run on this SAE, model or data."""
+
+
+class FeatureError(UnbraidError):
+    """A feature, position, prompt or edit does not exist, or cannot be used on this model."""

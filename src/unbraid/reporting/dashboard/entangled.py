@@ -99,14 +99,14 @@ def pair_contexts(held_out: HeldOutPass, codes: Csc, pair: Pair) -> dict[str, li
     _, at_one, at_other = np.intersect1d(one.rows, other.rows, assume_unique=True, return_indices=True)
     strength = np.minimum(one.values[at_one] / one.values.max(), other.values[at_other] / other.values.max())
     both = one.rows[at_one[np.argsort(-strength, kind="stable")]]
-    rows = {"both": both, "first": _alone(held_out, one, other), "second": _alone(held_out, other, one)}
+    rows = {"both": both, "first": alone(held_out, one, other), "second": alone(held_out, other, one)}
     return {
         what: [excerpt(held_out, row, [one, other]) for row in _one_a_context(held_out, candidates)]
         for what, candidates in rows.items()
     }
 
 
-def _alone(held_out: HeldOutPass, one: Firing, other: Firing) -> np.ndarray:
+def alone(held_out: HeldOutPass, one: Firing, other: Firing) -> np.ndarray:
     """Rows where `one` fires without `other`, strongest first; those from contexts without `other` before the rest."""
     apart = ~np.isin(one.rows, other.rows, assume_unique=True)
     rows, values = one.rows[apart], one.values[apart]

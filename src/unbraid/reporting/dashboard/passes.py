@@ -5,7 +5,7 @@ dashboard shows (contexts, histograms, partners, pairs) is read from these matri
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,14 @@ class HeldOutPass:
         tokens_CT: `[C, T]` token ids.
         context_R, position_R: `[R]` where in the text each kept row lies.
         codes: SAE name -> `[R, N]` float32 codes by column.
+        norms: SAE name -> mean norm of the rows.
     """
 
     tokens_CT: np.ndarray
     context_R: np.ndarray
     position_R: np.ndarray
     codes: dict[str, Csc]
+    norms: dict[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def held_out_pass(
     token_parts: list[Tensor] = []
     places: list[Tensor] = []
     parts: dict[str, list[sparse.csr_array]] = {name: [] for name in saes}
-    contexts = 0
+    contexts, norms = 0, dict.fromkeys(saes, 0.0)
     for chunk in source.chunks(None, held_out=True):
         keep_BT = row_filter.mask(chunk)
         token_parts.append(chunk.tokens_BT)
@@ -73,6 +75,7 @@ def held_out_pass(
         for name, (site, sae) in saes.items():
             rows_RD = chunk.activations[site][keep_BT.to(chunk.activations[site].device)]
             for x_BD in rows_RD.split(ROWS_AT_ONCE):
+                norms[name] += float(x_BD.float().norm(dim=1).sum())
                 f_BN = sae.encode(x_BD.to(device, torch.float32)).cpu()
                 parts[name].append(sparse.csr_array(f_BN.numpy()))
         progress(row_filter.kept, tokens)
@@ -89,6 +92,7 @@ def held_out_pass(
         place_R2[:, 0],
         place_R2[:, 1],
         {name: sparse.csc_array(sparse.vstack(stack)) for name, stack in parts.items()},
+        {name: total / row_filter.kept for name, total in norms.items()},
     )
 
 

@@ -1,0 +1,158 @@
+"""From a run folder to a model with its dictionaries: `unbraid.features("runs/demo")`.
+
+Held-out codes are computed when first needed and kept in the run folder, so maxima, contexts and partners are there at
+once the next time. The file says which weights it is of; one of other weights is computed again.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sparse
+import torch
+
+from unbraid.activations.live import LiveActivations
+from unbraid.config import EvaluationConfig, RunConfig
+from unbraid.device import pick_device
+from unbraid.errors import FeatureError
+from unbraid.feature_model.held_out import HeldOut
+from unbraid.feature_model.model import FeatureModel
+from unbraid.files import write_whole
+from unbraid.reporting.dashboard.passes import HeldOutPass, held_out_pass
+
+FILE = "held_out.safetensors"
+TOKENS = 16_384
+VERSION = 1
+Say = Callable[[str], None]
+
+
+def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, say: Say | None = None) -> FeatureModel:
+    """The model of a run with all its dictionaries standing in it, and the run's held-out text.
+
+    Args:
+        run: a run folder, the folder of one of its SAEs, another SAE folder that says its model and site, or a `Run`.
+        device: where the model and dictionaries go.
+        tokens: held-out token rows for maxima, contexts and partners.
+        say: where progress is told; standard error by default.
+
+    Raises:
+        UnbraidError: there is no finished dictionary, or its model or site is unknown or not there.
+    """
+    from unbraid.evaluation.subjects import open_subjects
+
+    path = Path(getattr(run, "path", run))
+    place = pick_device(device)
+    subjects, config = open_subjects(path, EvaluationConfig(), place)
+    if config is None:
+        raise FeatureError(
+            f"{str(path)!r} does not say which model and site it is of; expected a run folder, or SAELens metadata "
+            "with model_name and hook_name; build FeatureModel(hf_model, tokenizer, {site: sae}) yourself"
+        )
+    source = LiveActivations(config, place)
+    sites = {one.name: str(config.sites[one.site]) for one in subjects}
+    saes = {one.name: one.sae for one in subjects}
+    twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
+    kept = path / FILE if (path / "config.json").is_file() and (path / "saes").is_dir() else None
+    tell = say or _to_standard_error
+
+    def held_out(fm: FeatureModel) -> HeldOut:
+        return _held_out(fm, config, source, tokens, kept, place, tell)
+
+    language_model = source.model
+    return FeatureModel(
+        language_model.model,
+        language_model.tokenizer,
+        saes,
+        sites=sites,
+        held_out=held_out,
+        twins=twins,
+        bos=source.prepends_bos,
+    )
+
+
+def _to_standard_error(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _held_out(
+    fm: FeatureModel,
+    config: RunConfig,
+    source: LiveActivations,
+    tokens: int,
+    kept: Path | None,
+    device: torch.device,
+    say: Say,
+) -> HeldOut:
+    identity = _identity(fm, config, tokens)
+    if kept is not None and (found := _load(kept, identity, list(fm.dictionaries))) is not None:
+        return found
+    sites = [str(site) for site in config.sites]
+    located = {name: (sites.index(one.site), one.sae) for name, one in fm.dictionaries.items()}
+    said = [0]
+
+    def progress(done: int, wanted: int) -> None:
+        if done - said[0] >= wanted / 8 or done >= wanted:
+            said[0] = done
+            say(f"held-out rows for maxima, contexts and partners: {min(done, wanted):,} of {wanted:,}")
+
+    seen = held_out_pass(config, source, located, tokens, device, progress)  # pyright: ignore[reportArgumentType]
+    made = HeldOut(seen, seen.norms, np.full(len(seen.tokens_CT), seen.tokens_CT.shape[1]))
+    if kept is not None:
+        _save(made, kept, identity, say)
+    return made
+
+
+def _identity(fm: FeatureModel, config: RunConfig, tokens: int) -> str:
+    """A digest of the model, the text and the dictionaries' weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    settings = [VERSION, tokens, config.model.model_dump(mode="json"), config.text.model_dump(mode="json")]
+    digest.update(json.dumps([*settings, config.buffer.model_dump(mode="json")], sort_keys=True).encode())
+    for name, one in sorted(fm.dictionaries.items()):
+        digest.update(f"{name} {one.site} {tuple(one.W_dec.shape)}".encode())
+        for _, weight in sorted(one.sae.state_dict().items()):
+            digest.update(weight.detach().flatten()[:: max(1, weight.numel() // 4096)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(made: HeldOut, path: Path, identity: str, say: Say) -> None:
+    from safetensors.numpy import save_file
+
+    arrays = {"tokens_CT": made.seen.tokens_CT, "context_R": made.seen.context_R, "position_R": made.seen.position_R}
+    for name, codes in made.seen.codes.items():
+        arrays |= {f"{name}/indptr": codes.indptr, f"{name}/indices": codes.indices, f"{name}/data": codes.data}
+    shapes = {name: codes.shape for name, codes in made.seen.codes.items()}
+    metadata = {"identity": identity, "norms": json.dumps(made.norms), "shapes": json.dumps(shapes)}
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    try:
+        write_whole(path, lambda partial: save_file(whole, partial, metadata=metadata))
+    except OSError as problem:
+        say(f"the held-out codes are not kept: {str(path)!r} cannot be written ({problem.strerror})")
+
+
+def _load(path: Path, identity: str, names: list[str]) -> HeldOut | None:
+    """What the file holds, if it is whole and of these weights."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("identity") != identity:
+                return None
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shapes, norms = json.loads(metadata["shapes"]), json.loads(metadata["norms"])
+        codes = {
+            name: sparse.csc_array(
+                (arrays[f"{name}/data"], arrays[f"{name}/indices"], arrays[f"{name}/indptr"]), shape=tuple(shapes[name])
+            )
+            for name in names
+        }
+        seen = HeldOutPass(arrays["tokens_CT"], arrays["context_R"], arrays["position_R"], codes, norms)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    return HeldOut(seen, norms, np.full(len(seen.tokens_CT), seen.tokens_CT.shape[1]))

@@ -1,0 +1,186 @@
+"""Results as tables: readable in a terminal and a notebook, and convertible to dicts, JSON and pandas.
+
+What a notebook shows is HTML with inline style, no script and no network, every text escaped, and at most `HTML_LIMIT`
+bytes: rows beyond it are counted, not shown.
+"""
+
+import html
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from unbraid.errors import FeatureError
+
+HTML_LIMIT = 100_000
+TERMINAL_ROWS = 40
+CELL = "padding:1px 8px;text-align:"
+LONGEST_CELL = 400
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of named values.
+
+    Attributes:
+        columns: their names, in order.
+        rows: one dict a row, with plain values under these names.
+        caption: what the table says, in a line.
+        notes: further lines below it.
+
+    Example:
+        >>> table = Table(["feature", "code"], [{"feature": "resid_post.5/3", "code": 1.5}])
+        >>> table[0]["code"], len(table)
+        (1.5, 1)
+    """
+
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    caption: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    def column(self, name: str) -> list[Any]:
+        """One column's values."""
+        return [row[name] for row in self.rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Caption and rows as plain values."""
+        return {"caption": self.caption, "notes": list(self.notes), "rows": self.rows}
+
+    def to_json(self, path: Path | str | None = None) -> str:
+        """`to_dict` as JSON text, also written to `path` if there is one."""
+        return as_json(self.to_dict(), path)
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame.
+
+        Raises:
+            FeatureError: pandas is not installed.
+        """
+        return needed("pandas").DataFrame(self.rows, columns=self.columns)
+
+    def __rich__(self) -> RichTable:
+        """For `rich.print` and the command line."""
+        table = RichTable(box=None, padding=(0, 1, 0, 0), title=escape(self.caption) or None, title_justify="left")
+        for name in self.columns:
+            number = all(isinstance(row.get(name), int | float | None) for row in self.rows)
+            table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
+        for row in self.rows[:TERMINAL_ROWS]:
+            table.add_row(*(escape(visible(shown(row.get(name)))) for name in self.columns))
+        left = len(self.rows) - TERMINAL_ROWS
+        notes = [*self.notes, *([f"{left} more rows"] if left > 0 else [])]
+        table.caption = "\n".join(escape(visible(note)) for note in notes) or None
+        table.caption_justify = "left"
+        return table
+
+    def __repr__(self) -> str:
+        return as_text(self.__rich__())
+
+    def _repr_html_(self) -> str:
+        return html_table(self.columns, self.rows, self.caption, self.notes)
+
+
+def shown(value: Any) -> str:
+    """A cell's text: four significant digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " ".join(shown(one) for one in value)
+    text = str(value)
+    return text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + "…"
+
+
+def visible(text: str) -> str:
+    """Text with control characters (a terminal would obey them) written out, and new lines as signs."""
+    return "".join(
+        {"\n": "⏎", "\t": "⇥"}.get(sign, sign if sign.isprintable() else f"\\x{ord(sign):02x}") for sign in text
+    )
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], caption: str, notes: Sequence[str]) -> str:
+    """A table as HTML of at most `HTML_LIMIT` bytes."""
+    head = "".join(f'<th style="{CELL}left">{html.escape(name)}</th>' for name in columns)
+    lines: list[str] = []
+    for row in rows:
+        cells = ""
+        for name in columns:
+            value = row.get(name)
+            side = "right" if isinstance(value, int | float) and not isinstance(value, bool) else "left"
+            cells += f'<td style="{CELL}{side}">{html.escape(visible(shown(value)))}</td>'
+        lines.append(f"<tr>{cells}</tr>")
+    opening = f'<table style="border-collapse:collapse;font-size:90%"><caption style="{CELL}left">'
+    opening += f"{html.escape(visible(shown(caption)))}</caption><thead><tr>{head}</tr></thead><tbody>"
+    return limited(opening, lines, "</tbody></table>", [*map(shown, notes)], "row")
+
+
+def limited(opening: str, lines: Sequence[str], closing: str, notes: Sequence[str], what: str) -> str:
+    """Opening, as many lines as fit, closing and notes; what does not fit is counted."""
+    below = "".join(f'<div style="font-size:85%">{html.escape(visible(note))}</div>' for note in notes)
+    room = HTML_LIMIT - sum(len(part.encode()) for part in (opening, closing, below)) - 200
+    taken, used = 0, 0
+    for line in lines:
+        used += len(line.encode())
+        if used > room:
+            break
+        taken += 1
+    left = len(lines) - taken
+    more = f'<div style="font-size:85%">{left} more {what}{"s" if left > 1 else ""} not shown</div>' if left else ""
+    return f"{opening}{''.join(lines[:taken])}{closing}{below}{more}"
+
+
+def as_text(renderable: Any, width: int = 120) -> str:
+    """What a terminal shows, without colour."""
+    from rich.console import Console
+
+    console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get().rstrip()
+
+
+def as_json(data: Any, path: Path | str | None) -> str:
+    """JSON text, also written to `path` if there is one.
+
+    Raises:
+        FeatureError: the file cannot be written.
+    """
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    if path is not None:
+        try:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        except OSError as problem:
+            raise FeatureError(
+                f"cannot write {str(path)!r}: {problem.strerror}; expected a writable place"
+            ) from problem
+    return text
+
+
+def needed(package: str) -> Any:
+    """An optional package.
+
+    Raises:
+        FeatureError: it is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise FeatureError(f"{package} is not installed; expected it for this; run `pip install {package}`") from None
