@@ -90,7 +90,7 @@ def test_a_step_between_two_penalties_logs_null_and_never_zero(tmp_path):
 def test_a_state_that_is_not_full_yet_logs_null(tmp_path, settings):
     for record in logged(tmp_path / "run", 20, settings, "topk")[20].values():
         assert record["decorrelation"]["path"] == "filling"
-        numbers = {name: value for name, value in record["decorrelation"].items()}
+        numbers = {k: v for k, v in record["decorrelation"].items() if k not in ("path", "co_activations")}
         assert set(numbers.values()) <= {None, 0} and numbers["tau"] is None and numbers["n_live"] is None
         assert record["penalty"] is record["correlation_top"] is record["tau"] is None
 

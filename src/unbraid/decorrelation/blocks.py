@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from unbraid.decorrelation.measure import Measure, scaled_columns
+from unbraid.decorrelation.measure import LARGE, Measure, scaled_columns
 from unbraid.decorrelation.selection import (
     Evaluation,
     Selection,
@@ -96,7 +96,8 @@ class Blocks:
             own = z_Bc.new_zeros(block.numel(), dtype=torch.float64)
             own = add_at(own, place[first[pairs]], (weights * correlations)[pairs])
             own = add_at(own, place[second[pairs]], (weights * correlations)[pairs])
-            movable = torch.where(self.support[block] > 1, inverse, 0.0).to(z_Bc.dtype)
+            movable = torch.where(self.support[block] > 1, inverse, 0.0)
+            movable = movable if bool((movable > LARGE).any()) else movable.to(z_Bc.dtype)
             gradient_Bc = (z_Bc @ pull_cc - z_Bc * own.to(z_Bc.dtype)) * movable
             if isinstance(codes, Tensor):
                 gradient[:, block] = torch.where(codes[:, block] > 0, gradient_Bc, 0.0).to(gradient.dtype)

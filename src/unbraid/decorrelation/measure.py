@@ -21,6 +21,7 @@ from unbraid.kernels.codes import Codes
 Measure = Literal["cosine", "pearson"]
 CONSTANT = 1e-36
 """Centred sums of squares up to this share of the plain ones are the rounding of a constant."""
+LARGE = 1e30
 SAFE = 1e15
 """Norms between 1 / this and this are squares in float32's range."""
 
@@ -63,6 +64,8 @@ def scaled_columns(f_BN: Float[Tensor, "B N"], measure: Measure) -> tuple[Float[
     squares = torch.linalg.vector_norm(f_BN, dim=0, dtype=torch.float64) ** 2
     if measure == "cosine":
         inverse = torch.where(squares > 0, squares, torch.inf).rsqrt()
+        if bool((inverse > LARGE).any()):  # It would be infinite in float32.
+            return (f_BN.double() * inverse).to(dtype), inverse
         return f_BN.to(dtype) * inverse.to(dtype), inverse
     centred_BN = f_BN.double() - f_BN.mean(0, dtype=torch.float64)
     centred_BN -= centred_BN.mean(0)  # The rounding of the first mean may exceed the spread of a feature.

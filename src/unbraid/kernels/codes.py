@@ -37,9 +37,9 @@ class Codes:
         [[0.0, 0.5, 0.0, 0.0, 2.0], [1.0, 0.0, 0.0, 0.0, 0.0]]
     """
 
-    offsets: Int[Tensor, " rows_and_one"]
-    indices: Int[Tensor, " nnz"]
-    values: Float[Tensor, " nnz"]
+    offsets: Tensor
+    indices: Tensor
+    values: Tensor
     n_features: int
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from unbraid.config import SAEConfig
 from unbraid.distributed.ranks import summed
 from unbraid.distributed.shard import Shard
-from unbraid.errors import ActivationError
+from unbraid.errors import ActivationError, CodesError
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
@@ -158,14 +158,36 @@ class SAE(nn.Module):
 
     def preactivations(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows N"]:
         """(x - b_dec) W_enc + b_enc."""
-        return F.linear(x - self.b_dec, self.encoder_ND, self.b_enc)
+        return F.linear(self.centred(x), self.encoder_ND, self.b_enc)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """x - b_dec, of `[..., D]` activations in the weights' dtype.
+
+        Raises:
+            ActivationError: they are not D wide.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
+            raise ActivationError(
+                f"activations have shape {tuple(x.shape)}; expected [..., {self.d_in}], as wide as the SAE reads; "
+                "check the site they come from"
+            )
+        return x.to(self.b_dec.dtype) - self.b_dec
 
     def encode(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows N"]:
         """Codes of raw activations, in inference form: each row independent of the others."""
         return self.preactivations(x).relu()
 
     def decode(self, f: Float[Tensor, "*rows N"]) -> Float[Tensor, "*rows D"]:
-        """Reconstruction from codes."""
+        """Reconstruction from codes.
+
+        Raises:
+            CodesError: they are not N wide.
+        """
+        if f.ndim == 0 or f.shape[-1] != self.n_features:
+            raise CodesError(
+                f"codes have shape {tuple(f.shape)}; expected [..., {self.n_features}], a number for each feature; "
+                "pass what this SAE's encode returned"
+            )
         return f @ self.W_dec + self.b_dec
 
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:

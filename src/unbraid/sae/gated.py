@@ -32,11 +32,11 @@ class GatedSAE(SAE):
 
     def preactivations(self, x: Tensor) -> Tensor:
         """Those of the gate: (x - b_dec) W_enc + b_gate."""
-        return torch.nn.functional.linear(x - self.b_dec, self.encoder_ND, self.b_gate)
+        return torch.nn.functional.linear(self.centred(x), self.encoder_ND, self.b_gate)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes, `[..., N]`."""
-        u = torch.nn.functional.linear(x - self.b_dec, self.encoder_ND)
+        u = torch.nn.functional.linear(self.centred(x), self.encoder_ND)
         return (u * self.r_mag.exp() + self.b_mag).relu() * (u > -self.b_gate)
 
     def product_bias(self) -> None:
