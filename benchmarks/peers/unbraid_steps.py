@@ -43,5 +43,5 @@ if settings["path"] != "auto":
     forward = sae.training_forward
     sae.training_forward = lambda x, dead, chance: forward(x, dead, chance, path=settings["path"])
 for step, x in zip(itertools.count(), feed, strict=False):
-    trainee.tokens_since_fired[: settings["dead"]] = config.sae.dead_after_tokens
+    trainee.tokens_since_fired[: settings["dead"]] = trainee.dead_after
     train_step(trainee, x, step, settings["lr"], log=False)

@@ -75,7 +75,7 @@ def _measure_and_export(
     rows = (trainee.normalise(batch[trainee.site].to(device, torch.float32)) for batch in held_out)
     metrics: HeldOutMetrics = held_out_metrics(trainee.sae, rows, config.decorrelation.fraction)
     seconds = trained.seconds["buffer"] + trained.seconds["training"]
-    dead_N = trainee.tokens_since_fired >= trainee.config.sae.dead_after_tokens
+    dead_N = trainee.tokens_since_fired >= trainee.dead_after
     site = config.sites[trainee.site]
     metadata = {
         "model_name": source.model_name,

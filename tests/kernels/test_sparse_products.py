@@ -90,6 +90,22 @@ def test_split_codes_decode_each_feature_group_apart(problem, data):
     assert torch.equal(split.rows_by_feature, split.rows()[split.order])
 
 
+@given(problems(), st.data())
+def test_codes_split_by_place_decode_groups_of_features_in_another_order(problem, data):
+    codes, X_BD, W_ND = problem
+    place_N = torch.tensor(data.draw(st.permutations(range(codes.n_features))))
+    widths = sorted(data.draw(st.sets(st.integers(1, codes.n_features), max_size=3)) | {codes.n_features})
+    split, f_BN = codes.split(widths, place_N), codes.to_dense()
+    parts = products.weighted_rows(split, W_ND).view(codes.n_rows, len(widths), -1)
+    for group, (start, end) in enumerate(zip([0, *widths], widths, strict=False)):
+        members = ((place_N >= start) & (place_N < end)).nonzero().squeeze(1)
+        torch.testing.assert_close(parts[:, group], f_BN[:, members] @ W_ND[members], rtol=1e-12, atol=1e-12)
+    X_RD = X_BD.repeat_interleave(len(widths), 0)
+    torch.testing.assert_close(products.weighted_columns(split, X_RD), f_BN.T @ X_BD, rtol=1e-12, atol=1e-12)
+    dots = (X_BD @ W_ND.T)[split.rows() // len(widths), split.indices]
+    torch.testing.assert_close(products.entry_dots(split, X_RD, W_ND), dots, rtol=1e-12, atol=1e-12)
+
+
 def test_wide_codes_sort_by_feature_too():
     indices = torch.tensor([40_000, 3, 50_000])
     codes = Codes.from_rows(torch.tensor([0, 1, 1]), indices, torch.ones(3), 2, 60_000)

@@ -16,6 +16,17 @@ CASES = {name: {} for name in ARCHITECTURES} | {
     "jumprelu-wide-window": {"architecture": "jumprelu", "bandwidth": 0.2},
     "jumprelu-tanh": {"architecture": "jumprelu", "jumprelu_sparsity": "tanh", "bandwidth": 0.2},
     "matryoshka-widths": {"architecture": "matryoshka", "matryoshka_widths": [5, 20, 50, 96]},
+    "matryoshka-weights": {"architecture": "matryoshka", "matryoshka_weights": [0.7, 0.2]},
+    "matryoshka-detached": {"architecture": "matryoshka", "matryoshka_detach": True, "matryoshka_weights": 0.5},
+    "matryoshka-frequency": {
+        "architecture": "matryoshka",
+        "matryoshka_widths": [5, 20, 50, 96],
+        "matryoshka_order": "frequency",
+        "reorder_from": 1,
+        "reorder_every": 1,
+        "matryoshka_detach": True,
+        "matryoshka_weights": [0.5, 0.25, 2.0],
+    },
 }
 
 
@@ -102,13 +113,28 @@ def published_loss(sae: SAE, x_BD: Tensor) -> Tensor:
         else:
             scaled = f_BN / f_BN.norm(dim=0).where((f_BN > 0).any(0), 1.0)
             sparsity = (scaled / scaled.norm(dim=1, keepdim=True)).sum(1).mean()
-    widths = [N]
+    extra = extra + (x_BD - f_BN @ sae.W_dec - sae.b_dec).square().sum(1).mean()
     if sae.architecture == "matryoshka":
-        widths = config.matryoshka_widths or [N // 16, N // 4, N]
-    for width in widths:
-        extra = extra + (x_BD - f_BN[:, :width] @ sae.W_dec[:width] - sae.b_dec).square().sum(1).mean()
+        extra = extra + published_levels(sae, x_BD, f_BN)
     values = f_BN * (f_BN > 0)
     return extra + 0.04 * sparsity + 0.3 * (values.square() * values.detach().cos()).sum() / len(x_BD)
+
+
+def published_levels(sae: SAE, x_BD: Tensor, f_BN: Tensor) -> Tensor:
+    """The losses of Matryoshka's inner levels."""
+    config, loss = sae.config, x_BD.new_zeros(())
+    *inner, _ = config.matryoshka_widths or [N // 16, N // 4, N]
+    weights = config.matryoshka_weights
+    order = torch.arange(N)
+    if config.matryoshka_order == "frequency":
+        order = (f_BN > 0).sum(0).argsort(descending=True, stable=True)
+    start, inside_BD = 0, sae.b_dec
+    for level, end in enumerate(inner):
+        level_BD = inside_BD + f_BN[:, order[start:end]] @ sae.W_dec[order[start:end]]
+        weight = weights[level] if isinstance(weights, list) else weights
+        loss = loss + weight * (x_BD - level_BD).square().sum(1).mean()
+        start, inside_BD = end, level_BD.detach() if config.matryoshka_detach else level_BD
+    return loss
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from unbraid.config import OptimiserConfig, SAEConfig
+from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
 from unbraid.sae import SAE, build
 from unbraid.sae.build import ARCHITECTURES
+from unbraid.sae.dead import dead_after
+from unbraid.synthetic import build_world
+from unbraid.synthetic.learning import train_on_world
 from unbraid.training.optimiser import SAEOptimiser
 
 D, N, K = 16, 64, 4
@@ -76,6 +79,43 @@ def test_features_below_their_threshold_are_pulled_up_by_their_distance(name):
     extra = sae.training_forward(x, dead, torch.Generator()).auxiliary - own_losses(sae, x)
     below = (sae.threshold[:10] if name == "jumprelu" else 0) - sae.preactivations(x)[:, :10]
     torch.testing.assert_close(extra, 0.5 * below.relu().sum(1).mean() / N)
+
+
+@pytest.mark.parametrize(
+    ("settings", "run_tokens", "expected"),
+    [
+        ({"architecture": "batch_topk", "n_features": 4096, "k": 25}, 5_000_000, 50 * 4096 / 25),
+        ({"architecture": "topk", "n_features": 16_384, "k": 64}, 1_000_000_000, 1_000_000),
+        ({"architecture": "matryoshka", "n_features": 64, "k": 4}, 0, 800),
+        ({"architecture": "relu", "n_features": 4096}, 5_000_000, 1_000_000),
+        ({"architecture": "topk", "n_features": 64, "k": 4, "dead_after_tokens": 7}, 5_000_000, 7),
+    ],
+)
+def test_a_feature_is_dead_when_it_fires_a_fiftieth_as_often_as_the_mean_or_a_thousandth_of_the_run_apart(
+    settings, run_tokens, expected
+):
+    assert dead_after(SAEConfig(**settings), run_tokens) == round(expected)
+
+
+@pytest.mark.slow
+def test_features_that_fire_once_in_many_thousand_tokens_by_chance_are_revived():
+    """On a world whose features are all common a feature that hardly fires is of no use, however recent its last time.
+
+    Waiting for a long silence finds none of them: that is how a quarter of the features died on the full world.
+    """
+    world, left = build_world("unit"), {}
+    for waits in (None, 500_000):
+        sae = SAEConfig(architecture="batch_topk", n_features=48, k=2, dead_after_tokens=waits)
+        settings = VariantConfig(
+            seed=0,
+            sae=sae,
+            decorrelation=DecorrelationConfig(lambda2=0.0),
+            optimiser=OptimiserConfig(lr=1e-2, warmup_steps=20),
+        )
+        trained = train_on_world(world, [settings], 400 * 256, 256)[0]
+        x_BD, _ = world.sample(8192, torch.Generator().manual_seed(1))
+        left[waits] = int(((trained.encode(x_BD) > 0).sum(0) < 8192 * 2 / 48 / 50).sum())
+    assert left[None] <= 2 and left[500_000] >= 8
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -117,18 +117,25 @@ class SAEConfig(Section):
     """Width N: number of features."""
     k: int = Field(default=64, ge=1)
     """Active features per token, for topk, batch_topk and matryoshka."""
+    k_start: int | None = Field(default=None, ge=1)
+    """Topk family: k falls from this to `k`; none keeps it at `k`."""
+    k_fall: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the steps over which k falls, from the first one."""
+    k_shape: Literal["linear", "geometric", "cosine"] = "linear"
+    """How k falls: by equal steps, by equal ratios, or slowly at both ends."""
     lambda1: float = Field(default=0.04, ge=0.0)
     """Weight of the sparsity loss (relu, gated, denoising: L1; jumprelu: L0 or tanh; sparse_filtering: its own), on
     activations without their mean, scaled so that E||x||^2 = 1."""
     aux_k: int | None = Field(default=None, ge=0)
     """Dead features used to explain the residual (topk family); none picks D/2, 0 turns it off."""
-    aux_weight: float = Field(default=1 / 32, ge=0.0)
+    aux_weight: float | None = Field(default=None, ge=0.0)
     """Weight of the loss that revives dead features (topk family: explaining the residual; others: being pulled up to
-    their threshold); 0 turns it off."""
+    their threshold); none takes 1 for the topk family and 1/32 for the others, 0 turns it off."""
     threshold_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Batch_topk and matryoshka: decay of the running mean that is the inference threshold."""
-    dead_after_tokens: int = Field(default=1_000_000, ge=1)
-    """A feature that has not fired for this many training tokens counts as dead."""
+    dead_after_tokens: int | None = Field(default=None, ge=1)
+    """A feature that has not fired for this many training tokens counts as dead; none takes 1,000,000, and with a k
+    50 N / k, in which the mean feature fires 50 times, or a thousandth of the run if that is more."""
     bandwidth: float = Field(default=0.001, gt=0.0)
     """JumpReLU: width of the straight-through window around the threshold."""
     jumprelu_sparsity: Literal["l0", "tanh"] = "l0"
@@ -137,10 +144,29 @@ class SAEConfig(Section):
     """JumpReLU: threshold at the start."""
     matryoshka_widths: list[int] | None = None
     """Matryoshka: nested prefix widths, ascending, the last equal to n_features; none takes N/16, N/4, N."""
+    matryoshka_order: Literal["index", "frequency"] = "index"
+    """Matryoshka: which features the narrow levels hold: the first ones, or the ones that fire most often."""
+    reorder_from: int = Field(default=2000, ge=1)
+    """Matryoshka, order=frequency: steps before features are first ordered."""
+    reorder_every: int = Field(default=1000, ge=1)
+    """Matryoshka, order=frequency: steps between orderings."""
+    frequency_decay: float = Field(default=0.99, ge=0.0, lt=1.0)
+    """Matryoshka, order=frequency: decay per step of the running firing frequency."""
+    matryoshka_detach: bool = False
+    """Matryoshka: the loss of an inner level trains only the features it adds to the levels inside it."""
+    matryoshka_weights: float | list[float] = 1.0
+    """Matryoshka: weight of the inner levels' losses beside the whole reconstruction's: one, or one per inner level."""
     corruption: float = Field(default=0.1, ge=0.0)
     """Denoising: standard deviation of the input noise relative to the input's root mean square."""
     decoder_init_norm: float | None = Field(default=None, gt=0.0, le=1.0)
     """Encoder columns start as this multiple of the unit decoder rows; none takes the one that reconstructs best."""
+
+    @property
+    def revival_weight(self) -> float:
+        """`aux_weight`, or its default for this architecture."""
+        if self.aux_weight is not None:
+            return self.aux_weight
+        return 1.0 if self.has_k else 1 / 32
 
     @property
     def has_k(self) -> bool:
@@ -156,6 +182,26 @@ class SAEConfig(Section):
             raise ConfigError(
                 f"sae.matryoshka_widths is {widths}; expected ascending widths of at least 1, the last equal to "
                 f"sae.n_features, {self.n_features}; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_have_weights(self) -> "SAEConfig":
+        weights, levels = self.matryoshka_weights, len(self.matryoshka_widths or [1, 2, 3]) - 1
+        values = weights if isinstance(weights, list) else [weights]
+        if (isinstance(weights, list) and len(weights) != levels) or min(values, default=0.0) < 0:
+            raise ConfigError(
+                f"sae.matryoshka_weights is {weights}; expected one weight of at least 0, or one for each of the "
+                f"{levels} inner levels of sae.matryoshka_widths; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _k_falls(self) -> "SAEConfig":
+        if self.has_k and self.k_start is not None and not self.k <= self.k_start <= self.n_features:
+            raise ConfigError(
+                f"sae.k_start is {self.k_start}; expected sae.k ({self.k}) to sae.n_features ({self.n_features}), "
+                "because k falls from it; change one of them"
             )
         return self
 

@@ -60,7 +60,7 @@ def run_synth(config: SynthConfig, *, console: Console | None = None, out: Path 
                 _settings(config, architecture, seed, width, k, samples) for architecture in config.architectures
             ]
             task = bar.add_task(f"{len(variants)} SAEs, seed {seed}", total=samples // config.batch)
-            advance = lambda done, task=task: bar.update(task, completed=done)  # noqa: E731
+            advance = lambda done, _, task=task: bar.update(task, completed=done)  # noqa: E731
             saes = train_on_world(world, variants, samples, config.batch, advance)
             for architecture, sae in zip(config.architectures, saes, strict=True):
                 rows[architecture].append(_judged(sae, world, config))

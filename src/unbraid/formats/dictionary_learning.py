@@ -128,7 +128,8 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
         state["threshold"] = state["threshold"].reshape(())
         settings["k"] = sae.config.k
     if name == "MatryoshkaBatchTopKSAE":
-        widths = [0, *sae.prefix_widths()]
+        # Levels of features ordered by frequency are no groups of rows: readers must not take them for such.
+        widths = [0, *(sae.prefix_widths() if sae.config.matryoshka_order == "index" else [sae.n_features])]
         sizes = [after - before for before, after in pairwise(widths)]
         state["group_sizes"] = torch.tensor(sizes)
         settings["group_sizes"] = sizes
@@ -174,7 +175,9 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     if name == "AutoEncoderTopK":
         state.pop("threshold", None)  # its encode takes the top k; the threshold is an alternative it does not use
     if name == "MatryoshkaBatchTopKSAE":
-        fields["matryoshka_widths"] = _widths(state.pop("group_sizes", settings.get("group_sizes")), where)
+        widths = _widths(state.pop("group_sizes", settings.get("group_sizes")), where)
+        if len(widths) > 1 or "unbraid" not in config:
+            fields["matryoshka_widths"] = widths
     require(state, tuple(theirs for theirs, _ in layout.tensors.values()), path)
     tensors = {ours: _turned(state[theirs], turned) for ours, (theirs, turned) in layout.tensors.items()}
     if isinstance(shared := tensors.get("threshold"), Tensor) and shared.numel() == 1 and float(shared) == UNSET:

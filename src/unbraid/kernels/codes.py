@@ -152,13 +152,24 @@ class Codes:
         """Only the entries where `keep` [nnz] is true; every row stays, maybe empty. Differentiable."""
         return Codes.from_rows(self.rows()[keep], self.indices[keep], self.values[keep], self.n_rows, self.n_features)
 
-    def split(self, widths: list[int]) -> "Codes":
-        """Each row cut where the features reach `widths` (ascending, the last is N): row b becomes G rows b * G + g."""
+    def split(self, widths: list[int], place_N: Int[Tensor, " N"] | None = None) -> "Codes":
+        """Each row cut where the features reach `widths` (ascending, the last is N): row b becomes G rows b * G + g.
+
+        With `place_N` features are counted in another order: it says where each stands. Differentiable.
+        """
         edges = torch.tensor(widths[:-1], device=self.indices.device)
-        groups = torch.bucketize(self.indices, edges, right=True)
+        groups = torch.bucketize(self.indices if place_N is None else place_N, edges, right=True)
+        groups = groups if place_N is None else groups[self.indices]
         rows, n_rows = self.rows() * len(widths) + groups, self.n_rows * len(widths)
-        codes = Codes.from_rows(rows, self.indices, self.values, n_rows, self.n_features)
-        codes._shared["by feature"] = self.order, rows[self.order], self.feature_offsets
+        indices, values, by_feature = self.indices, self.values, self.order
+        if place_N is not None:
+            rows, order = rows.int().sort(stable=True)
+            rows, indices, values = rows.long(), indices[order], values.index_select(0, order)
+            moved_to = torch.empty_like(order)
+            moved_to[order] = torch.arange(len(order), device=order.device)
+            by_feature = moved_to[by_feature]
+        codes = Codes.from_rows(rows, indices, values, n_rows, self.n_features)
+        codes._shared["by feature"] = by_feature, rows[by_feature], self.feature_offsets
         return codes
 
     def detach(self) -> "Codes":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SLAB = 512
@@ -98,6 +98,7 @@ def dense_autoencode(
     centred_BD: Float[Tensor, "B D"],
     f_BN: Float[Tensor, "B N"],
     widths: list[int],
+    order_N: Int[Tensor, " N"] | None = None,
     threshold_N: Float[Tensor, " N"] | None = None,
     window_BN: Bool[Tensor, "B N"] | None = None,
     bandwidth: float = 1.0,
@@ -111,6 +112,8 @@ def dense_autoencode(
         centred_BD: x - b_dec.
         f_BN: codes made from them without a graph, with df/dpre = 1 where f > 0 and 0 elsewhere; taken over.
         widths: ends of the feature groups, the last N.
+        order_N: the features in the order that `widths` counts in; as they are numbered without it. Rows are copied
+            into that order and back; not with thresholds or a penalty, which no architecture combines with it.
         threshold_N: JumpReLU thresholds; `window_BN` marks |pre - threshold| < bandwidth / 2, where
             df/dthreshold = -threshold / bandwidth (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11).
         penalty: a loss on the codes, made without a graph; `penalty_gradient` gives its gradient slab by slab.
@@ -118,6 +121,11 @@ def dense_autoencode(
     Returns:
         f_BN with a graph; for each group of features its share of the reconstruction (without b_dec); the penalty.
     """
+    if order_N is not None:
+        assert threshold_N is None and penalty_gradient is None
+        rows = (encoder_ND[order_N], b_enc[order_N], W_dec[order_N])
+        f_BN, parts_BGD, nothing = dense_autoencode(x_BD, b_dec, *rows, centred_BD, f_BN[:, order_N], widths)
+        return f_BN[:, order_N.argsort()], parts_BGD, nothing
     return _DenseAutoencode.apply(  # pyright: ignore
         x_BD,
         b_dec,

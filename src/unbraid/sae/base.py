@@ -89,6 +89,8 @@ class SAE(nn.Module):
     architecture: ClassVar[str]
     shared: ClassVar[tuple[str, ...]] = ("b_dec",)
     """Parameters every rank of a split SAE holds; their gradients are summed over the ranks."""
+    training_buffers: ClassVar[tuple[str, ...]] = ()
+    """Buffers that training goes on from and a trained SAE has no use for; `state_dict` leaves them out."""
     scaled_with_input: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers in units of pre-activations, which `fold` divides."""
 
@@ -225,17 +227,16 @@ class SAE(nn.Module):
             encoded = encode(x_BD, seen_BD, centred_BD, pre_BN)
             del pre_BN
             parts_BGD = summed(encoded.parts_BGD, self.shard.ranks)
-            prefixes_BGD = parts_BGD.cumsum(1) if parts_BGD.shape[1] > 1 else parts_BGD
             # Every rank adds b_dec to the sum, so its gradient must come from one of them.
             b_dec = self.b_dec if self.shard.ranks.first else self.b_dec.detach()
-            reconstructions = (prefixes_BGD + b_dec).unbind(1)
-            losses = [squared_error(x_BD, x_hat_BD) for x_hat_BD in reconstructions]
-            x_hat_BD = reconstructions[-1]
-        auxiliary = encoded.extra + sum(losses[:-1])
-        if dead_N is not None and self.config.aux_weight > 0 and self.shard.ranks.any(bool(dead_N.any())):
+            x_hat_BD, inner = self.reconstructions(parts_BGD, b_dec)
+            reconstruction = squared_error(x_BD, x_hat_BD)
+            inner_losses = [weight * squared_error(x_BD, inner_BD) for weight, inner_BD in inner]
+        auxiliary = encoded.extra + sum(inner_losses)
+        if dead_N is not None and self.config.revival_weight > 0 and self.shard.ranks.any(bool(dead_N.any())):
             auxiliary = auxiliary + self.revival(seen_BD, (x_BD - x_hat_BD).detach(), dead_N)
         sparsity = summed(encoded.sparsity, self.shard.ranks)
-        return Forward(x_hat_BD, encoded.codes, losses[-1], sparsity, auxiliary, path)
+        return Forward(x_hat_BD, encoded.codes, reconstruction, sparsity, auxiliary, path)
 
     def corrupted(self, x_BD: Tensor, generator: torch.Generator | None) -> Tensor:
         """What the encoder sees of a batch: the batch."""
@@ -265,9 +266,12 @@ class SAE(nn.Module):
         """The active entries of a training batch, without a graph."""
         raise TypeError(f"{type(self).__name__} is not an architecture; build one with unbraid.sae.build")
 
-    def prefix_widths(self) -> list[int]:
-        """Ends of the nested groups that must each reconstruct, among the features here; one but for Matryoshka."""
-        return [self.n_features]
+    def begin_step(self, step: int, steps: int) -> None:
+        """Take up what changes over training: nothing. Called before a step, counted from 0, of `steps` in all."""
+
+    def reconstructions(self, parts_BGD: Tensor, b_dec: Tensor) -> tuple[Tensor, list[tuple[float, Tensor]]]:
+        """The reconstruction, and those of inner levels with the weights of their losses: none but for Matryoshka."""
+        return parts_BGD[:, 0] + b_dec, []
 
     def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """Codes and their parts of the reconstruction from active entries only."""
@@ -275,9 +279,11 @@ class SAE(nn.Module):
         workspace.give(pre_BN)
         codes = codes.with_values(codes.values.to(self.W_dec.dtype))
         codes = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, codes)
-        widths = self.prefix_widths()
-        parts = decode(codes.split(widths) if len(widths) > 1 else codes, self.W_dec)
-        return Encoded(codes, parts.view(len(x_BD), len(widths), -1), self.sparsity(codes), x_BD.new_zeros(()))
+        return Encoded(codes, self.parts_of(codes), self.sparsity(codes), x_BD.new_zeros(()))
+
+    def parts_of(self, codes: Codes) -> Tensor:
+        """`[B, G, D]`, each feature group's share of the reconstruction: one group of all features."""
+        return decode(codes, self.W_dec).unsqueeze(1)
 
     def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """The same from whole matrices."""
@@ -291,11 +297,15 @@ class SAE(nn.Module):
             self.W_dec,
             centred_BD,
             f_BN,
-            self.prefix_widths(),
+            *self.feature_groups(),
             penalty=penalty,
             penalty_gradient=penalty_gradient,
         )
         return Encoded(f_BN, parts_BGD, sparsity, x_BD.new_zeros(()))
+
+    def feature_groups(self) -> tuple[list[int], Tensor | None]:
+        """Ends of the groups of features here, and the features in that order (none: as they are numbered)."""
+        return [self.n_features], None
 
     @torch.no_grad()
     def dense_codes(self, pre_BN: Tensor) -> Tensor:
@@ -314,7 +324,7 @@ class SAE(nn.Module):
 
     def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
         """Loss that brings dead features back, weighted: their pre-activations are pulled up to firing."""
-        return self.config.aux_weight * pull_to_threshold(self, seen_BD, dead_N, self.b_enc)
+        return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead_N, self.b_enc)
 
     @torch.no_grad()
     def fold(self, mean_D: Tensor, scale: float) -> None:

@@ -35,7 +35,7 @@ class BatchTopKSAE(TopKSAE):
 
     def select(self, pre_BN: Tensor) -> Codes:
         """The B * k largest positive entries of the batch; the threshold follows the smallest of them."""
-        count, shard = len(pre_BN) * self.config.k, self.shard
+        count, shard = round(len(pre_BN) * self.training_k), self.shard
         codes = batch_top_k(pre_BN, min(count, pre_BN.numel()), GUESS * float(self.threshold))
         if not shard.whole:
             keys = codes.rows() * shard.n_features + codes.indices + shard.start

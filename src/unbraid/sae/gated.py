@@ -86,4 +86,4 @@ class GatedSAE(SAE):
 
     def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
         """Dead features' gates are pulled open, weighted."""
-        return self.config.aux_weight * pull_to_threshold(self, seen_BD, dead_N, self.b_gate)
+        return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead_N, self.b_gate)

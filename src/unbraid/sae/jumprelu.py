@@ -109,7 +109,8 @@ class JumpReLUSAE(SAE):
             self.W_dec,
             centred_BD,
             pre_BN,
-            self.prefix_widths(),
+            [self.n_features],
+            None,
             self.threshold,
             window_BN,
             self.config.bandwidth,
@@ -134,7 +135,7 @@ class JumpReLUSAE(SAE):
     def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
         """Dead features' pre-activations are pulled up to their thresholds, weighted."""
         offset_N = self.b_enc - self.threshold
-        return self.config.aux_weight * pull_to_threshold(self, seen_BD, dead_N, offset_N)
+        return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead_N, offset_N)
 
     @torch.no_grad()
     def constrain(self) -> None:

@@ -2,19 +2,97 @@
 
 The loss is the sum over prefixes of ||x - x_hat_prefix||^2. Prefix reconstructions are running sums of the shares of
 consecutive feature groups, and the shares of all groups are one sparse product with B * G short rows instead of B.
+
+Two options make credit asymmetric, so that rare features cannot bend common ones. Prefixes may be taken over features
+ordered by how often they fire, which keeps the narrow levels for common features however training began. And inner
+levels may be detached: a level's loss then trains the features it adds, not those of the levels inside it. Which place
+a feature has is kept beside the weights, never in their order, so optimiser, penalty and codes know nothing of it and
+the trained SAE is a plain one.
 """
 
+import torch
+from torch import Tensor
+
+from unbraid.kernels.autograd import decode
+from unbraid.kernels.codes import Codes
 from unbraid.sae.batch_topk import BatchTopKSAE
 
 
 class MatryoshkaSAE(BatchTopKSAE):
-    """BatchTopK whose first `matryoshka_widths` features reconstruct on their own."""
+    """BatchTopK whose first `matryoshka_widths` features reconstruct on their own.
+
+    Attributes:
+        frequency_N: running share of tokens each feature fires on (order=frequency).
+        position_N: each feature's place among all features of all ranks, 0 the most frequent (order=frequency).
+        batches: training batches seen (order=frequency).
+    """
 
     architecture = "matryoshka"
+    training_buffers = ("frequency_N", "position_N", "batches")
+
+    def add_biases(self) -> None:
+        """Also what the order of the features is taken from."""
+        super().add_biases()
+        self.frequency_N: Tensor
+        self.position_N: Tensor
+        self.batches: Tensor
+        self.register_buffer("frequency_N", torch.zeros(self.n_features), persistent=False)
+        self.register_buffer("position_N", torch.arange(self.shard.start, self.shard.end), persistent=False)
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    @property
+    def by_frequency(self) -> bool:
+        """Whether levels hold the most frequent features instead of the first ones."""
+        return self.config.matryoshka_order == "frequency"
 
     def prefix_widths(self) -> list[int]:
-        """`matryoshka_widths`, or N/16, N/4, N, as far as they reach into the features held here."""
+        """`matryoshka_widths`, or N/16, N/4, N: how many features each level holds, over all ranks."""
         widths, n = self.config.matryoshka_widths, self.config.n_features
-        if widths is None:
-            widths = [width for width in (n // 16, n // 4) if width > 0] + [n]
-        return [self.shard.clamp(width) for width in widths]
+        return widths or [width for width in (n // 16, n // 4) if width > 0] + [n]
+
+    def select(self, pre_BN: Tensor) -> Codes:
+        """As BatchTopK; the order follows what fires."""
+        codes = super().select(pre_BN)
+        if self.by_frequency:
+            self._note_firing(codes)
+        return codes
+
+    @torch.no_grad()
+    def _note_firing(self, codes: Codes) -> None:
+        firing_N = codes.support / codes.n_rows
+        self.frequency_N.lerp_(firing_N.to(self.frequency_N.dtype), 1 - self.config.frequency_decay)
+        self.batches += 1
+        since = int(self.batches) - self.config.reorder_from
+        if since >= 0 and since % self.config.reorder_every == 0:
+            frequency = torch.cat(self.shard.ranks.gather_ragged(self.frequency_N))
+            position = frequency.argsort(descending=True, stable=True).argsort()
+            self.position_N.copy_(position[self.shard.start : self.shard.end])
+
+    def parts_of(self, codes: Codes) -> Tensor:
+        """`[B, G, D]`, the share of the features that each level adds."""
+        if self.by_frequency:
+            split = codes.split(self.prefix_widths(), self.position_N)
+        else:
+            split = codes.split(self.feature_groups()[0])
+        return decode(split, self.W_dec).view(codes.n_rows, -1, self.d_in)
+
+    def feature_groups(self) -> tuple[list[int], Tensor | None]:
+        """Ends of the levels among the features here, and these in the order of their places."""
+        if not self.by_frequency:
+            return [self.shard.clamp(width) for width in self.prefix_widths()], None
+        return [int((self.position_N < width).sum()) for width in self.prefix_widths()], self.position_N.argsort()
+
+    def reconstructions(self, parts_BGD: Tensor, b_dec: Tensor) -> tuple[Tensor, list[tuple[float, Tensor]]]:
+        """That of all features, and those of the inner levels with their weights."""
+        levels = parts_BGD.shape[1]
+        weights = self.config.matryoshka_weights
+        weights = weights if isinstance(weights, list) else [weights] * (levels - 1)
+        if not self.config.matryoshka_detach:
+            *inner, x_hat_BD = (parts_BGD.cumsum(1) + b_dec).unbind(1)
+            return x_hat_BD, list(zip(weights, inner, strict=True))
+        *parts, _ = parts_BGD.unbind(1)
+        inner, inside_BD = [], b_dec
+        for part_BD in parts:
+            inner.append(inside_BD + part_BD)
+            inside_BD = inner[-1].detach()
+        return parts_BGD.sum(1) + b_dec, list(zip(weights, inner, strict=True))

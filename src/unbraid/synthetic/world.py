@@ -7,7 +7,6 @@ and zeroing what is not allowed, at a fraction of the random numbers (3x fewer i
 Every draw comes from the generator passed in, on the device of the world.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -97,10 +96,9 @@ class World:
         own = {given.name: getattr(self, given.name) for given in fields(self) if given.init}
         return replace(self, **{name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)})
 
-    def batches(self, size: int, generator: torch.Generator) -> Iterator[Float[Tensor, "size D"]]:
-        """Activations without end, `size` rows at a time, drawn in larger blocks because small draws are slow."""
-        while True:
-            yield from self.activations(self.sample_codes(size * max(1, BLOCK_ROWS // size), generator)).split(size)
+    def batches(self, size: int, generator: torch.Generator) -> "WorldStream":
+        """Activations without end, `size` rows at a time."""
+        return WorldStream(self, size, generator)
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Float[Tensor, "n D"], Codes]:
         """`n` activations and the true codes they are made of; the same generator state gives the same samples."""
@@ -183,3 +181,46 @@ class World:
     def _alive(rows: Tensor, features: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept = (strengths > 0).nonzero().squeeze(1)
         return rows.index_select(0, kept), features.index_select(0, kept), strengths.index_select(0, kept)
+
+
+class WorldStream:
+    """Batches of activations without end, drawn in larger blocks because small draws are slow; goes on exactly.
+
+    Its state is the generator's before the current block and how much of the block is used, so that a stream that is
+    loaded draws the block again.
+
+    Args:
+        world: where activations come from.
+        size: rows per batch.
+        generator: the only source of chance, on the device of the world.
+    """
+
+    def __init__(self, world: World, size: int, generator: torch.Generator):
+        self.world, self.size, self.generator = world, size, generator
+        self.block_rows = size * max(1, BLOCK_ROWS // size)
+        self._before, self._used = generator.get_state(), 0
+        self._block: Tensor | None = None
+
+    def __iter__(self) -> "WorldStream":
+        return self
+
+    def __next__(self) -> Float[Tensor, "size D"]:
+        if self._block is None:
+            self.generator.set_state(self._before)
+            self._block = self._draw()
+        if self._used == self.block_rows:
+            self._before, self._used = self.generator.get_state(), 0
+            self._block = self._draw()
+        first, self._used = self._used, self._used + self.size
+        return self._block[first : self._used]
+
+    def _draw(self) -> Tensor:
+        return self.world.activations(self.world.sample_codes(self.block_rows, self.generator))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the stream is."""
+        return {"generator": self._before, "used": torch.tensor(self._used)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state_dict()` of a stream of the same world and batch size."""
+        self._before, self._used, self._block = state["generator"], int(state["used"]), None

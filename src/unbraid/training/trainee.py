@@ -24,6 +24,7 @@ from unbraid.errors import TrainingError
 from unbraid.randomness import derive_seed, generator
 from unbraid.sae import SAE, Codes
 from unbraid.sae.build import build as build_sae
+from unbraid.sae.dead import dead_after
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.optimiser import SAEOptimiser
 from unbraid.training.precision import encoder_autocast
@@ -39,6 +40,8 @@ class Trainee:
         site: index of its site among the run's sites.
         normalise: from raw activations to training units.
         tokens_since_fired: [N] int64, of the features held here.
+        steps: those planned, for schedules; 0 without any.
+        dead_after: tokens without firing after which a feature is dead.
         updates: successful optimiser steps so far.
     """
 
@@ -51,6 +54,8 @@ class Trainee:
     decorrelate: nn.Module
     generator: torch.Generator
     tokens_since_fired: Tensor
+    steps: int
+    dead_after: int
     updates: int = 0
 
     @property
@@ -61,7 +66,7 @@ class Trainee:
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold of this trainee, under flat names."""
         groups = {
-            "sae": dict(self.sae.state_dict()),
+            "sae": self.sae.state_dict() | {name: getattr(self.sae, name) for name in self.sae.training_buffers},
             "optimiser": self.optimiser.state_tensors(),
             "decorrelate": dict(self.decorrelate.state_dict()),
             "trainee": {
@@ -84,7 +89,10 @@ class Trainee:
                 if name.startswith(f"{prefix}.")
             }
 
-        self.sae.load_state_dict(group("sae"))
+        sae = group("sae")
+        for name in self.sae.training_buffers:
+            getattr(self.sae, name).copy_(sae.pop(name))
+        self.sae.load_state_dict(sae)
         self.optimiser.load_state_tensors(group("optimiser"))
         self.decorrelate.load_state_dict(group("decorrelate"))
         own = group("trainee")
@@ -116,7 +124,8 @@ def new_trainee(
     """
     settings, place = config.variant(variant), config.sites[site]
     name, seed = config.sae_name(place, variant), derive_seed(settings.seed, str(place))
-    return untrained(name, site, settings, seed, normalise, device, mesh.shard(settings.sae.n_features), penalty)
+    shard, tokens = mesh.shard(settings.sae.n_features), config.training.tokens
+    return untrained(name, site, settings, seed, normalise, device, shard, penalty, config.steps, tokens)
 
 
 def untrained(
@@ -128,8 +137,14 @@ def untrained(
     device: torch.device,
     shard: Shard | None = None,
     penalty: nn.Module | None = None,
+    steps: int = 0,
+    tokens: int = 0,
 ) -> Trainee:
-    """A trainee of these settings before its first step, all of its randomness from `seed`; see `new_trainee`."""
+    """A trainee of these settings before its first step, all of its randomness from `seed`; see `new_trainee`.
+
+    `steps` and `tokens` are those of the whole training: what falls over time and which features are dead depend on
+    them.
+    """
     sae = build_sae(settings.sae, len(normalise.mean_D), generator(seed, "init"), shard).to(device)
     if penalty is None:
         own = settings.decorrelation, settings.sae.n_features, sae.d_in, derive_seed(seed, "pairs"), shard
@@ -146,6 +161,8 @@ def untrained(
         decorrelate=penalty.to(device),
         generator=generator(seed, "training", device=device),
         tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),
+        steps=steps,
+        dead_after=dead_after(settings.sae, tokens),
     )
 
 
@@ -159,7 +176,8 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
     lambda1 = settings.sae.lambda1 * warm_up(step, settings.optimiser.sparsity_warmup_steps)
     lambda2 = settings.decorrelation.lambda2 * warm_up(step, settings.optimiser.decorrelation_warmup_steps)
 
-    dead_N = trainee.tokens_since_fired >= settings.sae.dead_after_tokens
+    sae.begin_step(step, trainee.steps)
+    dead_N = trainee.tokens_since_fired >= trainee.dead_after
     with encoder_autocast(settings.optimiser.precision, x_BD.device):
         out = sae.training_forward(x_BD, dead_N, trainee.generator)
     loss = out.reconstruction + lambda1 * out.sparsity + out.auxiliary
@@ -190,7 +208,7 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
         ranks = trainee.shard.ranks
         variance = (x_BD - x_BD.mean(0)).double().square().sum()
         active = out.codes.values.numel() if isinstance(out.codes, Codes) else int((out.codes != 0).sum())
-        dead = int((trainee.tokens_since_fired >= settings.sae.dead_after_tokens).sum())
+        dead = int((trainee.tokens_since_fired >= trainee.dead_after).sum())
         active, dead = ranks.total(active, dead)
         record = {
             "loss": loss.item(),
