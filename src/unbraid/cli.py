@@ -22,6 +22,7 @@ from unbraid.config import EvaluationConfig, RunConfig, SynthConfig, load_config
 from unbraid.config.checks import complaints
 from unbraid.distributed.launch import Launch, execute
 from unbraid.errors import ConfigError, UnbraidError
+from unbraid.feature_model import commands as features
 from unbraid.recipes import RECIPES
 from unbraid.reporting.commands import compare, dashboard, export
 from unbraid.training.changes import words_of_resume
@@ -180,6 +181,11 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": compare,
     "export": export,
     "dashboard": dashboard,
+    "read": features.read,
+    "feature": features.feature,
+    "steer": features.steer,
+    "attribute": features.attribute,
+    "live": features.live,
     "synth": synth,
     "doctor": doctor,
 }

@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ class Reading:
     span: Span
     share: Callable[[str, int, float], float | None] = field(repr=False, default=lambda name, index, code: None)
     words: Callable[[str, int], str] = field(repr=False, default=lambda name, index: "")
+
+    def of(self, name: str) -> "Reading":
+        """What one dictionary sees."""
+        return replace(self, codes={name: self.codes[name]}, error={name: self.error[name]})
 
     def code(self, name: str, index: int) -> Tensor:
         """`[B, T]` codes of one feature."""
