@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Only where a user asked for them: a logger, a GPU kernel compiler that torch brings itself, other SAE libraries.
 DISTRIBUTED_AS = {"yaml": "pyyaml"}
 """Modules whose package has another name."""
-OPTIONAL_IMPORTS = {"wandb", "tensorboard", "trackio", "triton"}
+OPTIONAL_IMPORTS = {"wandb", "tensorboard", "trackio", "triton", "starlette", "uvicorn"}
 
 
 def distribution(requirement: str) -> str:
