@@ -5,8 +5,10 @@ resume, for held-out metrics. An object with `state_dict` and `load_state_dict` 
 `StatefulDataLoader`) is entered where it stood; anything else is read from its beginning and what was used is skipped.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import torch
 
 from unbraid.errors import UnbraidError
 
@@ -20,7 +22,7 @@ class Replay:
         error: raised when it cannot be read again.
     """
 
-    def __init__(self, source: Iterable[Any] | Callable[[], Iterator[Any]], what: str, error: type[UnbraidError]):
+    def __init__(self, source: Any, what: str, error: type[UnbraidError]):
         self.source, self.what = source, what
         self.saves_its_place = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         if not callable(source) and not isinstance(source, Iterable):
@@ -30,7 +32,7 @@ class Replay:
                 f"{what} is a {type(source).__name__}, which can be read only once, and a run reads it several times; "
                 f"expected a list, a data set, or a function that starts it anew; pass {what}=lambda: ..."
             )
-        self._start = source.state_dict() if self.saves_its_place else None  # pyright: ignore
+        self._start = source.state_dict() if self.saves_its_place else None
 
     @property
     def resumes(self) -> str:
@@ -46,15 +48,38 @@ class Replay:
         """
         first = start if state is not None and self.saves_its_place else 0
         if self.saves_its_place:
-            self.source.load_state_dict(self._start if state is None else state)  # pyright: ignore
+            self.source.load_state_dict(self._start if state is None else state)
         iterator = iter(self.source() if callable(self.source) else self.source)
+        mode = _GradientMode()
         number = first
-        while True:
-            before = self.source.state_dict() if self.saves_its_place else None  # pyright: ignore
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            if number >= start:
-                yield number, item, before
-            number += 1
+        try:
+            while True:
+                before = self.source.state_dict() if self.saves_its_place else None  # pyright: ignore
+                with mode:
+                    item = next(iterator, _END)
+                if item is _END:
+                    return
+                if number >= start:
+                    yield number, item, before
+                number += 1
+        finally:
+            with mode:
+                getattr(iterator, "close", bool)()
+
+
+_END = object()
+
+
+class _GradientMode:
+    """The reader's and a generator's own: one that yields inside `torch.no_grad()` must not turn off the reader's."""
+
+    def __init__(self) -> None:
+        self.inside = torch.is_grad_enabled()
+
+    def __enter__(self) -> None:
+        self.outside = torch.is_grad_enabled()
+        torch.set_grad_enabled(self.inside)
+
+    def __exit__(self, *_: object) -> None:
+        self.inside = torch.is_grad_enabled()
+        torch.set_grad_enabled(self.outside)

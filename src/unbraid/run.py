@@ -6,18 +6,18 @@ exports, is finished by `resume`. Under `torchrun` every process runs this; each
 of its cell, and the first one writes what belongs to the whole run.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from unbraid import formats
 from unbraid.activations.ahead import Ahead
-from unbraid.activations.cache import PARTS, CachedActivations, harvest, wanted_rows
-from unbraid.activations.live import LiveActivations
+from unbraid.activations.cache import PARTS, harvest, wanted_rows
 from unbraid.activations.source import ActivationSource
 from unbraid.config import RunConfig
 from unbraid.device import pick_device
@@ -25,6 +25,7 @@ from unbraid.distributed.mesh import joined, lay_out, restarts
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import TrainingError
 from unbraid.finish import finish, warnings_of
+from unbraid.inputs import NOTHING, Inputs
 from unbraid.plan import Plan, check_settings, make_plan
 from unbraid.progress import Progress, default_console, quiet_console
 from unbraid.training.changes import changed, record_changes
@@ -80,15 +81,35 @@ def train(
     config: RunConfig,
     path: Path | str | None = None,
     *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    text: Any = None,
+    activations: Any = None,
+    penalty: nn.Module | Callable[..., Any] | None = None,
     callbacks: Sequence[Callback] = (),
     console: Console | None = None,
     dropped: Sequence[str] = (),
 ) -> Run:
     """Run `config` into a new folder, which appears once the plan has passed every check.
 
+    What is handed in is not written into the folder, and `resume` needs it again.
+
     Args:
         config: settings, such as `unbraid.recipes.demo()`.
         path: run folder to make; `runs/<recipe>` by default.
+        model: a transformers model in the place of the one the settings name, on the device it is on.
+        tokenizer: beside it, or in the place of the settings' model's own.
+        text: an iterable of strings, of rows of token ids, or of lists of chat messages, that can be iterated again (or
+            a function that starts it anew), in the place of the settings' text. With `state_dict` and
+            `load_state_dict` a resumed run goes on where it stood; without, it reads from the start and skips.
+        activations: rows of your own in the place of model, text and sites: a tensor or array [rows, D], a folder of
+            .npy or .safetensors files, a column of a `datasets` table, or an iterable of [rows, D] batches; one, which
+            is called `activations`, or several by name, row by row alike. A seeded share, `text.held_out_fraction`,
+            is held out.
+        penalty: a module or function in the place of the settings' penalty, weighted by `decorrelation.lambda2`. It is
+            called on every step as `penalty(f, codes=codes, decoder=W_dec)`, with the codes either dense, `f` [B, N],
+            or sparse, `codes` (CSR `offsets`, `indices`, `values`, `n_features`), the other None; and returns a scalar
+            and anything: the numbers of a dict are logged. Every SAE has a copy, whose state checkpoints keep.
         callbacks: called after every step with the steps done, and the line of metrics on logged ones (else None).
         console: where progress is shown; a terminal or notebook by default, `Console(quiet=True)` for nowhere.
         dropped: values of a recipe that no longer apply, for the plan to list.
@@ -97,34 +118,39 @@ def train(
         UnbraidError: with what was wrong, what was expected and what to change.
     """
     console = console or default_console()
+    inputs = Inputs(model, tokenizer, text, activations, penalty)
+    config = inputs.settings(config)
     check_settings(config)
     check_loggers(config)
     path = Path(path or Path("runs") / config.name)
     with joined() as everyone, process_as_found(config.training.threads):
         if restarts() and (path / "config.json").is_file():
-            return _go_on(RunFolder(path), console, everyone, callbacks)
+            return _go_on(RunFolder(path), inputs, console, everyone, callbacks)
         RunFolder.require_free(path)
-        source, device = _opened(config, everyone, console)
+        source, device = _opened(config, inputs, everyone, console)
         plan = make_plan(config, source, device, path, dropped=dropped, first=everyone.first)
         if everyone.first:
             _say(console, str(plan))
             RunFolder.create(path, config)
         everyone.wait()
-        return _fit_and_finish(RunFolder(path), config, source, device, console, everyone, callbacks)
+        return _fit_and_finish(RunFolder(path), config, source, inputs, device, console, everyone, callbacks)
 
 
-def plan(config: RunConfig, path: Path | str | None = None, *, dropped: Sequence[str] = ()) -> Plan:
+def plan(
+    config: RunConfig, path: Path | str | None = None, *, inputs: Inputs = NOTHING, dropped: Sequence[str] = ()
+) -> Plan:
     """What `train` would do, after all of its checks and with an estimate of the time; nothing is written.
 
     Raises:
         UnbraidError: what `train` would raise before its first step.
     """
+    config = inputs.settings(config)
     check_settings(config)
     check_loggers(config)
     path = Path(path or Path("runs") / config.name)
     RunFolder.require_free(path)
     with process_as_found(config.training.threads):
-        source, device = _opened(config, ALONE, quiet_console())
+        source, device = _opened(config, inputs, ALONE, quiet_console())
         return make_plan(config, source, device, path, dropped=dropped, timed=True)
 
 
@@ -132,6 +158,11 @@ def resume(
     path: Path | str,
     *,
     changes: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    text: Any = None,
+    activations: Any = None,
+    penalty: nn.Module | Callable[..., Any] | None = None,
     callbacks: Sequence[Callback] = (),
     console: Console | None = None,
 ) -> Run:
@@ -141,6 +172,7 @@ def resume(
         path: the run folder.
         changes: settings that are different from here on, as in `{"training.tokens": 2_000_000}`; see
             `unbraid.training.changes.MAY_CHANGE`. They are recorded in the run folder.
+        model, tokenizer, text, activations, penalty: what was handed to `train`, again.
         callbacks, console: as for `train`.
 
     Raises:
@@ -157,7 +189,8 @@ def resume(
                 _say(console, f"run {folder.path} is complete; see {folder.summary}")
             return Run(folder.path)
         with process_as_found(folder.config.training.threads):
-            return _go_on(folder, console, everyone, callbacks)
+            inputs = Inputs(model, tokenizer, text, activations, penalty)
+            return _go_on(folder, inputs, console, everyone, callbacks)
 
 
 def _change(folder: RunFolder, changes: Mapping[str, Any], everyone: Ranks) -> None:
@@ -179,23 +212,25 @@ def _is_complete(folder: RunFolder) -> bool:
     return folder.summary.is_file() and folder.read_summary().get("steps", {}).get("planned") == folder.config.steps
 
 
-def open_activations(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> ActivationSource:
-    """The model, its passes shared among `ranks`, or the cache the run trains from."""
-    if config.cache is not None:
-        return CachedActivations(config, Path(config.cache))
-    return LiveActivations(config, device, ranks)
+def open_activations(
+    config: RunConfig, device: torch.device, ranks: Ranks = ALONE, inputs: Inputs = NOTHING
+) -> ActivationSource:
+    """What was handed in, the model, its passes shared among `ranks`, or the cache the run trains from."""
+    return inputs.open(config, device, ranks)
 
 
-def _opened(config: RunConfig, everyone: Ranks, console: Console) -> tuple[ActivationSource, torch.device]:
+def _opened(
+    config: RunConfig, inputs: Inputs, everyone: Ranks, console: Console
+) -> tuple[ActivationSource, torch.device]:
     device = pick_device(config.training.device)
     status = console.status("loading the language model (the first time, converting it and the text)")
     with status, everyone.first_ahead():
-        return open_activations(config, device, everyone), device
+        return open_activations(config, device, everyone, inputs), device
 
 
-def _go_on(folder: RunFolder, console: Console, everyone: Ranks, callbacks: Sequence[Callback]) -> Run:
+def _go_on(folder: RunFolder, inputs: Inputs, console: Console, everyone: Ranks, callbacks: Sequence[Callback]) -> Run:
     config = folder.config
-    source, device = _opened(config, everyone, console)
+    source, device = _opened(config, inputs, everyone, console)
     done = steps_done(folder.checkpoints)
     if done == 0:
         plan = make_plan(config, source, device, folder.path, first=everyone.first)
@@ -203,13 +238,14 @@ def _go_on(folder: RunFolder, console: Console, everyone: Ranks, callbacks: Sequ
             _say(console, str(plan))
     elif everyone.first:
         _say(console, f"going on after step {done:,} of {config.steps:,}")
-    return _fit_and_finish(folder, config, source, device, console, everyone, callbacks)
+    return _fit_and_finish(folder, config, source, inputs, device, console, everyone, callbacks)
 
 
 def _fit_and_finish(
     folder: RunFolder,
     config: RunConfig,
     source: ActivationSource,
+    inputs: Inputs,
     device: torch.device,
     console: Console,
     everyone: Ranks,
@@ -230,7 +266,7 @@ def _fit_and_finish(
             stop_on_signals() as stop,
             matrix_products(config.training.tf32),
         ):
-            trained = train_saes(folder, config, feed, device, progress, stop, mesh)
+            trained = train_saes(folder, config, feed, device, progress, stop, mesh, inputs.penalty_module)
         if trained.steps < config.steps:
             _say(console, f"the text is used up: ending after step {trained.steps:,} of {config.steps:,}")
         _say(console, f"measuring on {config.training.held_out_tokens:,} held-out tokens")

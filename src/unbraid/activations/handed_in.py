@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from unbraid.activations.rows import Chunk
-from unbraid.config import RunConfig
+from unbraid.config import RunConfig, validated
 from unbraid.errors import ActivationError
 from unbraid.randomness import generator
 from unbraid.replay import Replay
-from unbraid.sites import Site
+from unbraid.sites import HANDED_IN, Site
 from unbraid.text.documents import shuffled
 
 BLOCK_ROWS = 256
@@ -49,24 +49,33 @@ def named(activations: Any) -> dict[str, Any]:
     return dict(activations)
 
 
+def settings_for(config: RunConfig, activations: Any) -> RunConfig:
+    """`config` with the names of `activations` as its sites, and no position to drop."""
+    data = config.model_dump(mode="json")
+    data["model"] |= {"name": HANDED_IN, "sites": [str(Site.handed_in(name)) for name in named(activations)]}
+    data["buffer"]["drop_first_position"] = False
+    return validated(RunConfig, data, "train")
+
+
 class HandedInActivations:
     """A source of rows that the caller gave.
 
     Args:
         activations: a tensor, array, folder, column or iterable of batches, or several by name, row by row alike.
         config: the run; its seed decides order and split, its batch sizes how much is read at a time.
+        held_out: whether a share of the rows is held out.
 
     Raises:
         ActivationError: shapes disagree, or something cannot be read.
     """
 
-    def __init__(self, activations: Any, config: RunConfig):
+    def __init__(self, activations: Any, config: RunConfig, *, held_out: bool = True):
         data = named(activations)
         self.sites = [Site.handed_in(name) for name in data]
         self.context_length, self.batch_contexts = config.text.context_length, config.model.batch_contexts
         self.special_ids: frozenset[int] = frozenset()
         self.prepends_bos, self.model_name = False, "activations handed in"
-        self._seed, self._fraction = config.seed, config.text.held_out_fraction
+        self._seed, self._fraction = config.seed, config.text.held_out_fraction if held_out else 0.0
         rows = self.context_length * self.batch_contexts
         columns = {name: _random_access(value, name) for name, value in data.items()}
         if all(column is not None for column in columns.values()):

@@ -21,11 +21,12 @@ from unbraid.activations.rows import ChunkSource, RefillInterrupted, StopSignal,
 from unbraid.config import RunConfig
 from unbraid.distributed.mesh import SINGLE, Mesh
 from unbraid.distributed.ranks import ALONE
-from unbraid.errors import CheckpointError, RowsUsedUp, UnbraidError
+from unbraid.errors import CheckpointError, ConfigError, RowsUsedUp, UnbraidError
 from unbraid.training.changes import require_same_run
 from unbraid.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
 from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
+from unbraid.training.own_penalty import name_of
 from unbraid.training.pieces import join, overlaps, piece_stem
 from unbraid.training.run_folder import JsonLines, RunFolder
 from unbraid.training.stopping import TrainingInterrupted, finite
@@ -118,6 +119,12 @@ class _Session:
     ):
         self.folder, self.config, self.source, self.device = folder, config, source, device
         self.progress, self.mesh, self.everyone, self.penalty = progress, mesh, mesh.everyone, penalty
+        self.identity = source.identity if penalty is None else source.identity | {"penalty": name_of(penalty)}
+        if penalty is not None and mesh.shards.size > 1:
+            raise ConfigError(
+                f"the penalty {name_of(penalty)!r} was handed in and would see one slice of the features on each of "
+                f"{mesh.shards.size} ranks; expected training.feature_shards = 1"
+            )
         self.stop = should_stop if self.everyone.size == 1 else lambda: self.everyone.any(should_stop())
         self.done, self.seconds, offset = 0, {"buffer": 0.0, "training": 0.0}, 0
         self.fed = 0.0
@@ -215,7 +222,7 @@ class _Session:
         state = {
             "step": self.done,
             "metrics_offset": self.metrics.sync(),
-            "run": {"settings": self.folder.first_settings, "source": self.source.identity},
+            "run": {"settings": self.folder.first_settings, "source": self.identity},
             "buffer": buffer_data,
             "seconds": self.seconds,
         }
@@ -239,7 +246,7 @@ class _Session:
             return file == "buffer" or any(overlaps(stem, file, trainee.shard) for stem, trainee in stems.items())
 
         _, state = read_checkpoint(path, lambda stem: False)
-        require_same_run(path, state["run"], self.folder.first_settings, self.source.identity)
+        require_same_run(path, state["run"], self.folder.first_settings, self.identity)
         tensors, state = read_checkpoint(path, wanted)
         self.buffer.load_state(tensors["buffer"], state["buffer"])
         for stem, trainee in stems.items():

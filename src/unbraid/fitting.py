@@ -1,0 +1,133 @@
+"""Training on activations in hand, without a run folder: no log, no checkpoint, no held-out text."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from unbraid.activations.buffer import ActivationBuffer
+from unbraid.activations.handed_in import HandedInActivations
+from unbraid.config import (
+    BufferConfig,
+    DecorrelationConfig,
+    OptimiserConfig,
+    RunConfig,
+    SAEConfig,
+    TextConfig,
+    TrainingConfig,
+    VariantConfig,
+)
+from unbraid.device import pick_device
+from unbraid.errors import ActivationError, TrainingError
+from unbraid.randomness import derive_seed
+from unbraid.sae import SAE
+from unbraid.training.fit import Records, train_steps
+from unbraid.training.normalisation import Normalisation
+from unbraid.training.own_penalty import as_module
+from unbraid.training.trainee import untrained
+
+MOST_CONTEXTS = 2048
+Dictionary = VariantConfig | SAEConfig
+
+
+def fit(
+    dictionaries: Dictionary | Mapping[str, Dictionary],
+    activations: Any,
+    *,
+    tokens: int | None = None,
+    batch_tokens: int = 2048,
+    seed: int = 0,
+    penalty: nn.Module | Callable[..., Any] | None = None,
+    callback: Callable[[int, Records | None], Any] | None = None,
+    log_every: int = 10,
+    device: str = "auto",
+) -> dict[str, SAE]:
+    """Train dictionaries beside each other on the same batches; they come back acting on raw activations.
+
+    Args:
+        dictionaries: settings by name, or one, which is called `sae`. An `SAEConfig` trains with the default optimiser
+            and without a penalty; a `VariantConfig` says all three.
+        activations: a tensor [rows, D] or whatever `unbraid.train(activations=...)` takes; of several by name, every
+            dictionary is trained on each and called `NAME_DICTIONARY`.
+        tokens: rows to train on; by default all there are, once.
+        batch_tokens: rows per step.
+        seed: of row order and first weights, for an `SAEConfig`; a `VariantConfig` brings its own for the weights.
+        penalty: in the place of the settings', called as `penalty(f, codes=, decoder=)`; see `unbraid.train`.
+        callback: called after every step with the steps done and, every `log_every` steps, the metrics by name.
+        log_every: steps between measurements.
+        device: auto, cpu, cuda, ...
+
+    Raises:
+        UnbraidError: there are too few rows for one step, or the rows cannot be used.
+
+    Example:
+        >>> import torch, unbraid
+        >>> x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
+        >>> topk = unbraid.SAEConfig(architecture="topk", n_features=64, k=4)
+        >>> sae = unbraid.fit(topk, x, batch_tokens=256)["sae"]
+        >>> sae.encode(x).shape
+        torch.Size([4096, 64])
+    """
+    named = dict(dictionaries) if isinstance(dictionaries, Mapping) else {"sae": dictionaries}
+    variants = {name: _complete(settings, seed) for name, settings in named.items()}
+    config = _config(seed, tokens, batch_tokens)
+    source, place = HandedInActivations(activations, config, held_out=False), pick_device(device)
+    rows = source.count_rows(tokens if tokens is not None else 1 << 62)
+    if tokens is None and rows is None:
+        raise TrainingError("activations are batches of unknown number; expected tokens=, the rows to train on")
+    planned = tokens if tokens is not None else rows
+    assert planned is not None
+    steps = planned // batch_tokens
+    if steps < 1 or (rows is not None and rows < steps * batch_tokens):
+        raise ActivationError(
+            f"activations have {rows} rows and {planned:,} tokens // {batch_tokens:,} a step = {steps} steps were "
+            "asked for; expected at least one step and rows for all of them; lower tokens or batch_tokens"
+        )
+    config = _config(seed, steps * batch_tokens, batch_tokens)
+    buffer = ActivationBuffer(
+        source, config.buffer, batch_tokens, seed, planned_rows=steps * batch_tokens, device=place
+    )
+    buffer.fill()
+    own = None if penalty is None else as_module(penalty)
+    trainees = [
+        untrained(
+            name if len(source.sites) == 1 else f"{site.folder}_{name}",
+            number,
+            settings,
+            derive_seed(settings.seed, str(site)),
+            Normalisation.of(x_RD, site.folder),
+            place,
+            penalty=own,
+        )
+        for number, (site, x_RD) in enumerate(zip(source.sites, buffer.rows(), strict=True))
+        for name, settings in variants.items()
+    ]
+    logged = (lambda step: step % log_every == 0 or step == steps) if callback is not None else (lambda step: False)
+    train_steps(trainees, buffer.next_batch, steps, logged=logged, after_step=callback)
+    for trainee in trainees:
+        trainee.sae.fold(trainee.normalise.mean_D, trainee.normalise.scale)
+    return {trainee.name: trainee.sae.requires_grad_(False) for trainee in trainees}
+
+
+def _complete(settings: Dictionary, seed: int) -> VariantConfig:
+    if isinstance(settings, VariantConfig):
+        return settings
+    return VariantConfig(
+        seed=seed, sae=settings, optimiser=OptimiserConfig(), decorrelation=DecorrelationConfig(method="none")
+    )
+
+
+def _config(seed: int, tokens: int | None, batch_tokens: int) -> RunConfig:
+    """What reading rows asks of a run's settings; the buffer is no larger than the rows there are."""
+    text = TextConfig()
+    model = RunConfig().model.model_copy(update={"batch_contexts": 8})
+    wanted = math.ceil((tokens or (1 << 62)) / text.context_length)
+    least = max(2 * model.batch_contexts, math.ceil(2 * batch_tokens / text.context_length))
+    return RunConfig(
+        seed=seed,
+        text=text,
+        model=model,
+        buffer=BufferConfig(contexts=max(least, min(wanted, MOST_CONTEXTS)), drop_first_position=False),
+        training=TrainingConfig(tokens=tokens or 0, batch_tokens=batch_tokens),
+    )
