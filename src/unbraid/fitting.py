@@ -99,6 +99,8 @@ def fit(
             Normalisation.of(x_RD, site.folder),
             place,
             penalty=own,
+            steps=steps,
+            tokens=steps * batch_tokens,
         )
         for number, (site, x_RD) in enumerate(zip(source.sites, buffer.rows(), strict=True))
         for name, settings in variants.items()

@@ -19,9 +19,10 @@ from typing import Any
 from unbraid.config import RunConfig, load_config
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import TrainingError
-from unbraid.files import held, holds_nothing, write_json
+from unbraid.files import LOCK, held, holds_nothing, write_json
 from unbraid.json_files import is_count, is_number, parse_json, read_json_object
 from unbraid.training.changes import with_changes
+from unbraid.training.checkpoint import list_checkpoints
 
 
 class RunFolder:
@@ -48,7 +49,7 @@ class RunFolder:
         Raises:
             TrainingError: the folder exists and is not empty, or cannot be written.
         """
-        if not holds_nothing(path):
+        if not holds_nothing(path) and not is_failed_start(path):
             raise TrainingError(
                 f"run folder {str(path)!r} exists already; expected a new or empty folder; choose another --run, "
                 f"or go on with it by `unbraid resume {path}`"
@@ -71,6 +72,7 @@ class RunFolder:
         try:
             cls.require_free(path)
             path.mkdir(parents=True, exist_ok=True)
+            clear_start(path)
             write_json(path / "config.json", config.model_dump(mode="json"))
         except OSError as error:
             raise TrainingError(
@@ -146,6 +148,28 @@ class RunFolder:
                     f"another process is training in {str(self.path)!r}; wait for it or choose another run folder"
                 ) from None
             yield
+
+
+OF_A_START = ("config.json", "metrics.jsonl", "timing.jsonl", "changes.jsonl", "tracking_id")
+"""Files that a run writes before its first checkpoint."""
+
+
+def is_failed_start(path: Path) -> bool:
+    """Whether a folder holds what a run writes before its first checkpoint, and nothing else."""
+    if not (path / "config.json").is_file() or list_checkpoints(path / "checkpoints"):
+        return False
+    rest = [entry for entry in path.iterdir() if entry.name not in (LOCK, *OF_A_START) and entry.suffix != ".partial"]
+    return all(entry.name == "checkpoints" and not entry.is_symlink() and _is_empty(entry) for entry in rest)
+
+
+def clear_start(path: Path) -> None:
+    """Remove what a failed start left, so that its log is not taken for the new run's."""
+    for name in OF_A_START:
+        (path / name).unlink(missing_ok=True)
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and all(entry.suffix == ".partial" for entry in folder.iterdir())
 
 
 class JsonLines:
