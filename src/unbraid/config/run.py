@@ -63,8 +63,8 @@ class ModelConfig(Section):
     """The language model and the sites read from it."""
 
     name: str = "packaged:smollm2"
-    """packaged:smollm2, random:FAMILY (a tiny random model; llama, gemma2, gpt2, gpt_neox, qwen2), a hub id, a local
-    folder, or a .gguf file."""
+    """packaged:smollm2, packaged:gemma3 (after `make gemma`), random:FAMILY (a tiny random model; llama, gemma2, gpt2,
+    gpt_neox, qwen2), a hub id, a local folder, or a .gguf file."""
     revision: str | None = None
     """Hub revision."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -82,10 +82,10 @@ class DocumentTokenizer:
             )
             ids = np.asarray(rendered["input_ids"], dtype=np.int64)
             return ids, np.asarray(rendered["assistant_masks"], dtype=bool)
-        starts = np.array([start for start, _ in encoded["offset_mapping"]])
+        starts, ends = np.array(encoded["offset_mapping"]).T
         trains = np.zeros(len(ids), dtype=bool)
         for start, end in self._assistant_spans(messages, text):
-            trains |= (starts >= start) & (starts < end)
+            trains |= (ends > start) & (starts < end)
         return ids, trains
 
     def _assistant_spans(self, messages: Messages, text: str) -> list[tuple[int, int]]:
