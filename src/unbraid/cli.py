@@ -24,7 +24,7 @@ from unbraid.distributed.launch import Launch, execute
 from unbraid.errors import ConfigError, UnbraidError
 from unbraid.feature_model import commands as features
 from unbraid.recipes import RECIPES
-from unbraid.reporting.commands import compare, dashboard, export
+from unbraid.reporting.commands import compare, dashboard, export, search
 from unbraid.training.changes import words_of_resume
 
 console = Console(soft_wrap=True)
@@ -180,6 +180,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "figure": figure,
     "compare": compare,
     "export": export,
+    "search": search,
     "dashboard": dashboard,
     "read": features.read,
     "feature": features.feature,

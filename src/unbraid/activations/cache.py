@@ -238,6 +238,8 @@ def _problem_in_shard(shard: Any, part: str) -> str | None:
     file, contexts, positions = shard.get("file"), shard.get("contexts"), shard.get("positions")
     if not isinstance(file, str) or not re.fullmatch(rf"{part}_\d+\.safetensors", file):
         return f"file {file!r}"
+    if not isinstance(shard.get("checksum"), str):
+        return f"checksum {shard.get('checksum')!r}"
     if not isinstance(contexts, list) or not contexts or not all(is_count(count, 1) for count in contexts):
         return f"contexts {contexts!r}"
     if not isinstance(positions, list) or len(positions) != len(contexts):

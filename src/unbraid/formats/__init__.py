@@ -25,6 +25,7 @@ from unbraid.formats import (
     llamascopium,
     openai_gpt2,
     qwen_scope,
+    registry,
     sae_lens,
     several_layers,
     sparsify,
@@ -78,7 +79,8 @@ def load(path: Path | str, **options: Any) -> SAE:
         >>> f = sae.encode(x); x_hat = sae.decode(f)  # doctest: +SKIP
 
     Args:
-        path: the folder, one of the files in it, or a file that is a dictionary of its own.
+        path: the folder, one of the files in it, or a file that is a dictionary of its own; or a name of SAELens'
+            registry, `release/id`; or a path on the hub, `hf://owner/name/folder`.
         options: as for `open_folder`.
 
     Raises:
@@ -97,7 +99,8 @@ def open_folder(
     """The dictionary at `path` with what its folder says about it; the same stands in the dictionary's `metadata`.
 
     Args:
-        path: the folder, one of the files in it, or a file that is a dictionary of its own.
+        path: the folder, one of the files in it, or a file that is a dictionary of its own; or a name of SAELens'
+            registry, `release/id`; or a path on the hub, `hf://owner/name/folder`.
         norm_scaling_factor: what activations were multiplied with before the dictionary saw them, for layouts that do
             not store it: SAELens' "expected_average_only_in", Llama Scope of R1.
         decoder_norms: for Llama Scope, whether norms of decoder rows come before the threshold ("folded") or are left
@@ -113,6 +116,8 @@ def open_folder(
     factor = known.norm_scaling_factor
     if factor is not None and not (is_number(factor) and factor > 0):
         raise FormatError(f"norm_scaling_factor is {factor!r}; expected a positive number")
+    if _is_name(path):
+        return registry.open_named(str(path), known)
     try:
         place, layout = _recognised(Path(path))
     except (OSError, ValueError) as problem:  # no permission, a name too long, a NUL byte
@@ -120,6 +125,15 @@ def open_folder(
     found = layout.load(place, known)
     found.sae.metadata = {name: value for name, value in found.metadata.items() if name != "unbraid"}
     return found
+
+
+def _is_name(path: Path | str) -> bool:
+    """Whether this is a name of the registry or a path on the hub: no such place, and nothing here it could lie in."""
+    text = str(path)
+    if text.startswith("hf://"):
+        return True
+    first = text.partition("/")[0]
+    return not isinstance(path, Path) and "/" in text and first not in ("", ".", "..", "~") and not Path(first).exists()
 
 
 def _recognised(path: Path) -> tuple[Path, ModuleType]:

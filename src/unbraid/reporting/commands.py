@@ -36,6 +36,33 @@ def export(arguments: list[str]) -> None:
 
 
 @dataclasses.dataclass
+class _Search:
+    query: tyro.conf.Positional[str]
+    """Words of release, id, model or Neuronpedia id, such as "gemma 2b layer 12"."""
+    limit: int = 30
+    """How many are shown."""
+
+
+def search(arguments: list[str]) -> None:
+    """search "WORDS" [--limit N]: published dictionaries whose name has every word, for `unbraid.load(name)`."""
+    options = tyro.cli(_Search, args=arguments, prog="unbraid search")
+    from unbraid.errors import FormatError
+    from unbraid.formats.registry import search as find
+
+    found = find(options.query)
+    if not found:
+        raise FormatError(f"nothing in the registry has every word of {options.query!r}; try fewer words")
+    shown = found[: options.limit]
+    width = max(len(entry.name) for entry in shown)
+    for entry in shown:  # whole names on a line each, to be copied
+        l0 = "" if entry.l0 is None else f"L0 {entry.l0:g}"
+        line = f"{entry.name:{width}}  {l0:9}  {'' if entry.layout else '(layout not read) '}{entry.neuronpedia or ''}"
+        console.print(line.rstrip(), highlight=False, markup=False)
+    if len(found) > options.limit:
+        console.print(f"{len(shown)} of {len(found):,} shown; --limit shows more", highlight=False)
+
+
+@dataclasses.dataclass
 class _Compare:
     runs: tyro.conf.Positional[list[Path]]
     """Finished run folders; SAEs alike in all but their seed become one point with an interval."""

@@ -1,0 +1,249 @@
+"""Published dictionaries by name, from the registry that SAELens ships: 170 releases, thousands of dictionaries.
+
+The registry is a file of an installed sae-lens, read without importing that package, or a copy of it that
+`UNBRAID_REGISTRY` names; unbraid has none of its own. `pip install --no-deps sae-lens` is enough. Dictionaries are
+downloaded file by file into the cache of the Hugging Face hub.
+"""
+
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from unbraid.errors import FormatError
+from unbraid.formats.folder import SAEFolder
+from unbraid.formats.published import Known
+from unbraid.json_files import is_number
+
+REGISTRY_FILE, REGISTRY_VARIABLE = "pretrained_saes.yaml", "UNBRAID_REGISTRY"
+READERS = {
+    "gemma_3": "gemma_scope_2",
+    "gemma_2": "gemma_scope",
+    "gemma_2_transcoder": "gemma_scope",
+    "dictionary_learning_1": "dictionary_learning",
+    "qwen_scope": "qwen_scope",
+    "sae_lens": "sae_lens",
+    "mwhanna_transcoder": "transcoder_set",
+    "llama_scope": "llama_scope",
+    "llama_scope_r1_distill": "llama_scope_r1",
+    "connor_rob_hook_z": "connor_rob",
+    "goodfire": "linear_layers",
+    "deepseek_r1": "linear_layers",
+}
+"""The registry's name of a layout -> unbraid's; those not listed are not read."""
+IN_A_FOLDER = (
+    *("cfg.json", "config.json", "hyperparams.json", "sae_weights.safetensors", "sparsity.safetensors"),
+    *("sae.safetensors", "ae.pt", "params.npz", "params.safetensors", "checkpoints/final.safetensors"),
+)
+BESIDE_A_FILE = ("config.json", "config.yaml")
+HUB_PATH = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)((?:/[^/\0]+)*)/?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One dictionary of the registry.
+
+    Attributes:
+        name: what `unbraid.load` takes, `release/id`.
+        repository: on the hub.
+        path: folder or file in it.
+        layout: unbraid's name of the layout; None where it cannot be read.
+        loader: the registry's name of the layout.
+        model: the language model, as TransformerLens names it.
+        l0: active features per token, as published.
+        neuronpedia: its id there, MODEL/LAYER-SET.
+        norm_scaling_factor: what activations were multiplied with.
+        settings: entries of cfg.json that go before the file's own.
+    """
+
+    name: str
+    repository: str
+    path: str
+    layout: str | None
+    loader: str
+    model: str
+    l0: float | None = None
+    neuronpedia: str | None = None
+    norm_scaling_factor: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def registry_path() -> Path | None:
+    """Where the registry is; None without one."""
+    named = os.environ.get(REGISTRY_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    found = importlib.util.find_spec("sae_lens")
+    places = found.submodule_search_locations if found is not None else None
+    paths = [Path(place) / REGISTRY_FILE for place in places or []]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def registry() -> dict[str, Entry]:
+    """Every dictionary by its name.
+
+    Raises:
+        FormatError: there is no registry, or it cannot be read.
+    """
+    path = registry_path()
+    if path is None:
+        raise FormatError(
+            "there is no registry of published dictionaries; expected an installed sae-lens (`pip install --no-deps "
+            f"sae-lens`, of which only that list is read) or {REGISTRY_VARIABLE} naming a copy of its {REGISTRY_FILE}; "
+            "a path on the hub, such as unbraid.load('hf://OWNER/NAME/FOLDER'), needs none"
+        )
+    try:
+        return _read(path, path.stat().st_mtime_ns)
+    except OSError as problem:
+        raise FormatError(
+            f"cannot read the registry {str(path)!r}: {problem}; expected a copy of {REGISTRY_FILE}"
+        ) from None
+
+
+@cache
+def _read(path: Path, _changed: int) -> dict[str, Entry]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError, ValueError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise FormatError(f"the registry {str(path)!r} is not YAML ({reason}); expected {REGISTRY_FILE}") from None
+    if not isinstance(data, dict):
+        raise FormatError(f"the registry {str(path)!r} holds {type(data).__name__}; expected releases by name")
+    return {entry.name: entry for release, body in data.items() for entry in _entries(str(release), body)}
+
+
+def _entries(release: str, body: Any) -> Iterator[Entry]:
+    """What a release lists; anything that is not as expected is passed over."""
+    if not isinstance(body, dict) or not isinstance(body.get("saes"), list) or "repo_id" not in body:
+        return
+    loader = str(body.get("conversion_func") or "sae_lens")
+    settings = body.get("config_overrides")
+    for item in body["saes"]:
+        if isinstance(item, dict) and "id" in item and "path" in item:
+            yield Entry(
+                name=f"{release}/{item['id']}",
+                repository=str(body["repo_id"]),
+                path=str(item["path"]),
+                layout=READERS.get(loader),
+                loader=loader,
+                model=str(body.get("model", "")),
+                l0=_number(item.get("l0")),
+                neuronpedia=str(item["neuronpedia"]) if item.get("neuronpedia") else None,
+                norm_scaling_factor=_number(item.get("norm_scaling_factor")),
+                settings=dict(settings) if isinstance(settings, dict) else {},
+            )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if is_number(value) else None
+
+
+def search(query: str) -> list[Entry]:
+    """Dictionaries whose release, id, model or Neuronpedia id have every word of `query`.
+
+    A number must stand alone, and one after "layer" must be the layer's: "gemma 2b layer 12" finds layer 12, not 112.
+
+    Raises:
+        FormatError: there is no registry.
+    """
+    words = re.sub(r"\b(layers?|blocks?)[\s_.-]*(\d+)\b", r"layer:\2", query.lower()).split()
+    patterns = [_pattern(word) for word in words]
+    return [entry for entry in registry().values() if all(pattern.search(_text(entry)) for pattern in patterns)]
+
+
+def _pattern(word: str) -> re.Pattern[str]:
+    if word.startswith("layer:"):
+        layer = int(word.removeprefix("layer:"))
+        return re.compile(rf"(layers?|blocks?|\bl)[_.-]?0*{layer}(?!\d)|/{layer}-")
+    return re.compile(rf"(?<!\d){re.escape(word)}(?!\d)" if word.isdigit() else re.escape(word))
+
+
+def _text(entry: Entry) -> str:
+    return f"{entry.name} {entry.model} {entry.neuronpedia or ''} {entry.path}".lower()
+
+
+def open_named(name: str, known: Known) -> SAEFolder:
+    """The dictionary of a name of the registry, or of a path on the hub: `hf://OWNER/NAME/FOLDER-OR-FILE`.
+
+    Args:
+        name: `release/id`, or a path on the hub.
+        known: what is said by hand, which goes before the registry.
+
+    Raises:
+        FormatError: there is no such name, its layout is not read, or the hub refused.
+    """
+    entry = None if name.startswith("hf://") else _found(name)
+    if entry is None:
+        match = HUB_PATH.fullmatch(name)
+        if match is None:
+            raise FormatError(f"{name!r} is no path on the hub; expected hf://OWNER/NAME/FOLDER")
+        return _open(match[1], match[2].strip("/"), known)
+    if entry.layout is None:
+        raise FormatError(
+            f"{name!r} is in the layout {entry.loader!r}, which unbraid does not read; expected one of "
+            f"{', '.join(sorted(READERS))}; choose another dictionary"
+        )
+    factor = known.norm_scaling_factor
+    if factor is None and entry.loader != "llama_scope":  # whose own files say it
+        factor = entry.norm_scaling_factor
+    metadata = {"registry_name": name, "neuronpedia_id": entry.neuronpedia} | known.metadata
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    found = _open(entry.repository, entry.path, Known(factor, known.decoder_norms, entry.settings, metadata))
+    found.metadata.setdefault("model_name", entry.model)
+    found.sae.metadata.setdefault("model_name", entry.model)
+    return found
+
+
+def _found(name: str) -> Entry | None:
+    """The registry's entry; None where the name can only be a path on the hub."""
+    is_path = HUB_PATH.fullmatch(name) is not None
+    if registry_path() is None and is_path:
+        return None
+    known = registry()
+    if name in known:
+        return known[name]
+    release = name.partition("/")[0]
+    of_release = [other for other in known if other.startswith(f"{release}/")]
+    if not of_release and is_path:
+        return None
+    close = difflib.get_close_matches(name, of_release or known, n=3, cutoff=0.3)
+    raise FormatError(
+        f"the registry has no dictionary {name!r}; expected release/id"
+        + (f", such as {', '.join(close)}" if close else "")
+        + "; look it up with `unbraid search`"
+    )
+
+
+def _open(repository: str, path: str, known: Known) -> SAEFolder:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    from unbraid.formats import open_folder
+
+    place = PurePosixPath(path)
+    if ".." in place.parts or place.is_absolute():
+        raise FormatError(f"the path {path!r} leads out of the repository {repository!r}; expected one inside it")
+    prefix = f"{path}/" if path else ""
+    beside = [str(place.parent / name) for name in (*BESIDE_A_FILE, f"{place.stem}_cfg.json")] if path else []
+    wanted = [*([path] if path else []), *(f"{prefix}{name}" for name in IN_A_FOLDER), *beside]
+    try:
+        local = Path(snapshot_download(repository, allow_patterns=[_literal(pattern) for pattern in wanted]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as problem:
+        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise FormatError(
+            f"cannot download {path or 'anything'!r} of the repository {repository!r}: {reason}; expected a repository "
+            "you may read and a connection; check the name with `unbraid search`, or log in (`hf auth login`)"
+        ) from problem
+    return open_folder(local / path, known=known)
+
+
+def _literal(path: str) -> str:
+    """A pattern that matches this path only."""
+    return re.sub(r"([*?\[])", r"[\1]", path)

@@ -1,0 +1,201 @@
+"""Published dictionaries by name: found in SAELens' list, downloaded file by file, read with what the list knows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from published_fixtures import D, doubled, drawn, jump, llama_scope_r1, plain_form, qwen_scope
+from safetensors.torch import save_file
+from stand_in_hub import stand_in_hub
+
+import unbraid
+from unbraid.cli import main
+from unbraid.errors import FormatError
+from unbraid.formats import registry
+
+LIST = """
+gemma-scope-2b-pt-res-canonical:
+  conversion_func: gemma_2
+  model: gemma-2-2b
+  repo_id: google/gemma-scope-2b-pt-res
+  links: {model: x}
+  saes:
+  - {id: layer_12/width_16k/canonical, path: layer_12/width_16k/average_l0_82, l0: 82,
+     neuronpedia: gemma-2-2b/12-gemmascope-res-16k}
+  - {id: layer_1/width_16k/canonical, path: layer_1/width_16k/average_l0_112, l0: 112}
+gemma-scope-2-4b-pt-att:
+  conversion_func: gemma_3
+  model: google/gemma-3-4b-pt
+  repo_id: google/gemma-scope-2-4b-pt
+  saes: [{id: layer_17, path: attn_out_all/layer_17_width_16k_l0_small, l0: 20}]
+qwen:
+  conversion_func: qwen_scope
+  model: Qwen/Qwen3-1.7B-Base
+  repo_id: Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5
+  saes: [{id: layer1, path: layer1.sae.pt}]
+r1:
+  conversion_func: llama_scope_r1_distill
+  model: meta-llama/Llama-3.1-8B
+  repo_id: fnlp/R1
+  saes: [{id: l5r, path: L5R, norm_scaling_factor: 1.7}]
+mistral:
+  model: mistral-7b
+  repo_id: josh/mistral
+  config_overrides: {normalize_activations: constant_norm_rescale, model_from_pretrained_kwargs: {fold_ln: true}}
+  saes: [{id: layer_8, path: mistral_7b_layer_8}]
+clt:
+  conversion_func: mntss_clt_layer_transcoder
+  model: gemma-2-2b
+  repo_id: mntss/clt
+  saes: [{id: layer_0, path: 0}]
+nested: {whole: {release: 1}}
+"""
+
+
+@pytest.fixture
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "pretrained_saes.yaml"
+    path.write_text(LIST)
+    monkeypatch.setenv("UNBRAID_REGISTRY", str(path))
+    return path
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with stand_in_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        yield hub
+
+
+def uploaded(hub, repository: str, folder: Path) -> None:
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.repositories[repository] = files | {"unwanted/optimiser.pt": b"x" * 100}
+
+
+def test_a_name_is_downloaded_and_read_with_what_the_registry_knows(listed, hub, x, tmp_path: Path):
+    made = qwen_scope(tmp_path / "up", "bfloat16")
+    uploaded(hub, "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5", made.place.parent)
+    sae = unbraid.load("qwen/layer1")
+    f, _ = made.run(x.double())
+    assert torch.equal(sae.encode(x) != 0, f != 0)
+    assert sae.metadata["registry_name"] == "qwen/layer1" and sae.metadata["model_name"] == "Qwen/Qwen3-1.7B-Base"
+    assert not any("optimiser" in request or "layer0" in request for request in hub.requests)
+    assert torch.equal(
+        unbraid.load("hf://Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5/layer1.sae.pt").encode(x), sae.encode(x)
+    )
+
+
+def test_a_scale_that_only_the_registry_knows_is_applied(listed, hub, x, tmp_path: Path):
+    made = llama_scope_r1(tmp_path / "up", "float32")
+    uploaded(hub, "fnlp/R1", made.place.parent)
+    hub.repositories["fnlp/R1"] = {name: data for name, data in hub.repositories["fnlp/R1"].items()}
+    sae = unbraid.load("r1/l5r")
+    torch.testing.assert_close(sae(x).double(), made.run(x.double())[1], rtol=1e-5, atol=1e-4)
+
+
+def test_what_the_registry_overrides_goes_before_the_files(listed, hub, x, tmp_path: Path):
+    t = drawn("W_enc", "b_enc", "W_dec", "b_dec")
+    folder = tmp_path / "up" / "mistral_7b_layer_8"
+    folder.mkdir(parents=True)
+    save_file(t, folder / "sae_weights.safetensors")
+    config = {"d_in": D, "hook_point": "blocks.8.hook_resid_pre", "normalize_activations": "expected_average_only_in"}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    uploaded(hub, "josh/mistral", folder.parent)
+    sae = unbraid.load("mistral/layer_8")
+    assert sae.metadata["model_from_pretrained_kwargs"] == {"fold_ln": True}
+    assert sae.metadata["model_name"] == "mistral-7b"
+    z = x.double() * D**0.5 / x.double().norm(dim=-1, keepdim=True)
+    t = doubled(t)
+    f = ((z - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
+    torch.testing.assert_close(sae.encode(x).double(), f, rtol=1e-5, atol=1e-5)
+
+
+def test_a_path_on_the_hub_needs_no_registry(hub, x, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "registry_path", lambda: None)
+    t = drawn("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    folder = tmp_path / "up" / "resid_post" / "layer_3_width_16k_l0_big"
+    folder.mkdir(parents=True)
+    names = {"W_enc": "w_enc", "W_dec": "w_dec"}
+    save_file({names.get(name, name): tensor for name, tensor in t.items()}, folder / "params.safetensors")
+    uploaded(hub, "google/gemma-scope-2-1b-pt", tmp_path / "up")
+    sae = unbraid.load("google/gemma-scope-2-1b-pt/resid_post/layer_3_width_16k_l0_big")
+    f, _ = plain_form(t := doubled(t), lambda pre: jump(t, pre))(x.double())
+    assert torch.equal(sae.encode(x) != 0, f != 0)
+    assert sae.metadata["hook_name"] == "blocks.3.hook_resid_post"
+    assert sae.metadata["model_name"] == "google/gemma-3-1b-pt"
+    with pytest.raises(FormatError, match=r"no registry of published dictionaries.*pip install --no-deps sae-lens"):
+        registry.search("gemma")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("clt/layer_0", "layout 'mntss_clt_layer_transcoder', which unbraid does not read"),
+        ("qwen/layer7", "such as qwen/layer1"),
+        ("gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonica", "layer_12/width_16k/canonical"),
+        ("hf://x", "no path on the hub"),
+        ("hf://me/saes/../../etc", "leads out of the repository"),
+    ],
+)
+def test_names_that_are_not_to_be_had_say_why(name, problem, listed, hub):
+    with pytest.raises(FormatError, match=problem):
+        unbraid.load(name)
+
+
+def test_no_hub_and_a_damaged_registry_are_one_message(listed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(FormatError, match=r"cannot download 'layer1\.sae\.pt' of the repository"):
+        unbraid.load("qwen/layer1")
+    for content in ("a: [", "- 1", "\0"):
+        listed.write_text(content)
+        with pytest.raises(FormatError, match="pretrained_saes"):
+            registry.search("x")
+    listed.unlink()
+    with pytest.raises(FormatError, match="cannot read the registry"):
+        registry.search("x")
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("gemma 2b layer 12", ["gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonical"]),
+        ("gemma 2b layer 1", ["gemma-scope-2b-pt-res-canonical/layer_1/width_16k/canonical"]),
+        ("GEMMASCOPE-RES", ["gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonical"]),
+        ("gemma-3 17", ["gemma-scope-2-4b-pt-att/layer_17"]),
+        ("nothing at all", []),
+    ],
+)
+def test_search_finds_every_word_and_whole_numbers(query, found, listed):
+    assert [entry.name for entry in registry.search(query)] == found
+
+
+def test_search_on_the_command_line_lists_names_l0_and_neuronpedia(listed, capsys):
+    main(["search", "gemma 2b layer 12"])
+    out = capsys.readouterr().out
+    for part in (
+        "gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonical",
+        "82",
+        "gemma-2-2b/12-gemmascope-res-16k",
+    ):
+        assert part in out
+    main(["search", "gemma", "--limit", "1"])
+    assert "1 of 4 shown" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["search", "no such thing"])
+    assert "nothing in the registry" in capsys.readouterr().err
+
+
+def test_the_share_of_the_registry_that_is_read(listed):
+    from registry_share import share
+
+    readable, total = share({name: True for name in ("gemma_scope", "qwen_scope", "llama_scope_r1", "sae_lens")})
+    assert (readable, total) == (5, 7)
+    assert share({}) == (0, 7)
