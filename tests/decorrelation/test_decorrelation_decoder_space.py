@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_codes import sparse_codes
 
-from unbraid.decorrelation.decoder_rows import NeighbourLists, evaluate_rows, select_exactly
-from unbraid.decorrelation.measure import unit_rows
+from unbraid.decorrelation.decoder_rows import NeighbourLists, evaluate_rows, select_exactly, unit_rows
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.decorrelation.selection import live_pairs
 from unbraid.decorrelation.window import chance_level

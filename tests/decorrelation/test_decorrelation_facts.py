@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from made_codes import awkward_codes, planted_codes, sparse_codes
 
 from unbraid.decorrelation import coactive
+from unbraid.decorrelation.coactive import scaled
 from unbraid.decorrelation.comparators import mean_square
-from unbraid.decorrelation.decoder_rows import row_moments
-from unbraid.decorrelation.measure import scaled, unit_rows
+from unbraid.decorrelation.decoder_rows import row_moments, unit_rows
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.decorrelation.selection import live_pairs, nominal_pairs
 from unbraid.kernels.co_activation import co_activations

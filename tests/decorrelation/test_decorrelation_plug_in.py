@@ -100,8 +100,9 @@ def test_gradients_scale_with_the_weight_and_add_up():
 
 def test_no_warning_escapes_in_a_fresh_process():
     code = """
-import torch
+import sys, torch
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
+assert "torch._dynamo" not in sys.modules, "the penalty brings in the compiler"
 f = torch.relu(torch.randn(64, 128)).requires_grad_()
 for settings in ({}, {"window": 2}, {"path": "blocks"}, {"space": "decoder"}, {"measure": "pearson"}):
     decorrelate = SelectiveDecorrelation(0.01, **settings)

@@ -7,8 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unbraid.decorrelation.measure import CONSTANT, Measure
-from unbraid.decorrelation.selection import Selection, grid, low_support, nominal_pairs, steps_per_unit
+from unbraid.decorrelation.selection import (
+    CONSTANT,
+    Measure,
+    Selection,
+    grid,
+    low_support,
+    nominal_pairs,
+    steps_per_unit,
+)
 from unbraid.kernels.codes import Codes
 
 

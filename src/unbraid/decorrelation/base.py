@@ -55,7 +55,6 @@ class Penalty(nn.Module, ABC):
         self.reads_codes = space != "decoder"
         self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=counts_calls or interval > 1)
 
-    @torch.compiler.disable
     def forward(
         self,
         f: Tensor | None = None,
@@ -78,6 +77,9 @@ class Penalty(nn.Module, ABC):
         Raises:
             CodesError: codes or decoder are missing, of the wrong shape, not finite, or negative.
         """
+        if torch.compiler.is_compiling():  # A decorator would import the compiler with this module.
+            run: Any = torch.compiler.disable(type(self).forward)
+            return run(self, f, indices=indices, values=values, n_features=n_features, codes=codes, decoder=decoder)
         given = None if not self.reads_codes else codes_of(f, indices, values, n_features, codes)
         target = self._target(given, decoder)
         acts = self._count_call()
@@ -97,7 +99,6 @@ class Penalty(nn.Module, ABC):
         gradient = found.gradient if own is None else found.gradient[own]
         return attached(target, self.interval * found.penalty, self.interval * gradient), stats
 
-    @torch.compiler.disable
     @torch.no_grad()
     def advance(
         self,

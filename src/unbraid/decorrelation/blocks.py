@@ -8,11 +8,13 @@ with mu, sigma and the cut taken from the visible pairs. Two passes over the blo
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from unbraid.decorrelation.measure import LARGE, Measure, scaled_columns
 from unbraid.decorrelation.selection import (
+    CONSTANT,
     Evaluation,
+    Measure,
     Selection,
     TopPairs,
     add_at,
@@ -23,6 +25,9 @@ from unbraid.decorrelation.selection import (
     nominal_pairs,
 )
 from unbraid.kernels.codes import Codes
+
+LARGE = 1e30
+"""Numbers up to this and their products with codes are in float32's range."""
 
 
 class Blocks:
@@ -110,6 +115,22 @@ class Blocks:
         order = torch.sort(block_numbers, stable=True)[1]
         counts = torch.bincount(block_numbers, minlength=len(self.blocks)).tolist()
         yield from torch.split(order, counts)
+
+
+def scaled_columns(f_BN: Float[Tensor, "B N"], measure: Measure) -> tuple[Float[Tensor, "B N"], Float[Tensor, " N"]]:
+    """Dense codes as columns whose dot products are correlations, and the 1 / norm (float64) of each."""
+    dtype = torch.promote_types(f_BN.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(f_BN, dim=0, dtype=torch.float64) ** 2
+    if measure == "cosine":
+        inverse = torch.where(squares > 0, squares, torch.inf).rsqrt()
+        if bool((inverse > LARGE).any()):  # It would be infinite in float32.
+            return (f_BN.double() * inverse).to(dtype), inverse
+        return f_BN.to(dtype) * inverse.to(dtype), inverse
+    centred_BN = f_BN.double() - f_BN.mean(0, dtype=torch.float64)
+    centred_BN -= centred_BN.mean(0)  # The rounding of the first mean may exceed the spread of a feature.
+    norms = torch.linalg.vector_norm(centred_BN, dim=0) ** 2
+    inverse = torch.where(norms > CONSTANT * squares, norms, torch.inf).rsqrt()
+    return (centred_BN * inverse).to(dtype), inverse
 
 
 def in_order(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,23 @@ Two features that never fire together have C = 0, so the N x N matrix of Eq. 2 i
 rest enters mu and sigma in closed form). `select` goes through all of them once; `evaluate` looks only at the pairs
 of S, walking for each pair the rows on which its features fire, so it costs O(active entries x partners); of a feature
 with so many partners that this would cost more, it walks the co-activations instead.
+
+Both measures are a dot product of scaled features minus a product of two per-feature numbers, C_ij = z_i . z_j -
+shift_i shift_j with z_bi = f_bi / scale. Cosine divides by the norm and has no shift; Pearson divides by the centred
+norm, and the shift sqrt(B) mean_i / centred norm stands for the centring of the inactive entries, which are never
+written down. A feature active on every row has none: its entries are centred before anything is multiplied and its
+shift is zero. Only such a feature can have a mean above sqrt(B) standard deviations, so no shift exceeds sqrt(B) and
+the difference keeps its digits.
 """
 
 import torch
 from torch import Tensor
 
-from unbraid.decorrelation.measure import Measure, Scaled, scaled
 from unbraid.decorrelation.selection import (
+    CONSTANT,
     Evaluation,
+    Measure,
+    Scaled,
     Selection,
     TopPairs,
     add_at,
@@ -24,7 +33,7 @@ from unbraid.decorrelation.selection import (
     steps_per_unit,
 )
 from unbraid.distributed.shard import Shard
-from unbraid.kernels.co_activation import co_activations, top_pairs
+from unbraid.kernels.co_activation import PARTS, bar_for, bin_bits, co_activations, followers, work_edges
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.on_cpu import in_parallel, loops_take
 
@@ -84,14 +93,29 @@ def best(
     Ranked on the grid of the codes' dtype, in at least float32.
     """
     dtype = torch.promote_types(codes.values.dtype, torch.float32)
+    if not loops_take(entries.values):
+        return best_listed(entries, z.shift, wanted, dtype, shard)
+    from unbraid.kernels import loops
+
     steps = steps_per_unit(dtype)
-    if loops_take(entries.values):
-        bounds = shard.start, shard.end
-        first, second, correlations, total, squares = top_pairs(entries, z.shift, wanted, steps, *bounds)
-        found = best_pairs(first, second, correlations, wanted, steps, codes.n_features, shard.ranks)
-        first, second, correlations = found
-        return first, second, correlations.to(dtype), total, squares
-    return best_listed(entries, z.shift, wanted, dtype, shard)
+    bits, shift = bin_bits(steps), entries.values.new_empty(0) if z.shift is None else z.shift
+    edges = work_edges(entries, followers(entries), PARTS, shard.start, shard.end)
+    row_ends = entries.offsets[1:][entries.rows_by_feature]
+    walk = (entries.feature_offsets, entries.order, row_ends, entries.indices, entries.values, shift, steps)
+    by_part = torch.zeros(len(edges) - 1, (steps >> bits) + 2, dtype=torch.int64)
+    sums = entries.values.new_zeros(len(edges) - 1, 2)
+    # Counted first, so that only pairs are written that reach the bin in which the wanted ones end.
+    in_parallel(loops.count_pairs, edges, *walk, bits, by_part, sums)
+    bar = bar_for(by_part.sum(0), wanted, bits)
+    counts = by_part[:, (bar - 1) >> bits :].sum(1)
+    pairs = torch.empty(2, int(counts.sum()), dtype=torch.int64)
+    correlations = torch.empty(pairs.shape[1], dtype=torch.float64)
+    in_parallel(loops.place_pairs, edges, *walk, bar, counts.cumsum(0) - counts, pairs, correlations)
+    first, second, correlations = best_pairs(
+        pairs[0], pairs[1], correlations, wanted, steps, codes.n_features, shard.ranks
+    )
+    total, squares = sums.sum(0).tolist()
+    return first, second, correlations.to(dtype), total, squares
 
 
 def best_listed(
@@ -111,6 +135,27 @@ def best_listed(
             squares += float((precise * precise - apart * apart).sum())
         top.add(precise.to(dtype), lambda at, first=first, second=second: (first[at], second[at]))
     return *top.result(shard.ranks), total, squares
+
+
+def scaled(codes: Codes, measure: Measure) -> Scaled:
+    """The features of a batch, at their active entries."""
+    values = codes.values.detach().double()
+    n_features, n_rows = codes.n_features, codes.n_rows
+    squares = add_at(values.new_zeros(n_features), codes.indices, values * values)
+    if measure == "cosine":
+        inverse = torch.where(squares > 0, squares, torch.inf).rsqrt()
+        return Scaled(values * inverse[codes.indices], inverse)
+    means = add_at(values.new_zeros(n_features), codes.indices, values) / max(n_rows, 1)
+    centred = values - means[codes.indices]
+    rest = add_at(torch.zeros_like(means), codes.indices, centred)
+    always = codes.support == n_rows
+    # The mean of what is left corrects the rounding of the first mean, which may exceed the spread of the feature.
+    centred = centred - torch.where(always, rest / max(n_rows, 1), 0.0)[codes.indices]
+    norms = add_at(torch.zeros_like(means), codes.indices, centred * centred)
+    norms += (n_rows - codes.support) * means * means
+    inverse = torch.where(norms > CONSTANT * squares, norms, torch.inf).rsqrt()
+    shift = torch.where(always, 0.0, means * inverse * max(n_rows, 1) ** 0.5)
+    return Scaled(torch.where(always[codes.indices], centred, values) * inverse[codes.indices], inverse, shift)
 
 
 def sums_without_meeting(z: Scaled, groups: Tensor | None = None, n_groups: int = 1) -> tuple[float, float]:

@@ -14,9 +14,19 @@ from torch import Tensor
 from unbraid.decorrelation import coactive
 from unbraid.decorrelation.base import Penalty
 from unbraid.decorrelation.blocks import entries_of_block
-from unbraid.decorrelation.measure import Measure, Scaled, scaled, unit_rows
+from unbraid.decorrelation.coactive import scaled
+from unbraid.decorrelation.decoder_rows import unit_rows
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
-from unbraid.decorrelation.selection import Evaluation, Selection, add_at, live_pairs, low_support, moments
+from unbraid.decorrelation.selection import (
+    Evaluation,
+    Measure,
+    Scaled,
+    Selection,
+    add_at,
+    live_pairs,
+    low_support,
+    moments,
+)
 from unbraid.decorrelation.stats import DecorrelationStats, stats_of
 from unbraid.decorrelation.window import Threshold
 from unbraid.kernels.codes import Codes

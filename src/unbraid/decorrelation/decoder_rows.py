@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unbraid.decorrelation.measure import Scaled
 from unbraid.decorrelation.selection import (
     Evaluation,
+    Scaled,
     Selection,
     TopPairs,
     add_at,
@@ -33,6 +33,8 @@ from unbraid.kernels.products import segment_sums
 
 TILE = 1024
 UNKNOWN = -2.0
+SAFE = 1e15
+"""Norms between 1 / this and this have squares in float32's range."""
 
 
 def require_decoder(decoder: Tensor | None, n_features: int | None, device: torch.device | None) -> Tensor:
@@ -55,6 +57,39 @@ def require_decoder(decoder: Tensor | None, n_features: int | None, device: torc
     if device is not None and decoder.device != device:
         raise CodesError(f"decoder is on {decoder.device}, codes on {device}; expected one device; move one of them")
     return decoder
+
+
+def unit_rows(matrix_ND: Float[Tensor, "N D"]) -> Scaled:
+    """Rows over their norms, in float32 (float64 for float64).
+
+    Raises:
+        CodesError: a row is not finite.
+    """
+    dtype = torch.promote_types(matrix_ND.dtype, torch.float32)
+    matrix_ND = matrix_ND.detach()
+    norms = torch.linalg.vector_norm(matrix_ND, dim=1, dtype=dtype)
+    if norms.numel():
+        low, high = (float(bound) for bound in torch.aminmax(norms))
+        if not 1 / SAFE < low <= high < SAFE:
+            return _unit_rows_of_any_size(matrix_ND, dtype)
+    inverse = torch.where(norms > 0, norms, torch.inf).reciprocal()
+    return Scaled(matrix_ND.to(dtype) * inverse.unsqueeze(1), inverse.double())
+
+
+def _unit_rows_of_any_size(matrix_ND: Tensor, dtype: torch.dtype) -> Scaled:
+    """The same where squares leave the range of the dtype, or a row is zero or not finite."""
+    largest = matrix_ND.abs().amax(1).double()
+    if not bool(largest.isfinite().all()):
+        rows = (~largest.isfinite()).nonzero().squeeze(1)
+        raise CodesError(
+            f"decoder rows {', '.join(map(str, rows[:5].tolist()))}{', ...' if len(rows) > 5 else ''} hold NaN or "
+            "infinity; expected finite numbers; look for the step at which training diverged"
+        )
+    scale = torch.where(largest > 0, largest, 1.0)
+    norms = torch.linalg.vector_norm(matrix_ND.double() / scale.unsqueeze(1), dim=1)
+    inverse = torch.where(norms > 0, norms, torch.inf).reciprocal()
+    unit_ND = (matrix_ND.double() / scale.unsqueeze(1) * inverse.unsqueeze(1)).to(dtype)
+    return Scaled(unit_ND, inverse / scale)
 
 
 def row_moments(unit_ND: Float[Tensor, "N D"]) -> tuple[float, float]:

@@ -20,9 +20,9 @@ from unbraid.decorrelation.decoder_rows import (
     require_decoder,
     row_moments,
     select_exactly,
+    unit_rows,
 )
-from unbraid.decorrelation.measure import Measure, Scaled, unit_rows
-from unbraid.decorrelation.selection import Evaluation, Selection
+from unbraid.decorrelation.selection import Evaluation, Measure, Scaled, Selection
 from unbraid.decorrelation.stats import DecorrelationStats, stats_of
 from unbraid.decorrelation.window import CodesWindow, FiringCounts, RememberedSelection, Threshold, ThresholdKind
 from unbraid.kernels.codes import Codes, pairs_within

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,21 @@ from torch import Tensor
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.distributed.shard import Shard, cut_of
 from unbraid.kernels.co_activation import BIN_COUNT, bar_for, bin_bits
+
+Measure = Literal["cosine", "pearson"]
+CONSTANT = 1e-36
+"""Centred sums of squares up to this share of the plain ones are the rounding of a constant."""
+
+
+class Scaled(NamedTuple):
+    """Features or decoder rows, scaled so that a correlation is a dot product (minus a product of shifts)."""
+
+    values: Tensor
+    """z: at active entries [nnz] in float64, or the unit rows of a decoder [N, D]; no gradient."""
+    inverse_norm: Tensor
+    """[N] 1 / (centred) norm, float64; 0 for features that never fire or never vary, and for rows of zeros."""
+    shift: Tensor | None = None
+    """[N] for Pearson; none for cosine."""
 
 
 @dataclass(frozen=True)

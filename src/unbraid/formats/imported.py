@@ -131,7 +131,7 @@ class ImportedSAE(SAE):
         Raises:
             CodesError: a norm per token was taken, and the tokens are not known.
         """
-        y = f @ self.W_dec + self.b_dec
+        y = self.require_codes(f) @ self.W_dec + self.b_dec
         if self.form.token_norm == "none":
             return y
         scale = self._scale if x is None else self._normalised(x)[1]
@@ -156,6 +156,7 @@ class ImportedSAE(SAE):
         raise CodesError(f"{self.architecture} dictionaries from elsewhere can be used but not trained; train a topk")
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, TokenScale | None]:
+        x = self.require_activations(x)
         if self.form.token_norm == "constant_norm_rescale":
             factor = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
             return x / factor, TokenScale(factor, 0.0)

@@ -1,9 +1,9 @@
 """Co-activations of sparse codes: every pair of features that fires together, with its dot product over the batch.
 
-On a CPU a compiled loop adds up one feature's dot products with all later ones at a time, twice: `top_pairs` first
-counts how the correlations are spread, and once it is known how far down the wanted pairs reach, writes only those out.
-So W pairs are never stored, and neither sorted nor listed. Elsewhere, GPUs included, `co_activations` lists, sorts and
-sums the pairs, chunk by chunk; cuSPARSE's sparse product is left alone (pytorch issues 95169, 104108).
+On a CPU a compiled loop adds up one feature's dot products with all later ones at a time, twice: `count_pairs` counts
+how the correlations are spread, and once it is known how far down the wanted pairs reach, `place_pairs` writes only
+those out. So W pairs are never stored, and neither sorted nor listed. Elsewhere, GPUs included, `co_activations` lists,
+sorts and sums the pairs, chunk by chunk; cuSPARSE's sparse product is left alone (pytorch issues 95169, 104108).
 """
 
 import itertools
@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unbraid.kernels.codes import Codes
-from unbraid.kernels.on_cpu import in_parallel
 
 PAIRS_PER_CHUNK = 1_000_000
 PARTS = 32
@@ -45,40 +44,6 @@ def work_edges(codes: Codes, later: Tensor, n_parts: int, start: int, end: int) 
     total = int(work[-1]) if work.numel() else 0
     cuts = torch.searchsorted(work, torch.arange(1, n_parts, device=later.device) * total // n_parts, right=True)
     return sorted({start, *(cut for cut in cuts.tolist() if start < cut < end), end})
-
-
-def top_pairs(
-    z: Codes, shift_N: Tensor | None, wanted: int, steps: int, start: int, end: int
-) -> tuple[Tensor, Tensor, Tensor, float, float]:
-    """The co-active pairs led by features start..end that may be among the `wanted` best of them.
-
-    Args:
-        z: scaled codes; C = z_i . z_j - shift_i shift_j.
-        shift_N: shifts, or none.
-        wanted: how many pairs must come back, if so many have C > 0; a few more do, down to the end of a bin.
-        steps: ranks are round(C * steps).
-        start, end: the range of first features.
-
-    Returns:
-        Features i < j and correlations of the pairs; the sum of z_i . z_j over all co-active pairs, and the sum of
-        C^2 - (shift_i shift_j)^2.
-    """
-    from unbraid.kernels import loops
-
-    bits, shift_N = bin_bits(steps), z.values.new_empty(0) if shift_N is None else shift_N
-    edges = work_edges(z, followers(z), PARTS, start, end)
-    row_ends = z.offsets[1:][z.rows_by_feature]
-    pairs = (z.feature_offsets, z.order, row_ends, z.indices, z.values, shift_N, steps)
-    by_part = torch.zeros(len(edges) - 1, (steps >> bits) + 2, dtype=torch.int64)
-    sums = z.values.new_zeros(len(edges) - 1, 2)
-    in_parallel(loops.count_pairs, edges, *pairs, bits, by_part, sums)
-    bar = bar_for(by_part.sum(0), wanted, bits)
-    counts = by_part[:, (bar - 1) >> bits :].sum(1)
-    found = torch.empty(2, int(counts.sum()), dtype=torch.int64)
-    correlations = torch.empty(found.shape[1], dtype=torch.float64)
-    in_parallel(loops.place_pairs, edges, *pairs, bar, counts.cumsum(0) - counts, found, correlations)
-    total, squares = sums.sum(0).tolist()
-    return found[0], found[1], correlations, total, squares
 
 
 def co_activations(codes: Codes, start: int = 0, end: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -163,17 +163,26 @@ class SAE(nn.Module):
         return F.linear(self.centred(x), self.encoder_ND, self.b_enc)
 
     def centred(self, x: Tensor) -> Tensor:
-        """x - b_dec, of `[..., D]` activations in the weights' dtype.
+        """x - b_dec, in the weights' dtype."""
+        return self.require_activations(x).to(self.b_dec.dtype) - self.b_dec
 
-        Raises:
-            ActivationError: they are not D wide.
-        """
+    def require_activations(self, x: Tensor) -> Tensor:
+        """`x`; raises `ActivationError` unless it is `[..., D]`."""
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise ActivationError(
                 f"activations have shape {tuple(x.shape)}; expected [..., {self.d_in}], as wide as the SAE reads; "
                 "check the site they come from"
             )
-        return x.to(self.b_dec.dtype) - self.b_dec
+        return x
+
+    def require_codes(self, f: Tensor) -> Tensor:
+        """`f`; raises `CodesError` unless it is `[..., N]`."""
+        if f.ndim == 0 or f.shape[-1] != self.n_features:
+            raise CodesError(
+                f"codes have shape {tuple(f.shape)}; expected [..., {self.n_features}], a number for each feature; "
+                "pass what this SAE's encode returned"
+            )
+        return f
 
     def encode(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows N"]:
         """Codes of raw activations, in inference form: each row independent of the others."""
@@ -185,12 +194,7 @@ class SAE(nn.Module):
         Raises:
             CodesError: they are not N wide.
         """
-        if f.ndim == 0 or f.shape[-1] != self.n_features:
-            raise CodesError(
-                f"codes have shape {tuple(f.shape)}; expected [..., {self.n_features}], a number for each feature; "
-                "pass what this SAE's encode returned"
-            )
-        return f @ self.W_dec + self.b_dec
+        return self.require_codes(f) @ self.W_dec + self.b_dec
 
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         """Reconstruction of raw activations, in inference form."""

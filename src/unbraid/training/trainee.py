@@ -7,7 +7,6 @@ alone. Split by features over ranks, a trainee is one slice, and its step exchan
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,13 +187,14 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
             "decorrelation.lambda2"
         )
     penalty, stats = None, None
+    dense, sparse = (None, out.codes) if isinstance(out.codes, Codes) else (out.codes, None)
     if lambda2 > 0 or log:
         with torch.set_grad_enabled(lambda2 > 0):
-            penalty, stats = _decorrelate(trainee.decorrelate, out.codes, sae.W_dec)
+            penalty, stats = trainee.decorrelate(dense, codes=sparse, decoder=sae.W_dec)
     else:  # What a penalty remembers must not depend on how often it is logged.
         advance = trainee.decorrelate.advance if isinstance(trainee.decorrelate, Penalty) else trainee.decorrelate
         with torch.no_grad():
-            _decorrelate(advance, out.codes, sae.W_dec)
+            advance(dense, codes=sparse, decoder=sae.W_dec)
     if penalty is not None and lambda2 > 0:
         loss = loss + lambda2 * penalty
     trainee.optimiser.zero_grad()
@@ -250,12 +250,6 @@ def numbers_of(stats: Any) -> dict[str, float]:
         return {}
     scalars = {str(name): value.item() if isinstance(value, Tensor) else value for name, value in stats.items()}
     return {name: float(value) for name, value in scalars.items() if isinstance(value, int | float)}
-
-
-def _decorrelate(penalty: Callable[..., Any], codes: Codes | Tensor, W_dec: Tensor) -> Any:
-    if isinstance(codes, Codes):
-        return penalty(None, codes=codes, decoder=W_dec)
-    return penalty(codes, codes=None, decoder=W_dec)
 
 
 @torch.no_grad()
