@@ -24,7 +24,11 @@ from unbraid.synthetic import World, build_world
 from unbraid.synthetic.learning import train_on_world
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH, K, BATCH = 128, 5, 1024
+SHAPES = {"small": (128, 5), "medium": (512, 11)}
+"""World -> width and k of its SAEs."""
+BATCH = 1024
+FIRST_REVIVAL = {"dead_after_tokens": 100 * BATCH, "aux_weight": 1 / 32}
+"""Of every table before `recipe`, which has the library's: the one that lets features die."""
 JUDGED_SAMPLES, CODE_SAMPLES = 65_536, 16_384
 TOGETHER = 16
 """Trials trained in one pass at most."""
@@ -33,7 +37,7 @@ NONE = {"method": "none", "lambda2": 0.0}
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings of one SAE on the small world; `method` names what `decorrelation` changes from its defaults."""
+    """Settings of one SAE on a world; `method` names what `decorrelation` and `sae` change from their defaults."""
 
     architecture: str
     method: str
@@ -42,6 +46,8 @@ class Trial:
     steps: int = 2500
     lr: float = 2e-3
     lambda1: float = 0.0
+    world: str = "small"
+    sae: dict[str, Any] | None = None
 
     @property
     def key(self) -> str:
@@ -51,16 +57,12 @@ class Trial:
     @property
     def settings(self) -> VariantConfig:
         """What it trains with."""
+        width, k = SHAPES[self.world]
         return VariantConfig(
             seed=self.seed,
             sae=SAEConfig.model_validate(
-                {
-                    "architecture": self.architecture,
-                    "n_features": WIDTH,
-                    "k": K,
-                    "lambda1": self.lambda1,
-                    "dead_after_tokens": 100 * BATCH,
-                }
+                {"architecture": self.architecture, "n_features": width, "k": k, "lambda1": self.lambda1}
+                | (FIRST_REVIVAL if self.sae is None else self.sae)
             ),
             decorrelation=DecorrelationConfig.model_validate(self.decorrelation),
             optimiser=OptimiserConfig(lr=self.lr, warmup_steps=self.steps // 20, sparsity_warmup_steps=self.steps // 5),
@@ -76,8 +78,8 @@ def run(
     """
     path = RESULTS / f"{table}.jsonl"
     done = {Trial(**line["trial"]).key for line in read(table)}
-    world = build_world("small")
     for group in groups(trial for trial in trials if trial.key not in done):
+        world = build_world(group[0].world)
         print(f"{table}: {', '.join(f'{t.architecture}/{t.method}' for t in group)}; seed {group[0].seed}", flush=True)
         samples = group[0].steps * BATCH
         penalties = [penalty_of(trial) for trial in group]
@@ -90,7 +92,7 @@ def groups(trials: Iterable[Trial]) -> Iterator[list[Trial]]:
     """Trials that can share their samples, in the order they were asked for."""
     together: dict[Any, list[Trial]] = {}
     for trial in trials:
-        together.setdefault((trial.seed, trial.steps), []).append(trial)
+        together.setdefault((trial.world, trial.seed, trial.steps), []).append(trial)
     for members in together.values():
         for start in range(0, len(members), TOGETHER):
             yield members[start : start + TOGETHER]

@@ -148,6 +148,8 @@ class _Synth:
     config: Annotated[SynthConfig, tyro.conf.arg(name="")]
     out: Path | None = None
     """JSON file for the numbers."""
+    resume: Path | None = None
+    """Folder for checkpoints; the same command goes on from what it finds there."""
 
 
 def synth(arguments: list[str]) -> None:
@@ -159,7 +161,7 @@ def synth(arguments: list[str]) -> None:
     options = tyro.cli(_Synth, default=_Synth(default), args=arguments, prog="unbraid synth")
     from unbraid.evaluation.synth import run_synth
 
-    run_synth(options.config, console=console, out=options.out)
+    run_synth(options.config, console=console, out=options.out, resume=options.resume)
 
 
 def doctor(arguments: list[str]) -> None:

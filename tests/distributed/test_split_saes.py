@@ -16,6 +16,14 @@ from unbraid.sae import base, build
 N = 30
 SETTINGS = {"n_features": N, "k": 5, "lambda1": 0.02, "dead_after_tokens": 144, "bandwidth": 0.05}
 
+BY_FREQUENCY = {
+    "matryoshka_order": "frequency",
+    "reorder_from": 3,
+    "reorder_every": 2,
+    "matryoshka_detach": True,
+    "matryoshka_weights": 0.5,
+}
+
 
 def assert_close(found: dict, expected: dict, tolerance: float) -> None:
     assert found.keys() == expected.keys()
@@ -37,6 +45,7 @@ def test_a_split_sae_learns_the_weights_of_a_whole_one_on_every_path_in_float64(
             ("jumprelu", {"jumprelu_sparsity": "tanh"}),
             ("gated", {}),
             ("matryoshka", {"matryoshka_widths": [4, 13, N]}),
+            ("matryoshka", {"matryoshka_widths": [4, 13, N], **BY_FREQUENCY}),
             ("denoising", {}),
         ]
         for path in ("sparse", "dense")

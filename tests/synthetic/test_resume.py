@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
+from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, SynthConfig, VariantConfig
 from unbraid.errors import CheckpointError
+from unbraid.evaluation.synth import run_synth
 from unbraid.randomness import generator
 from unbraid.sae import SAE
 from unbraid.synthetic import build_world
@@ -47,6 +48,15 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
     trained(tmp_path)
     with pytest.raises(CheckpointError, match="other settings"):
         train_on_world(build_world("unit"), variants(), 10 * 128, 128, checkpoints=tmp_path)
+
+
+def test_the_command_goes_on_from_its_folder_with_the_same_numbers(tmp_path):
+    config = SynthConfig(world="unit", architectures=["batch_topk"], samples=4096, batch=256, eval_samples=512)
+    first = run_synth(config, resume=tmp_path)
+    assert (tmp_path / "seed_0" / "step_16").is_dir()
+    assert run_synth(config, resume=tmp_path)["rows"] == first["rows"]
+    with pytest.raises(CheckpointError, match="other settings"):
+        run_synth(config.model_copy(update={"samples": 8192}), resume=tmp_path)
 
 
 @pytest.mark.parametrize("used", [0, 1, 3, 4, 5])

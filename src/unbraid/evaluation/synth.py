@@ -30,8 +30,16 @@ WARMUP_SHARE = 20
 CONTROL = "control: "
 
 
-def run_synth(config: SynthConfig, *, console: Console | None = None, out: Path | None = None) -> dict[str, Any]:
+def run_synth(
+    config: SynthConfig, *, console: Console | None = None, out: Path | None = None, resume: Path | None = None
+) -> dict[str, Any]:
     """Train, judge, print; write the numbers to `out` (JSON) if given.
+
+    Args:
+        config: what is trained on which world.
+        console: where progress and tables go.
+        out: file of the numbers.
+        resume: folder for the checkpoints of each seed's training, from which the same call goes on.
 
     Returns:
         `rows`: name -> list of ground-truth metrics (with `mean_max_decoder_cosine`), one a seed; `world`, `true_l0`,
@@ -61,7 +69,8 @@ def run_synth(config: SynthConfig, *, console: Console | None = None, out: Path 
             ]
             task = bar.add_task(f"{len(variants)} SAEs, seed {seed}", total=samples // config.batch)
             advance = lambda done, _, task=task: bar.update(task, completed=done)  # noqa: E731
-            saes = train_on_world(world, variants, samples, config.batch, advance)
+            checkpoints = None if resume is None else resume / f"seed_{seed}"
+            saes = train_on_world(world, variants, samples, config.batch, advance, checkpoints=checkpoints)
             for architecture, sae in zip(config.architectures, saes, strict=True):
                 rows[architecture].append(_judged(sae, world, config))
             for name, control in controls_of(saes[-1], x_BD, generator(seed, "synth control")).items():
