@@ -295,3 +295,34 @@ def test_fit_trains_on_every_row_and_gives_what_a_run_would(tmp_path):
 def test_settings_for_activations_name_them_as_sites():
     config = settings_for(small(), {"patches": X, "pooled": X})
     assert config.sae_names == ["patches", "pooled"] and not config.buffer.drop_first_position
+
+
+class StatefulText:
+    """Strings that can be entered where they stood."""
+
+    def __init__(self):
+        self.place, self.read = 0, 0
+
+    def __iter__(self):
+        while self.place < len(WORDS):
+            self.place += 1
+            self.read += 1
+            yield WORDS[self.place - 1]
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+def test_text_that_saves_its_place_is_entered_near_a_position_and_goes_on_exactly():
+    text = StatefulText()
+    source = live(text)
+    chunks = list(itertools.islice(source.chunks(None), 4))
+    position = chunks[1].position
+    assert position["bookmark"] is not None and 0 < position["document"] - position["bookmark"]["document"] < 16
+    fresh, text.read = live(StatefulText()), 0
+    again = next(fresh.chunks(position))
+    assert torch.equal(again.tokens_BT, chunks[2].tokens_BT)
+    assert fresh.documents.replay.source.read <= len(WORDS) - position["bookmark"]["document"]

@@ -126,7 +126,8 @@ def train(
     with joined() as everyone, process_as_found(config.training.threads):
         if restarts() and (path / "config.json").is_file():
             return _go_on(RunFolder(path), inputs, console, everyone, callbacks)
-        RunFolder.require_free(path)
+        if everyone.first:  # The others may come when the first one has made it.
+            RunFolder.require_free(path)
         source, device = _opened(config, inputs, everyone, console)
         plan = make_plan(config, source, device, path, dropped=dropped, first=everyone.first)
         if everyone.first:

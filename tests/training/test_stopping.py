@@ -7,10 +7,12 @@ import pytest
 import torch
 from fake_source import FakeSource
 
+from unbraid import recipes
+from unbraid.activations import cache
 from unbraid.activations.ahead import Ahead
 from unbraid.activations.rows import RefillInterrupted
 from unbraid.config import BufferConfig, ModelConfig, OptimiserConfig, RunConfig, SAEConfig, TrainingConfig
-from unbraid.errors import TrainingError
+from unbraid.errors import ActivationError, TrainingError
 from unbraid.training import fit
 from unbraid.training.checkpoint import list_checkpoints
 from unbraid.training.loggers import Loggers
@@ -188,3 +190,21 @@ def test_a_logger_that_fails_is_left_out_with_one_warning_and_the_others_go_on()
         loggers.step(6, {"saes": {"a": {"l0": 3}}})
         loggers.step(7, None)
     assert broken.taken == [5] and sound.taken == [5, 6]
+
+
+def test_a_signal_ends_a_harvest_that_waits_for_text(tmp_path, monkeypatch):
+    tiny = recipes.tiny()
+    opened = cache.LiveActivations
+
+    class Stalled(opened):
+        def chunks(self, position, held_out=False):
+            yield next(super().chunks(position, held_out))
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("the signal did not end the waiting")
+
+    monkeypatch.setattr(cache, "LiveActivations", Stalled)
+    stopped = pytest.raises(ActivationError, match=r"harvest stopped with \d+ of .* run the same command")
+    with stopped, stop_on_signals() as stop:
+        cache.harvest(tiny, tmp_path / "cache", CPU, should_stop=stop)
+    monkeypatch.setattr(cache, "LiveActivations", opened)
+    assert cache.harvest(tiny, tmp_path / "cache", CPU)["complete"]

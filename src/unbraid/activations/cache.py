@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from unbraid.activations.live import LiveActivations
-from unbraid.activations.rows import Chunk, RowFilter, StopSignal, never
+from unbraid.activations.rows import Chunk, RefillInterrupted, RowFilter, StopSignal, interruptible, never
 from unbraid.config import RunConfig, TextConfig
 from unbraid.errors import ActivationError, TextError
 from unbraid.files import checksum, free_bytes, held, holds_nothing, write_json, write_whole
@@ -103,11 +103,15 @@ def _harvest(
         chunks = live.chunks(shards[-1]["positions"][-1] if shards else None, held_out=part == "held_out")
         group: list[Chunk] = []
         while counter.kept < wanted:
-            if should_stop():
+            try:
+                if should_stop():
+                    raise RefillInterrupted
+                with interruptible(should_stop):
+                    chunk = next(chunks, None)
+            except RefillInterrupted:
                 raise ActivationError(
                     f"harvest stopped with {counter.kept:,} of {wanted:,} {part} rows; run the same command to go on"
-                )
-            chunk = next(chunks, None)
+                ) from None
             if chunk is None:
                 break
             counter(chunk)

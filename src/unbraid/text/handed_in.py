@@ -4,6 +4,8 @@ Strings are documents like any other. A row of token ids is a document that is t
 (`[{"role": "user", "content": "..."}, ...]`) goes through the tokenizer's chat template, special tokens and all.
 """
 
+import copy
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +15,9 @@ import torch
 from unbraid.errors import TextError
 from unbraid.replay import Replay
 from unbraid.text.documents import Document
+
+STATES_KEPT, DOCUMENTS_BETWEEN_STATES = 512, 16
+"""Documents are tokenised together, so a position to go on from is a good many documents behind what was read."""
 
 
 class HandedInText:
@@ -26,7 +31,7 @@ class HandedInText:
     def __init__(self, text: Any, vocabulary: int):
         self.replay = Replay(text, "text", TextError)
         self.vocabulary = vocabulary
-        self._last: tuple[int, Any] | None = None
+        self._states: deque[tuple[int, Any]] = deque(maxlen=STATES_KEPT)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -34,10 +39,9 @@ class HandedInText:
         return {"source": "handed in", "type": type(self.replay.source).__name__}
 
     def bookmark(self, document: int) -> dict[str, Any] | None:
-        """The iterable's own state before the document, if it was read last."""
-        if self._last is None or self._last[1] is None or self._last[0] > document:
-            return None
-        return {"document": self._last[0], "state": self._last[1]}
+        """The iterable's own state a little before the document, if that was read lately."""
+        known = [(number, state) for number, state in self._states if number <= document]
+        return {"document": known[-1][0], "state": known[-1][1]} if known else None
 
     def documents(self, start: int = 0, bookmark: dict[str, Any] | None = None) -> Iterator[Document]:
         """Documents `start` to the last.
@@ -51,8 +55,10 @@ class HandedInText:
             if known and bookmark is not None
             else self.replay.items()
         )
+        self._states.clear()
         for number, item, state in items:
-            self._last = (number, state)
+            if state is not None and number % DOCUMENTS_BETWEEN_STATES == 0:
+                self._states.append((number, copy.deepcopy(state)))
             if number >= start:
                 yield Document(number, self._document(number, item))
 
