@@ -21,14 +21,15 @@ RARER_FLOOR = {"small": 0.2, "medium": 0.14}
 """Six tenths of what random rows reach, sqrt(2 ln N / D)."""
 
 
-def recipe(world: str) -> dict[str, Any]:
-    """Settings of the SAE."""
+def recipe_of(n_features: int, k: int, widths: list[int], reorder: tuple[int, int] = (200, 100)) -> dict[str, Any]:
+    """Settings of an SAE: `reorder` is the step of the first ordering and the steps between orderings."""
+    assert widths[-1] == n_features
     return {
-        "k_start": round(3.2 * SHAPES[world][1]),
-        "matryoshka_widths": WIDTHS[world],
+        "k_start": round(3.2 * k),
+        "matryoshka_widths": widths,
         "matryoshka_order": "frequency",
-        "reorder_from": 100,
-        "reorder_every": 50,
+        "reorder_from": reorder[0],
+        "reorder_every": reorder[1],
         "matryoshka_detach": True,
         "matryoshka_weights": 0.5,
     }
@@ -37,11 +38,12 @@ def recipe(world: str) -> dict[str, Any]:
 def trials(world: str, seed: int) -> list[Trial]:
     """Today's Matryoshka without and with decoder rows apart; the recipe without and with the rarer row moving."""
     rarer = FORMS["rarer"] | {"floor": RARER_FLOOR[world]}
+    recipe = recipe_of(*SHAPES[world], WIDTHS[world], (100, 50))
     methods = [
         ("none", NONE, {}),
         ("apart", FORMS["decoder"], {}),
-        ("recipe", NONE, recipe(world)),
-        ("recipe + rarer", rarer, recipe(world)),
+        ("recipe", NONE, recipe),
+        ("recipe + rarer", rarer, recipe),
     ]
     return [Trial("matryoshka", name, form, seed, world=world, sae=sae) for name, form, sae in methods]
 
