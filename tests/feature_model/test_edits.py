@@ -248,3 +248,17 @@ def test_without_held_out_text_max_is_refused_and_codes_are_not():
     with pytest.raises(FeatureError, match="no held-out text"):
         fm.run(PROMPT, [Steer(f"{SITE}/1", 1)])
     fm.run(PROMPT, [Steer(f"{SITE}/1", 1, unit="code")])
+
+
+def test_a_splice_is_what_the_evaluation_measures():
+    from unbraid.activations.language_model import LanguageModel
+    from unbraid.evaluation.splice import preservation
+
+    fm = random_feature_model()
+    batch = fm.prompt(PROMPT)
+    language_model = LanguageModel(fm.hf_model, fm.tokenizer, [SITE])
+    saes = {SITE: {"sae": fm.dictionaries[SITE].sae}}
+    measured = preservation(language_model, saes, [(batch.tokens_BT, batch.span.content_BT)])["sae"]
+    effect = fm.run(PROMPT, [Splice(SITE)])
+    kl = float(effect.kl[batch.span.content_BT].mean())
+    assert measured["model_behavior_preservation"]["kl_div_with_sae"] == pytest.approx(kl, rel=1e-4)

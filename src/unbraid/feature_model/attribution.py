@@ -164,6 +164,11 @@ class Attribution:
 
     def top(self, k: int = 10) -> Table:
         """The largest contributions, of either sign."""
+        table = self._largest(k)
+        rows = [row | {"words": self.fm.words(*_split(row["feature"]))} for row in table.rows]
+        return Table([*table.columns, "words"], rows, table.caption, table.notes)
+
+    def _largest(self, k: int) -> Table:
         rows = []
         for name, site in self.sites.items():
             for place in site.values.abs().argsort(descending=True, stable=True)[:k].tolist():
@@ -175,10 +180,9 @@ class Attribution:
                 line |= {"code": float(site.codes[place]), "contribution": float(site.values[place])}
                 rows.append(line)
         rows.sort(key=lambda row: (-abs(row["contribution"]), row["feature"], row["position"] or 0))
-        rows = [row | {"words": self.fm.words(*_split(row["feature"]))} for row in rows[:k]]
         whole = all(site.positions is None for site in self.sites.values())
-        columns = ["feature", *([] if whole else ["position", "token"]), "code", "contribution", "words"]
-        return Table(columns, rows, f"contributions to the metric ({self.method})", self.notes)
+        columns = ["feature", *([] if whole else ["position", "token"]), "code", "contribution"]
+        return Table(columns, rows[:k], f"contributions to the metric ({self.method})", self.notes)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -205,12 +209,10 @@ class Attribution:
             }
             for name, site in self.sites.items()
         }
-        count = sum(len(site.values) for site in self.sites.values())
-        rows = [{key: row[key] for key in row if key != "words"} for row in self._rows(count)]
-        return {"metric": self.metric, "method": self.method, "sites": sites, "contributions": rows}
+        return {"metric": self.metric, "method": self.method, "sites": sites, "contributions": self._all().rows}
 
-    def _rows(self, count: int) -> list[dict[str, Any]]:
-        return self.top(count).rows if count else []
+    def _all(self) -> Table:
+        return self._largest(sum(len(site.values) for site in self.sites.values()))
 
     def to_json(self, path: Any = None) -> str:
         """`to_dict` as JSON text, also written to `path` if there is one."""
@@ -218,7 +220,7 @@ class Attribution:
 
     def to_pandas(self) -> Any:
         """All contributions as a DataFrame."""
-        return self.top(max(1, sum(len(site.values) for site in self.sites.values()))).to_pandas()
+        return self._all().to_pandas()
 
     def __rich__(self) -> Any:
         return self.top().__rich__()

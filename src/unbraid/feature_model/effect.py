@@ -162,7 +162,7 @@ class Effect:
 
     def to_pandas(self) -> Any:
         """The moved codes as a DataFrame."""
-        return self.moved(1000).to_pandas()
+        return self.moved(100).to_pandas()
 
     def __rich__(self) -> Any:
         return self.to_table().__rich__()

@@ -60,6 +60,11 @@ class Reading:
 
     def top(self, k: int = 10, at: Any = "all") -> Table:
         """The k largest codes, and what share of each feature's maximum they are where that is known."""
+        table = self._largest(k, at)
+        rows = [row | {"words": self.words(*_split(row["feature"]))} for row in table.rows]
+        return Table([*table.columns, "words"], rows)
+
+    def _largest(self, k: int, at: Any) -> Table:
         found: list[tuple[float, str, int, int, int]] = []
         for name in self.codes:
             rows, tokens, features, values = self.entries(name, at)
@@ -74,12 +79,11 @@ class Reading:
                 "token": self.tokens[row][token],
                 "code": code,
                 "share of max": self.share(name, index, code),
-                "words": self.words(name, index),
             }
             for code, name, index, row, token in found[:k]
         ]
         columns = ["feature", *(["prompt"] if len(self.tokens) > 1 else [])]
-        return Table([*columns, "position", "token", "code", "share of max", "words"], lines)
+        return Table([*columns, "position", "token", "code", "share of max"], lines)
 
     def of_token(self, row: int, token: int, k: int = 3) -> dict[str, FeaturesOfToken]:
         """NAME -> the k largest features of a token."""
@@ -143,8 +147,8 @@ class Reading:
         return as_json(self.to_dict(), path)
 
     def to_pandas(self) -> Any:
-        """A DataFrame with a row per code: prompt, position, token, feature, code."""
-        return self.top(k=sum(len(codes.values()) for codes in self.codes.values())).to_pandas()
+        """A DataFrame with a row per code: feature, prompt, position, token, code, share of max."""
+        return self._largest(sum(len(codes.values()) for codes in self.codes.values()), "all").to_pandas()
 
     def __rich__(self) -> RichTable:
         """One row a token."""

@@ -34,6 +34,8 @@ and nowhere else. The secret comes with the address, in its fragment, and leaves
     try { return await (await ask(path, body)).json(); } catch (error) { problem(error.message); return null; }
   }
 
+  /* The index of an address, which is what tells features of a dictionary apart; the whole address is its tooltip. */
+  const index = (address) => h("span", {title: address}, address.slice(address.lastIndexOf("/") + 1));
   const here = (feature) => feature.feature.startsWith(`${byId("sae").value}/`);
   const bar = (share, kind = "") => {
     const element = h("span", {class: `measure ${kind}`});
@@ -59,7 +61,7 @@ and nowhere else. The secret comes with the address, in its fragment, and leaves
     const token = reading.tokens[at];
     byId("ranked").replaceChildren("Features at ", ...visible(token.text));
     const rows = token.features.filter(here).map((one) => h("tr", {},
-      h("td", {class: "text"}, one.feature), h("td", {}, number(one.code)),
+      h("td", {class: "text"}, index(one.feature)), h("td", {}, number(one.code)),
       h("td", {}, one.share === null ? "" : `${Math.round(100 * one.share)} %`), h("td", {class: "text"}, visible(one.words)),
       h("td", {}, h("button", {type: "button", onclick: () => add(one.feature)}, "Steer"))));
     const error = token.error[byId("sae").value];
@@ -92,7 +94,7 @@ and nowhere else. The secret comes with the address, in its fragment, and leaves
       const amount = h("output", {}, number(one.by));
       const range = h("input", {type: "range", min: -3, max: 3, step: 0.1, value: one.by, "aria-label": `by how much to steer ${address}`,
         oninput: () => { one.by = Number(range.value); amount.textContent = number(one.by); }, onchange: generate});
-      return h("div", {class: "slider"}, h("span", {title: address}, address, " ", h("span", {class: "quiet"}, visible(one.words))), range, amount,
+      return h("div", {class: "slider"}, h("span", {title: address}, index(address), " ", h("span", {class: "quiet"}, visible(one.words))), range, amount,
         h("button", {type: "button", "aria-label": `stop steering ${address}`, onclick: () => { steering.delete(address); showSliders(); showPartners([]); }}, "×"));
     }));
   }
@@ -106,7 +108,7 @@ and nowhere else. The secret comes with the address, in its fragment, and leaves
         const box = h("input", {type: "checkbox", "aria-label": `steer ${address} without ${pair.partner}`,
           onchange: () => { box.checked ? one.without.add(pair.partner) : one.without.delete(pair.partner); generate(); }});
         box.checked = one.without.has(pair.partner);
-        lines.push(h("tr", {}, h("td", {class: "text"}, pair.partner), h("td", {}, number(pair.correlation)), h("td", {}, number(pair.cosine)),
+        lines.push(h("tr", {}, h("td", {class: "text"}, index(pair.partner)), h("td", {}, number(pair.correlation)), h("td", {}, number(pair.cosine)),
           h("td", {}, `${number(row.before)} → ${number(row.after)}`), h("td", {}, box),
           h("td", {}, pair["twin partner"] ? `${number(row["twin before"])} → ${number(row["twin after"])}` : "–"), h("td", {class: "text"}, visible(pair.words))));
       }
@@ -169,7 +171,7 @@ and nowhere else. The secret comes with the address, in its fragment, and leaves
     byId("contributions").replaceChildren(
       h("p", {}, ...visible(found.described), ` = ${number(found.metric)}; features ${number(site.features)}, error ${number(sum(site.error))}, bias ${number(site.bias)}; `,
         h("strong", {}, `gap ${site.gap === null ? "without bound" : `${number(100 * site.gap)} %`}`)),
-      h("table", {}, found.contributions.map((row) => h("tr", {}, h("td", {class: "text"}, row.feature), h("td", {class: "text"}, ...visible(row.token || "")),
+      h("table", {}, found.contributions.map((row) => h("tr", {}, h("td", {class: "text"}, index(row.feature)), h("td", {class: "text"}, ...visible(row.token || "")),
         h("td", {class: "text"}, bar(Math.abs(row.contribution) / largest, row.contribution < 0 ? "minus" : ""), ` ${number(row.contribution)}`), h("td", {class: "text"}, visible(row.words))))));
     byId("python").textContent = found.python;
   }
