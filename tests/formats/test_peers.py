@@ -128,3 +128,52 @@ def test_what_sparsify_saves_gives_the_same_outputs_here(x, tmp_path: Path, spar
     top = theirs.encode(flat)
     expected = theirs.decode(top.top_acts, top.top_indices)
     torch.testing.assert_close(formats.load(tmp_path)(flat), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("norm", ["none", "constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("StandardSAE", {}),
+        ("TopKSAE", {"k": K}),
+        ("JumpReLUSAE", {}),
+        ("GatedSAE", {}),
+        ("AbsTopKSAE", {"k": K}),
+        ("AbsTopKSAE", {"k": K, "rescale_acts_by_decoder_norm": True}),
+        ("MatchingPursuitSAE", {"max_iterations": 6}),
+        ("MatchingPursuitSAE", {"max_iterations": 6, "stop_on_duplicate_support": False}),
+    ],
+)
+def test_norms_per_token_and_matching_pursuit_are_those_of_sae_lens(name, settings, norm, x, tmp_path: Path, sae_lens):
+    import sae_lens.saes as classes
+
+    config = getattr(classes, f"{name}Config")(d_in=D, d_sae=N, normalize_activations=norm, **settings)
+    theirs = getattr(classes, name)(config)
+    randomise(theirs)
+    with torch.no_grad():
+        theirs.W_dec /= theirs.W_dec.norm(dim=1, keepdim=True)
+    theirs.save_model(str(tmp_path / "sae"))
+    _same(formats.load(tmp_path / "sae"), theirs, x)
+    again = sae_lens.SAE.load_from_disk(str(formats.save(formats.load(tmp_path / "sae"), tmp_path / "again")))
+    _same(formats.load(tmp_path / "sae"), again, x)
+
+
+@pytest.mark.parametrize("name", ["Transcoder", "SkipTranscoder", "JumpReLUTranscoder", "JumpReLUSkipTranscoder"])
+def test_transcoders_are_those_of_sae_lens(name, x, tmp_path: Path, sae_lens):
+    import sae_lens.saes as classes
+
+    theirs = getattr(classes, name)(
+        getattr(classes, f"{name}Config")(d_in=D, d_sae=N, d_out=7, apply_b_dec_to_input=False)
+    )
+    randomise(theirs)
+    theirs.save_model(str(tmp_path / "sae"))
+    _same(formats.load(tmp_path / "sae"), theirs, x)
+
+
+def _same(ours, theirs, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        f, y = theirs.encode(x), theirs(x)
+    f = f.to_dense() if f.is_sparse else f
+    assert torch.equal(ours.encode(x) != 0, f != 0)
+    torch.testing.assert_close(ours.encode(x), f, **CLOSE)
+    torch.testing.assert_close(ours(x), y, **CLOSE)

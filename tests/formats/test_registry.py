@@ -59,6 +59,7 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "pretrained_saes.yaml"
     path.write_text(LIST)
     monkeypatch.setenv("UNBRAID_REGISTRY", str(path))
+    monkeypatch.setenv("UNBRAID_CACHE", str(tmp_path / "cache"))
     return path
 
 
@@ -175,6 +176,21 @@ def test_no_hub_and_a_damaged_registry_are_one_message(listed, monkeypatch: pyte
 )
 def test_search_finds_every_word_and_whole_numbers(query, found, listed):
     assert [entry.name for entry in registry.search(query)] == found
+
+
+def test_the_list_is_kept_in_a_form_that_is_read_at_once_and_read_again_when_it_changes(listed, monkeypatch):
+    names = list(registry.registry())
+    registry._read.cache_clear()
+    monkeypatch.setattr(registry, "_parse", None)
+    assert list(registry.registry()) == names
+    monkeypatch.undo()
+    monkeypatch.setenv("UNBRAID_REGISTRY", str(listed))
+    monkeypatch.setenv("UNBRAID_CACHE", str(listed.parent / "cache"))
+    for kept in (listed.parent / "cache").rglob("*.json"):
+        kept.write_text('{"entries": [1]}')
+    listed.write_text(LIST.replace("id: layer1,", "id: layer_one,"))
+    registry._read.cache_clear()
+    assert "qwen/layer_one" in registry.registry()
 
 
 def test_search_on_the_command_line_lists_names_l0_and_neuronpedia(listed, capsys):

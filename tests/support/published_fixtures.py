@@ -156,17 +156,17 @@ def qwen_scope(root: Path, dtype: str) -> Made:
 
 
 def mwhanna(root: Path, dtype: str) -> Made:
-    t = drawn(*PLAIN, "W_skip", dtype=dtype)
+    t = drawn(*PLAIN, dtype=dtype)
     folder = root / "models--mwhanna--qwen3-4b-transcoders" / "snapshots" / "c"
-    file = save(folder / "layer_12.safetensors", t | {"W_enc": t["W_enc"].T, "W_skip": t["W_skip"].T})
+    file = save(folder / "layer_12.safetensors", t | {"W_enc": t["W_enc"].T})
     hooks = {"hook_name": "blocks.12.mlp.hook_in", "hook_name_out": "blocks.12.hook_mlp_out"}
     return Made(file, plain_form(doubled(t), torch.relu), {}, hooks | {"model_name": "Qwen/Qwen3-4B"})
 
 
 def transcoder_set(root: Path, dtype: str) -> Made:
-    t = drawn(*JUMP, dtype=dtype)
+    t = drawn(*JUMP, "W_skip", dtype=dtype)
     stored = {"activation_function.threshold" if name == "threshold" else name: tensor for name, tensor in t.items()}
-    file = save(root / "set" / "layer_2.safetensors", stored | {"W_enc": t["W_enc"].T})
+    file = save(root / "set" / "layer_2.safetensors", stored | {"W_enc": t["W_enc"].T, "W_skip": t["W_skip"].T})
     hooks = "feature_input_hook: hook_resid_mid\nfeature_output_hook: mlp.hook_out\nmodel_name: google/gemma-2-2b\n"
     (file.parent / "config.yaml").write_text(f"model_kind: transcoder_set\n{hooks}")
     known = {"hook_name": "blocks.2.hook_resid_mid", "hook_name_out": "blocks.2.hook_mlp_out"}

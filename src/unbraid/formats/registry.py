@@ -5,7 +5,10 @@ The registry is a file of an installed sae-lens, read without importing that pac
 downloaded file by file into the cache of the Hugging Face hub.
 """
 
+import contextlib
+import dataclasses
 import difflib
+import hashlib
 import importlib.util
 import os
 import re
@@ -18,9 +21,11 @@ from typing import Any
 import yaml
 
 from unbraid.errors import FormatError
+from unbraid.files import write_json
 from unbraid.formats.folder import SAEFolder
 from unbraid.formats.published import Known
-from unbraid.json_files import is_number
+from unbraid.json_files import is_number, read_json_object
+from unbraid.text.cache_folder import cache_root
 
 REGISTRY_FILE, REGISTRY_VARIABLE = "pretrained_saes.yaml", "UNBRAID_REGISTRY"
 READERS = {
@@ -108,7 +113,22 @@ def registry() -> dict[str, Entry]:
 
 
 @cache
-def _read(path: Path, _changed: int) -> dict[str, Entry]:
+def _read(path: Path, changed: int) -> dict[str, Entry]:
+    """The registry, from a copy in JSON where one was kept: YAML of this size takes seconds."""
+    name = hashlib.blake2b(f"{path.absolute()} {changed}".encode(), digest_size=8).hexdigest()
+    kept = cache_root() / "registry" / f"{name}.json"
+    try:
+        listed = read_json_object(kept, FormatError)["entries"]
+        entries = [Entry(**fields) for fields in listed]
+    except (FormatError, KeyError, TypeError):
+        entries = list(_parse(path).values())
+        with contextlib.suppress(OSError):  # without a cache it only takes longer
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, {"entries": [dataclasses.asdict(entry) for entry in entries]})
+    return {entry.name: entry for entry in entries}
+
+
+def _parse(path: Path) -> dict[str, Entry]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, RecursionError, ValueError) as problem:
@@ -148,7 +168,7 @@ def _number(value: Any) -> float | None:
 def search(query: str) -> list[Entry]:
     """Dictionaries whose release, id, model or Neuronpedia id have every word of `query`.
 
-    A number must stand alone, and one after "layer" must be the layer's: "gemma 2b layer 12" finds layer 12, not 112.
+    A number must stand alone, and one after "layer" be the layer's: "gemma 2b layer 12" finds no 12b, no layer 112.
 
     Raises:
         FormatError: there is no registry.
@@ -162,7 +182,8 @@ def _pattern(word: str) -> re.Pattern[str]:
     if word.startswith("layer:"):
         layer = int(word.removeprefix("layer:"))
         return re.compile(rf"(layers?|blocks?|\bl)[_.-]?0*{layer}(?!\d)|/{layer}-")
-    return re.compile(rf"(?<!\d){re.escape(word)}(?!\d)" if word.isdigit() else re.escape(word))
+    before, after = r"(?<!\d)" if word[0].isdigit() else "", r"(?!\d)" if word[-1].isdigit() else ""
+    return re.compile(f"{before}{re.escape(word)}{after}")
 
 
 def _text(entry: Entry) -> str:
