@@ -12,6 +12,7 @@ from unbraid import recipes
 from unbraid.cli import main
 from unbraid.config import RunConfig, validated
 from unbraid.errors import CheckpointError, ConfigError, TrainingError
+from unbraid.files import checksum
 from unbraid.training.changes import words_of_resume
 from unbraid.training.checkpoint import list_checkpoints
 
@@ -183,3 +184,43 @@ def test_words_of_a_resume_are_split_into_settings_and_the_rest():
     assert changes == {"training.loggers": ["wandb", "trackio"], "training.threads": None}
     with pytest.raises(ConfigError, match="has no value"):
         words_of_resume(["run", "--training.tokens"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", 3),
+        ("step", -1),
+        ("step", "x"),
+        ("metrics_offset", -5),
+        ("metrics_offset", "x"),
+        ("run", {}),
+        ("run", None),
+        ("buffer", {}),
+        ("buffer", {"position": 3}),
+        ("buffer", None),
+        ("seconds", None),
+        ("seconds", {"buffer": "x", "training": 0}),
+    ],
+)
+def test_a_state_that_no_run_wrote_is_named_as_damage(run, name, value):
+    checkpoint = list_checkpoints(run / "checkpoints")[-1]
+    state = json.loads((checkpoint / "state.json").read_text()) | {name: value}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["checksums"]["state.json"] = checksum(checkpoint / "state.json")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"is damaged .* delete that folder"):
+        unbraid.resume(run)
+
+
+def test_settings_edited_while_a_run_goes_on_do_not_get_into_its_checkpoints(tmp_path):
+    def edit_and_stop(step, record):
+        if step == 2:
+            edit(tmp_path / "run", "seed", 9)
+        stop_at_nine(step, record)
+
+    with pytest.raises(Stop):
+        unbraid.train(small(), tmp_path / "run", callbacks=[edit_and_stop])
+    with pytest.raises(CheckpointError, match=r"seed was 0, is 9"):
+        unbraid.resume(tmp_path / "run")

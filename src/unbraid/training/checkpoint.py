@@ -21,7 +21,7 @@ from torch import Tensor
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import CheckpointError
 from unbraid.files import checksum, discard, free_bytes, sync
-from unbraid.json_files import is_count, read_json_object
+from unbraid.json_files import is_count, is_number, read_json_object
 
 FORMAT_VERSION = 2
 """2: SAEs train on centred activations, and a checkpoint knows its mean."""
@@ -99,7 +99,9 @@ def write_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)] if folder.is_dir() else []
+    found = (
+        [path for path in folder.glob("step_*") if re.fullmatch(r"step_[0-9]+", path.name)] if folder.is_dir() else []
+    )
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
@@ -146,16 +148,40 @@ def read_checkpoint(path: Path, wanted: Callable[[str], bool] = every_file) -> t
         stems = [stem for stem in stems if wanted(stem)]
         for name in ("state.json", *(f"{stem}.safetensors" for stem in stems)):
             if checksum(path / name) != checksums[name]:
-                raise CheckpointError(_damaged(path, f"{name} does not match its checksum"))
+                raise CheckpointError(damaged(path, f"{name} does not match its checksum"))
         state = read_json_object(path / "state.json", ValueError, "the state of a run")
         return {stem: safetensors.torch.load_file(path / f"{stem}.safetensors") for stem in stems}, state
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(_damaged(path, f"{type(error).__name__}: {error}")) from error
+        raise CheckpointError(damaged(path, f"{type(error).__name__}: {error}")) from error
 
 
-def _damaged(path: Path, what: str) -> str:
-    return f"checkpoint {str(path)!r} is damaged ({what}); expected the files as written; delete that folder to resume "
-    "from an earlier one"
+def read_run_state(path: Path) -> dict[str, Any]:
+    """State of a run's checkpoint: where it stood, what it was made with, and the buffer's place in the text.
+
+    Raises:
+        CheckpointError: a part is missing or is nothing that a run writes.
+    """
+    _, state = read_checkpoint(path, lambda stem: False)
+    kinds = {"step": int, "metrics_offset": int, "run": dict, "buffer": dict, "seconds": dict}
+    odd = {name: state.get(name) for name, kind in kinds.items() if not isinstance(state.get(name), kind)}
+    seconds = state.get("seconds")
+    if not odd and (set(seconds) != {"buffer", "training"} or not all(map(is_number, seconds.values()))):
+        odd["seconds"] = seconds
+    if not odd and not all(isinstance(state["run"].get(name), dict) for name in ("settings", "source")):
+        odd["run"] = state["run"]
+    if not odd and (f"step_{state['step']}" != path.name or not is_count(state["metrics_offset"])):
+        odd = {name: state[name] for name in ("step", "metrics_offset")}
+    if odd:
+        raise CheckpointError(damaged(path, f"state.json has {str(odd)[:200]}"))
+    return state
+
+
+def damaged(path: Path, what: str) -> str:
+    """The message about a checkpoint that is not as it was written."""
+    return (
+        f"checkpoint {str(path)!r} is damaged ({what}); expected the files as written; delete that folder to resume "
+        "from an earlier one"
+    )
 
 
 def _discard_leftovers(folder: Path) -> None:

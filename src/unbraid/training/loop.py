@@ -21,9 +21,15 @@ from unbraid.activations.rows import ChunkSource, RefillInterrupted, StopSignal,
 from unbraid.config import RunConfig
 from unbraid.distributed.mesh import SINGLE, Mesh
 from unbraid.distributed.ranks import ALONE
-from unbraid.errors import CheckpointError, ConfigError, RowsUsedUp, UnbraidError
+from unbraid.errors import CheckpointError, ConfigError, RowsUsedUp, TrainingError, UnbraidError
 from unbraid.training.changes import require_same_run
-from unbraid.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
+from unbraid.training.checkpoint import (
+    damaged,
+    list_checkpoints,
+    read_checkpoint,
+    read_run_state,
+    write_checkpoint,
+)
 from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.own_penalty import name_of
@@ -119,6 +125,7 @@ class _Session:
     ):
         self.folder, self.config, self.source, self.device = folder, config, source, device
         self.progress, self.mesh, self.everyone, self.penalty = progress, mesh, mesh.everyone, penalty
+        self.first_settings = folder.first_settings
         self.identity = source.identity if penalty is None else source.identity | {"penalty": name_of(penalty)}
         if penalty is not None and mesh.shards.size > 1:
             raise ConfigError(
@@ -141,7 +148,7 @@ class _Session:
         saved = list_checkpoints(folder.checkpoints)
         if saved:
             self.trainees = self.restored(saved[-1], mesh)
-            _, state = read_checkpoint(saved[-1], lambda stem: False)
+            state = read_run_state(saved[-1])
             self.done, self.seconds, offset = state["step"], state["seconds"], state["metrics_offset"]
         else:
             self.trainees = []
@@ -222,7 +229,7 @@ class _Session:
         state = {
             "step": self.done,
             "metrics_offset": self.metrics.sync(),
-            "run": {"settings": self.folder.first_settings, "source": self.identity},
+            "run": {"settings": self.first_settings, "source": self.identity},
             "buffer": buffer_data,
             "seconds": self.seconds,
         }
@@ -239,18 +246,23 @@ class _Session:
 
     def restored(self, path: Path, mesh: Mesh) -> list[Trainee]:
         """The trainees of a checkpoint; the buffer goes back to it as well."""
+        state = read_run_state(path)
+        require_same_run(path, state["run"], self.first_settings, self.identity)
         trainees = self._new([Normalisation.none(width) for width in self.source.widths], mesh)
         stems = {f"sae-{trainee.name}": trainee for trainee in trainees}
 
         def wanted(file: str) -> bool:
             return file == "buffer" or any(overlaps(stem, file, trainee.shard) for stem, trainee in stems.items())
 
-        _, state = read_checkpoint(path, lambda stem: False)
-        require_same_run(path, state["run"], self.folder.first_settings, self.identity)
-        tensors, state = read_checkpoint(path, wanted)
-        self.buffer.load_state(tensors["buffer"], state["buffer"])
-        for stem, trainee in stems.items():
-            trainee.load_tensors(join(tensors, stem, trainee.shard, trainee.sae.shared))
+        tensors, _ = read_checkpoint(path, wanted)
+        try:
+            self.buffer.load_state(tensors["buffer"], state["buffer"])
+            for stem, trainee in stems.items():
+                trainee.load_tensors(join(tensors, stem, trainee.shard, trainee.sae.shared))
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, TrainingError) as error:
+            raise CheckpointError(damaged(path, f"{type(error).__name__}: {str(error)[:200]}")) from error
         return trainees
 
     def _new(self, normalise: Sequence[Normalisation], mesh: Mesh) -> list[Trainee]:
