@@ -1,11 +1,14 @@
 """Codes: what goes in comes out, in order, and gradients pass through."""
 
+import doctest
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from unbraid.errors import CodesError
+from unbraid.kernels import codes as codes_module
 from unbraid.sae import Codes
 
 
@@ -57,3 +60,29 @@ def test_gradients_reach_what_the_codes_were_made_of():
 def test_codes_that_are_no_matrix_are_refused_by_shape():
     with pytest.raises(CodesError, match=r"\(2, 3, 4\).*\[B, N\]"):
         Codes.from_dense(torch.ones(2, 3, 4))
+
+
+def test_the_docstring_example_runs():
+    assert doctest.testmod(codes_module).attempted == 2
+
+
+def test_numbers_that_are_not_finite_are_refused_and_never_dropped():
+    for bad in (float("nan"), float("inf")):
+        for attempt in (
+            lambda bad=bad: Codes.from_dense(torch.tensor([[1.0, bad]])),
+            lambda bad=bad: Codes.from_topk(torch.tensor([[0, 1]]), torch.tensor([[1.0, bad]]), 2),
+        ):
+            with pytest.raises(CodesError, match=f"to {bad}"):
+                attempt()
+
+
+def test_a_feature_named_twice_in_a_row_decodes_as_its_sum():
+    codes = Codes.from_topk(torch.tensor([[1, 0, 1]]), torch.tensor([[1.0, 2.0, 3.0]]), 2)
+    assert codes.to_dense().tolist() == [[2.0, 4.0]]
+
+
+def test_codes_with_other_values_share_one_sort_whoever_asks_first():
+    codes = Codes.from_dense(torch.rand(5, 7, generator=torch.Generator().manual_seed(0)).sub(0.5).relu())
+    other = codes.with_values(codes.values * 2)
+    assert other.order is codes.order and other.support is codes.support
+    assert torch.equal(other.to_dense(), 2 * codes.to_dense())
