@@ -18,7 +18,7 @@ import tyro
 from pydantic import ValidationError
 from rich.console import Console
 
-from unbraid.config import EvaluationConfig, RunConfig, SynthConfig, load_config, validated
+from unbraid.config import EvaluationConfig, RunConfig, SynthConfig, load_config, require_trust, validated
 from unbraid.config.checks import complaints
 from unbraid.distributed.launch import Launch, execute
 from unbraid.errors import ConfigError, UnbraidError
@@ -28,6 +28,11 @@ from unbraid.reporting.commands import compare, dashboard, export, search
 from unbraid.training.changes import words_of_resume
 
 console = Console(soft_wrap=True)
+PLACES_THAT_CANNOT_BE_WRITTEN = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP")
+    if hasattr(errno, name)
+}
 
 
 @dataclasses.dataclass
@@ -42,7 +47,7 @@ class _Train:
 def train(arguments: list[str]) -> None:
     """train RECIPE|config.json [--run DIR] [--any.setting VALUE]: train SAEs, measure them, draw Figure 1."""
     recipe, rest = _recipe_first(arguments, "train")
-    options = tyro.cli(_Train, default=_Train(_recipe(recipe)), args=rest, prog=f"unbraid train {recipe}")
+    options = tyro.cli(_Train, default=_Train(_recipe(recipe, rest)), args=rest, prog=f"unbraid train {recipe}")
     from unbraid import run
 
     if options.dry_run:
@@ -59,7 +64,7 @@ class _Harvest:
 def harvest(arguments: list[str]) -> None:
     """harvest RECIPE|config.json --cache DIR [--any.setting VALUE]: store the activations a run needs on disk."""
     recipe, rest = _recipe_first(arguments, "harvest")
-    options = tyro.cli(_Harvest, default=_Harvest(_recipe(recipe)), args=rest, prog=f"unbraid harvest {recipe}")
+    options = tyro.cli(_Harvest, default=_Harvest(_recipe(recipe, rest)), args=rest, prog=f"unbraid harvest {recipe}")
     if options.config.cache is None:
         raise ConfigError("harvest needs --cache DIR: the folder to write activations into")
     from unbraid import run
@@ -79,15 +84,33 @@ def _recipe_first(arguments: list[str], command: str) -> tuple[str, list[str]]:
     return arguments[0], arguments[1:]
 
 
-def _recipe(name: str) -> RunConfig:
+def _recipe(name: str, arguments: list[str]) -> RunConfig:
     if name.endswith(".json"):
-        return load_config(Path(name))
+        return require_trust(load_config(Path(name)), any(map(_is_trust, arguments)), name)
     key = name.replace("_", "-")
     if key not in RECIPES:
         close = difflib.get_close_matches(key, RECIPES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(RECIPES)}"
         raise ConfigError(f"no recipe {name!r}; expected a recipe or a path ending in .json; {hint}")
     return RECIPES[key]()
+
+
+TRUST = "--model.trust_remote_code"
+Trust = Annotated[
+    bool,
+    tyro.conf.arg(name=TRUST.removeprefix("--"), help="Run code shipped with the model, if the settings ask for it."),
+]
+
+
+def _is_trust(word: str) -> bool:
+    return word.replace("-", "_") == TRUST.replace("-", "_")
+
+
+@dataclasses.dataclass
+class _Resume:
+    run: tyro.conf.Positional[Path]
+    """A run folder."""
+    trust_remote_code: Trust = False
 
 
 @dataclasses.dataclass
@@ -99,11 +122,12 @@ class _RunFolder:
 def resume(arguments: list[str]) -> None:
     """resume DIR [--training.tokens N] [--optimiser.lr X] ...: go on with an interrupted run, exactly where its last
     checkpoint stands; only what makes no other run of it may change."""
-    folder, changes = words_of_resume(arguments)
-    options = tyro.cli(_RunFolder, args=folder, prog="unbraid resume")
+    trusted = [word for word in arguments if _is_trust(word)]
+    folder, changes = words_of_resume([word for word in arguments if word not in trusted])
+    options = tyro.cli(_Resume, args=[*folder, *trusted], prog="unbraid resume")
     from unbraid import run
 
-    run.resume(options.run, changes=changes, console=console)
+    run.resume(options.run, changes=changes, trust_remote_code=options.trust_remote_code, console=console)
 
 
 def figure(arguments: list[str]) -> None:
@@ -133,6 +157,7 @@ class _Evaluate:
     path: tyro.conf.Positional[Path]
     """A run folder, or an SAE folder in any known layout."""
     config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EvaluationConfig)
+    trust_remote_code: Trust = False
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -140,7 +165,7 @@ def evaluate(arguments: list[str]) -> None:
     options = tyro.cli(_Evaluate, args=arguments, prog="unbraid eval")
     from unbraid.evaluation.suites import run_suites
 
-    run_suites(options.path, options.config, console=console)
+    run_suites(options.path, options.config, trust_remote_code=options.trust_remote_code, console=console)
 
 
 @dataclasses.dataclass
@@ -243,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("unbraid: interrupted; whatever was checkpointed is whole", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if debug or error.errno not in PLACES_THAT_CANNOT_BE_WRITTEN:
             raise
-        print(f"unbraid: {error}; free some room or write elsewhere, then go on", file=sys.stderr)
+        print(f"unbraid: {error}; free some room, or name a place that can be written, then go on", file=sys.stderr)
         sys.exit(1)

@@ -1,23 +1,34 @@
-"""Files that appear whole or not at all: written aside, synced to disk, renamed; and the checksums that prove it."""
+"""Files that appear whole or not at all: written aside, synced to disk, renamed; and the checksums that prove it.
 
-import fcntl
+Nothing here writes through a symbolic link: a link in the place of a file is replaced, not followed. Everything works
+on POSIX systems and on Windows, where a folder cannot be synced and a file is synced only through a writable handle.
+"""
+
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 LOCK = ".lock"
+SYSTEM_FILES = {".DS_Store", ".localized", "Icon\r", "Thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"}
+"""Files that file managers leave in any folder they show."""
+WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Make `path` by `write(partial path)`; a crash or a failed write leaves whatever was there before."""
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.unlink(missing_ok=True)
         write(partial)
+        follow_umask(partial)
         sync(partial)
         partial.replace(path)
         sync(path.parent)
@@ -35,6 +46,14 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def follow_umask(*paths: Path) -> None:
+    """Give files the permissions any new file gets here; some writers (safetensors) make theirs private."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)
+
+
 def discard(folder: Path) -> None:
     """Delete a folder that others may look for: at any instant it is there whole or not at all."""
     partial = folder.with_name(f".{folder.name}.partial")
@@ -43,23 +62,56 @@ def discard(folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def is_system_file(name: str) -> bool:
+    """Whether a file manager made a file of this name, so that it says nothing about who uses the folder."""
+    return name in SYSTEM_FILES or name.startswith("._")
+
+
 def holds_nothing(folder: Path) -> bool:
-    """Whether a folder is absent or empty, not counting its lock and what a killed write left behind."""
+    """Whether a folder is absent or empty, not counting its lock, system files and what a killed write left behind."""
     return not folder.exists() or (
-        folder.is_dir() and all(path.name == LOCK or path.suffix == ".partial" for path in folder.iterdir())
+        folder.is_dir()
+        and all(
+            p.name == LOCK or re.fullmatch(r"\..+\.partial", p.name) or is_system_file(p.name) for p in folder.iterdir()
+        )
     )
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, wait: float = 0.0) -> Iterator[None]:
     """Hold a folder for this process; the operating system lets go of it however the process ends.
+
+    Args:
+        folder: holds the lock file, which stays there.
+        wait: seconds to wait for another process to let go.
 
     Raises:
         BlockingIOError: another process holds it.
+        OSError: the lock file cannot be opened, or is a symbolic link.
     """
-    with (folder / LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    path = folder / LOCK
+    if path.is_symlink():
+        raise OSError(0, "the lock file is a symbolic link", str(path))
+    with locked(path, wait):
         yield
+
+
+@contextmanager
+def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path`, made if it is not there.
+
+    Raises:
+        BlockingIOError: another process holds it longer than `wait` seconds.
+    """
+    lock = FileLock(path, timeout=wait)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(0, "held by another process", str(path)) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def checksum(path: Path) -> str:
@@ -69,8 +121,11 @@ def checksum(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to the disk; on Windows a folder cannot be, and is left to the system."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -80,3 +135,34 @@ def sync(path: Path) -> None:
 def free_bytes(path: Path) -> int:
     """Room left where `path` is."""
     return shutil.disk_usage(path).free
+
+
+def first_link(root: Path, names: tuple[str, ...]) -> Path | None:
+    """The first symbolic link among the entries `names` of `root`, or anywhere below one of them; None without any."""
+    for name in names:
+        entry = root / name
+        if entry.is_symlink():
+            return entry
+        for folder, folders, files in os.walk(entry):
+            for found in (*folders, *files):
+                if Path(folder, found).is_symlink():
+                    return Path(folder, found)
+    return None
+
+
+def folder_name(text: str) -> str:
+    """A name any file system takes: `A -> B + C` becomes `A--to--B--and--C`, and `:` or a slash a dot."""
+    name = re.sub(r"\s*->\s*", "--to--", text)
+    name = re.sub(r"\s*\+\s*", "--and--", name)
+    return re.sub(r"[:/\\]", ".", name)
+
+
+def is_folder_name(text: str) -> bool:
+    """Whether `text` names one folder on every system: no separator, no reserved name or character, not hidden."""
+    return (
+        0 < len(text) <= 200
+        and re.search(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]', text) is None
+        and text[0] not in ". "
+        and text[-1] not in ". "
+        and WINDOWS_DEVICES.fullmatch(text) is None
+    )

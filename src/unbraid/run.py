@@ -34,7 +34,7 @@ from unbraid.training.loggers import Loggers, check_loggers, open_loggers
 from unbraid.training.loop import train_saes
 from unbraid.training.precision import matrix_products
 from unbraid.training.progress import Callback, RunProgress
-from unbraid.training.run_folder import RunFolder
+from unbraid.training.run_folder import RunFolder, default_run_folder
 from unbraid.training.stopping import process_as_found, stop_on_signals
 
 
@@ -56,7 +56,7 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The settings the run was made with, changes made while resuming included."""
-        return self.folder.config
+        return self.folder.recorded_config
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -69,12 +69,8 @@ class Run:
 
     @property
     def saes(self) -> dict[str, Any]:
-        """The finished SAEs by name, acting on raw activations.
-
-        Raises:
-            TrainingError: the run is not complete.
-        """
-        return {name: formats.load(self.folder.saes / name) for name in self.summary["saes"]}
+        """The finished SAEs by name, acting on raw activations; none while the run has not ended."""
+        return {name: formats.load(path) for name, path in self.folder.finished_saes().items()}
 
 
 def train(
@@ -122,10 +118,11 @@ def train(
     config = inputs.settings(config)
     check_settings(config)
     check_loggers(config)
-    path = Path(path or Path("runs") / config.name)
+    path = Path(path) if path is not None else default_run_folder(config)
+    trusted = config.model.trust_remote_code
     with joined() as everyone, process_as_found(config.training.threads):
         if restarts() and (path / "config.json").is_file():
-            return _go_on(RunFolder(path), inputs, console, everyone, callbacks)
+            return _go_on(RunFolder(path, trusted), inputs, console, everyone, callbacks)
         if everyone.first:  # The others may come when the first one has made it.
             RunFolder.require_free(path)
         source, device = _opened(config, inputs, everyone, console)
@@ -134,7 +131,8 @@ def train(
             _say(console, str(plan))
             RunFolder.create(path, config)
         everyone.wait()
-        return _fit_and_finish(RunFolder(path), config, source, inputs, device, console, everyone, callbacks)
+        folder = RunFolder(path, trusted)
+        return _fit_and_finish(folder, config, source, inputs, device, console, everyone, callbacks)
 
 
 def plan(
@@ -148,7 +146,7 @@ def plan(
     config = inputs.settings(config)
     check_settings(config)
     check_loggers(config)
-    path = Path(path or Path("runs") / config.name)
+    path = Path(path) if path is not None else default_run_folder(config)
     RunFolder.require_free(path)
     with process_as_found(config.training.threads):
         source, device = _opened(config, inputs, ALONE, quiet_console())
@@ -164,6 +162,7 @@ def resume(
     text: Any = None,
     activations: Any = None,
     penalty: nn.Module | Callable[..., Any] | None = None,
+    trust_remote_code: bool = False,
     callbacks: Sequence[Callback] = (),
     console: Console | None = None,
 ) -> Run:
@@ -174,6 +173,7 @@ def resume(
         changes: settings that are different from here on, as in `{"training.tokens": 2_000_000}`; see
             `unbraid.training.changes.MAY_CHANGE`. They are recorded in the run folder.
         model, tokenizer, text, activations, penalty: what was handed to `train`, again.
+        trust_remote_code: allow the run's settings to run code that comes with the model.
         callbacks, console: as for `train`.
 
     Raises:
@@ -181,7 +181,7 @@ def resume(
             setting may not change.
     """
     console = console or default_console()
-    folder = RunFolder(path)
+    folder = RunFolder(path, trust_remote_code)
     with joined() as everyone:
         if changes:
             _change(folder, changes, everyone)
@@ -195,7 +195,7 @@ def resume(
 
 
 def _change(folder: RunFolder, changes: Mapping[str, Any], everyone: Ranks) -> None:
-    config, done = changed(folder.config, changes), steps_done(folder.checkpoints)
+    config, done = changed(folder.recorded_config, changes), steps_done(folder.checkpoints)
     check_settings(config)
     if config.steps < done:
         raise TrainingError(
@@ -210,7 +210,10 @@ def _change(folder: RunFolder, changes: Mapping[str, Any], everyone: Ranks) -> N
 
 def _is_complete(folder: RunFolder) -> bool:
     """Whether the run ended as its settings ask; more tokens since make it incomplete again."""
-    return folder.summary.is_file() and folder.read_summary().get("steps", {}).get("planned") == folder.config.steps
+    return (
+        folder.summary.is_file()
+        and folder.read_summary().get("steps", {}).get("planned") == folder.recorded_config.steps
+    )
 
 
 def open_activations(

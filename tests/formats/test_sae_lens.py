@@ -54,6 +54,7 @@ def test_the_plain_reading_without_our_metadata_gives_the_same_codes(any_sae, x,
 def test_the_files_are_the_ones_sae_lens_reads(tmp_path: Path):
     folder = formats.save(make_sae("topk"), tmp_path / "sae", frequency_N=torch.full((N,), 0.01))
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".unbraid.json",
         "cfg.json",
         "sae_weights.safetensors",
         "sparsity.safetensors",

@@ -64,7 +64,31 @@ def test_dashboard_writes_every_feature_and_pair_of_every_sae_and_replaces_only_
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(SystemExit):
         main(["dashboard", str(run), "--out", str(tmp_path / "mine")])
-    assert "no dashboard" in capsys.readouterr().err
+    assert "holds thesis.txt, which unbraid did not write" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    site = tmp_path / "site"
+    main(["dashboard", str(run), "--tokens", "600", "--out", str(site)])
+    with pytest.raises(SystemExit):
+        main(["dashboard", str(run), "--tokens", "600", "--out", str(site)])
+    assert "add --overwrite" in capsys.readouterr().err
+    main(["dashboard", str(run), "--tokens", "600", "--out", str(site), "--overwrite"])
+
+
+@pytest.mark.parametrize("command", ["export", "compare"])
+def test_a_second_export_or_comparison_replaces_the_first_only_when_told_to(run: Path, tmp_path: Path, capsys, command):
+    to = ["--to", "sae_lens"] if command == "export" else []
+    words = [command, str(run), *to, "--out", str(tmp_path / "out")]
+    main(words)
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "add --overwrite" in capsys.readouterr().err
+    main([*words, "--overwrite"])
+    mine = next(path.parent for path in (tmp_path / "out").rglob("cfg.json")) if to else tmp_path / "out"
+    (mine / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        main([*words, "--overwrite"])
+    assert "holds notes.txt, which unbraid did not write" in capsys.readouterr().err
+    assert (mine / "notes.txt").read_text() == "mine"
 
 
 def read(script: Path) -> str:

@@ -1,6 +1,7 @@
 """Comparing runs: seeds become intervals, and nothing but what differs is told."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from unbraid.config import RunConfig
 from unbraid.errors import EvaluationError, TrainingError
 from unbraid.recipes import tiny
-from unbraid.reporting.compare import draw_frontier, frontier, frontier_figure
+from unbraid.reporting.compare import _look, frontier, frontier_figure, write_comparison
 from unbraid.training.run_folder import RunFolder
 
 
@@ -50,6 +51,49 @@ def test_runs_that_differ_only_in_their_seed_are_one_point_with_an_interval(tmp_
     assert str(estimate) == "0.82 ± 0.05"
 
 
+@pytest.mark.parametrize(
+    ("group", "setting", "value"),
+    [
+        ("training", "batch_tokens", 128),
+        ("training", "held_out_tokens", 1024),
+        ("text", "context_length", 64),
+        ("text", "shuffle_seed", 3),
+        ("text", "held_out_fraction", 0.3),
+        ("buffer", "norm_limit", 1.2),
+        ("buffer", "drop_first_position", False),
+        ("model", "dtype", "bfloat16"),
+        ("model", "revision", "main"),
+        ("optimiser", "lr", 1e-5),
+    ],
+)
+def test_runs_that_differ_in_any_setting_are_points_of_their_own(tmp_path: Path, group: str, setting: str, value):
+    config = one_sae()
+    changed = config.model_copy(update={group: getattr(config, group).model_copy(update={setting: value})})
+    points = frontier([finished(tmp_path / "a", config, 0.8), finished(tmp_path / "b", changed, 0.9)])
+    assert [point.seeds for point in points] == [1, 1]
+    assert any(f"{setting} {value}" in point.label for point in points)
+
+
+def test_the_same_run_twice_is_one_seed_also_through_another_path_or_as_a_copy(tmp_path: Path):
+    run = finished(tmp_path / "run", one_sae(), 0.8)
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    other = finished(tmp_path / "other", one_sae(seed=1), 0.9)
+    (point,) = frontier([run, run, tmp_path / "other" / ".." / "run", copy, other])
+    assert point.seeds == 2 and point.metrics["r2"].mean == pytest.approx(0.85)
+
+
+def test_an_sae_trained_beside_others_is_a_seed_of_the_same_trained_alone(tmp_path: Path):
+    alone = finished(tmp_path / "alone", one_sae(seed=3), 0.8)
+    both = tiny().model_copy(update={"variants": {"a": {}, "b": {"decorrelation.lambda2": 0.0}}})
+    points = frontier([alone, finished(tmp_path / "both", both, 0.9)])
+    assert sorted(point.seeds for point in points if point.site == "resid_post.0") == [1, 2]
+
+
+def test_no_two_of_many_settings_look_alike():
+    looks = [(look["color"], look["marker"]) for look in map(_look, range(200))]
+    assert len(set(looks)) == 200
+
+
 def test_points_are_told_apart_by_the_settings_in_which_they_differ(tmp_path: Path):
     runs = [
         finished(tmp_path / str(at), one_sae(**{"decorrelation.lambda2": lambda2, "sae.lambda1": 0.02}), 0.8)
@@ -60,7 +104,7 @@ def test_points_are_told_apart_by_the_settings_in_which_they_differ(tmp_path: Pa
 
 
 def test_sites_are_kept_apart_and_a_metric_not_measured_everywhere_is_left_out(tmp_path: Path):
-    runs = [finished(tmp_path / "a", tiny(), 0.8), finished(tmp_path / "b", tiny(), 0.8)]
+    runs = [finished(tmp_path / str(seed), tiny().model_copy(update={"seed": seed}), 0.8) for seed in (0, 1)]
     evaluated(runs[0], 0.9)
     points = frontier(list(runs))
     assert {point.site for point in points} == {"resid_post.0", "resid_post.1"}
@@ -84,8 +128,8 @@ def test_the_frontier_is_drawn_with_a_panel_a_metric_and_the_same_bytes_each_tim
     points = frontier(list(runs))
     figure = frontier_figure(points)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [r"$R^2$", "top correlation", "mean correlation"]
-    first = [path.read_bytes() for path in draw_frontier(points, tmp_path / "one" / "frontier")]
-    second = [path.read_bytes() for path in draw_frontier(points, tmp_path / "two" / "frontier")]
+    first = [path.read_bytes() for path in write_comparison(points, tmp_path / "one")]
+    second = [path.read_bytes() for path in write_comparison(points, tmp_path / "two")]
     assert first == second
 
 

@@ -19,6 +19,7 @@ from unbraid.config.run import (
     TrainingConfig,
     VariantConfig,
     load_config,
+    require_trust,
 )
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "VariantConfig",
     "WorldConfig",
     "load_config",
+    "require_trust",
     "validated",
 ]

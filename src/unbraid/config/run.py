@@ -374,3 +374,21 @@ def load_config(path: Path) -> RunConfig:
     """
     data = read_json_object(path, ConfigError, "settings as in a run's config.json")
     return validated(RunConfig, data, str(path))
+
+
+def require_trust(config: RunConfig, given: bool, where: str) -> RunConfig:
+    """`config`, which was read from the file `where`, if it may load its model.
+
+    Settings come from anywhere, and those with model.trust_remote_code would run whatever code lies with the model. A
+    file cannot allow that; only whoever starts the command can.
+
+    Raises:
+        ConfigError: the settings ask for it and it was not `given` by hand.
+    """
+    if config.model.trust_remote_code and not given:
+        raise ConfigError(
+            f"{where} asks for model.trust_remote_code, which runs code that comes with the model "
+            f"{config.model.name!r}; expected that to be allowed by hand, not by a file; read that code, then add "
+            "--model.trust_remote_code to this command (trust_remote_code=True in Python)"
+        )
+    return config

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from unbraid.config.measuring import SUITES
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.subjects import Judged
-from unbraid.files import write_json, write_whole
+from unbraid.files import held, write_json, write_whole
 from unbraid.json_files import read_json_object
 
 Report = dict[str, Any]
@@ -34,13 +36,37 @@ class EvaluationFile:
     """
 
     def __init__(self, folder: Path, judged: Sequence[Judged]):
+        self.folder = folder
         self.path, self.features_path = folder / "evaluation.json", folder / "evaluation_features.safetensors"
         self.weights = _checksum(judged)
-        earlier = read_evaluation(self.path)
-        self.earlier: Report = earlier if earlier.get("weights") == self.weights else {}
+        self.earlier: Report = {}
+        read_evaluation(self.path)
 
     def write(self, report: Report, judged: Sequence[Judged]) -> tuple[Report, list[str]]:
-        """Write `report` with the earlier suites that were not run again; returns what was written and their names."""
+        """Write `report` with the earlier suites that were not run again; returns what was written and their names.
+
+        What is there is read only now and held until it is written, so that evaluations at the same time, each of its
+        own suites, all end up in the file.
+
+        Raises:
+            EvaluationError: the file cannot be read or written, or another process holds it for a minute.
+        """
+        try:
+            with held(self.folder, wait=60.0):
+                found = read_evaluation(self.path)
+                self.earlier = found if found.get("weights") == self.weights else {}
+                return self._merge(report, judged)
+        except BlockingIOError:
+            raise EvaluationError(
+                f"{str(self.folder)!r} is held by another process; expected training or another evaluation there to "
+                "end within a minute; wait for it, then repeat this command"
+            ) from None
+        except OSError as problem:
+            raise EvaluationError(
+                f"cannot write {str(self.path)!r}: {problem.strerror or problem}; expected a writable folder with room"
+            ) from problem
+
+    def _merge(self, report: Report, judged: Sequence[Judged]) -> tuple[Report, list[str]]:
         earlier = self.earlier.get("settings", {}).keys() - report["settings"].keys()
         kept = [suite for suite in SUITES if suite in earlier]
         for kind in ("saes", "controls"):
@@ -62,9 +88,21 @@ class EvaluationFile:
     def _write_features(self, judged: Sequence[Judged]) -> None:
         features = {f"{one.name}.{key}": x.contiguous() for one in judged for key, x in one.features.items()}
         if features:
+            features = self._earlier_features() | features
             write_whole(self.features_path, lambda partial: save_file(features, partial))
         elif not self.earlier:
             self.features_path.unlink(missing_ok=True)
+
+    def _earlier_features(self) -> dict[str, Tensor]:
+        if not self.earlier or not self.features_path.is_file():
+            return {}
+        try:
+            return load_file(self.features_path)
+        except SafetensorError as problem:
+            raise EvaluationError(
+                f"{str(self.features_path)!r} cannot be read ({problem}); expected what an earlier evaluation wrote; "
+                "move it away"
+            ) from problem
 
 
 def read_evaluation(path: Path) -> Report:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from unbraid import formats
-from unbraid.config import EvaluationConfig, RunConfig, load_config
+from unbraid.config import EvaluationConfig, RunConfig
 from unbraid.errors import EvaluationError, FormatError
 from unbraid.evaluation.origin import CentredInput, has_layer_norm, is_centred, origin
 from unbraid.sae import Codes
+from unbraid.training.run_folder import RunFolder
 
 
 @dataclass(eq=False)
@@ -52,23 +53,27 @@ class Judged:
         return self.control != "permuted"
 
 
-def open_subjects(path: Path, config: EvaluationConfig, device: torch.device) -> tuple[list[Judged], RunConfig | None]:
+def open_subjects(
+    path: Path, config: EvaluationConfig, device: torch.device, trust_remote_code: bool = False
+) -> tuple[list[Judged], RunConfig | None]:
     """The SAEs at `path`, and the settings under which their activations can be had again, None where unknown.
 
     Args:
         path: a run folder, the folder of one of its SAEs, or any other SAE folder.
         config: says what an SAE folder does not.
         device: where the SAEs go.
+        trust_remote_code: allow a run's settings to run code that comes with the model.
 
     Raises:
+        ConfigError: the settings ask for the model's own code and nobody allowed it.
         EvaluationError: the run has no finished SAE yet.
         FormatError: there is neither a run nor an SAE.
     """
     if _is_run(path):
-        return _of_run(path, None, device)
+        return _of_run(RunFolder(path, trust_remote_code), None, device)
     run = path.resolve().parent.parent
     if path.resolve().parent.name == "saes" and _is_run(run):
-        return _of_run(run, path.resolve().name, device)
+        return _of_run(RunFolder(run, trust_remote_code), path.resolve().name, device)
     return _of_folder(path, config, device)
 
 
@@ -83,8 +88,8 @@ def _is_run(path: Path) -> bool:
     return (path / "config.json").is_file() and ((path / "saes").is_dir() or (path / "checkpoints").is_dir())
 
 
-def _of_run(path: Path, only: str | None, device: torch.device) -> tuple[list[Judged], RunConfig]:
-    run = load_config(path / "config.json")
+def _of_run(folder: RunFolder, only: str | None, device: torch.device) -> tuple[list[Judged], RunConfig]:
+    path, run = folder.path, folder.config
     judged, twins = [], run.twins
     for index, site in enumerate(run.sites):
         for variant in run.variants:

@@ -32,7 +32,12 @@ WIDEST_AGREEMENT = 8192
 
 
 def run_suites(
-    path: Path | str, config: EvaluationConfig | None = None, *, console: Console | None = None, out: Path | None = None
+    path: Path | str,
+    config: EvaluationConfig | None = None,
+    *,
+    console: Console | None = None,
+    out: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Evaluate the SAEs at `path` and write `evaluation.json` (and `evaluation_features.safetensors`) beside them.
 
@@ -43,6 +48,7 @@ def run_suites(
         config: suites and sizes.
         console: where progress and the tables are shown; nothing is shown without one.
         out: folder to write into; `path` by default.
+        trust_remote_code: allow a run's settings to run code that comes with the model.
 
     Returns:
         What `evaluation.json` holds: `saes` and `controls` by name, each with a section per suite; `skipped`: suite ->
@@ -53,7 +59,7 @@ def run_suites(
     """
     path, config, console = Path(path), config or EvaluationConfig(), console or Console(quiet=True)
     out = out or (path.parent if path.is_file() else path)
-    evaluation = _Evaluation(path, config, console)
+    evaluation = _Evaluation(path, config, console, trust_remote_code)
     file = EvaluationFile(out, evaluation.judged)
     report = evaluation.run()
     for part in evaluation_tables(report):
@@ -66,11 +72,11 @@ def run_suites(
 
 
 class _Evaluation:
-    def __init__(self, path: Path, config: EvaluationConfig, console: Console):
+    def __init__(self, path: Path, config: EvaluationConfig, console: Console, trust_remote_code: bool):
         self.path, self.config, self.console = path, config, console
         self.device = pick_device(config.device)
         self.world = None if config.world is None else build_world(config.world, self.device)
-        self.judged, self.run_config = open_subjects(path, config, self.device)
+        self.judged, self.run_config = open_subjects(path, config, self.device, trust_remote_code)
         self.skipped: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
 

@@ -31,9 +31,10 @@ from unbraid.formats import (
     sparsify,
     transcoder_set,
 )
-from unbraid.formats.folder import SAEFolder
+from unbraid.formats.folder import SAEFolder, refuse_links_out
 from unbraid.formats.published import Known
 from unbraid.json_files import is_number
+from unbraid.owned_folders import recover
 from unbraid.sae import SAE
 
 __all__ = ["LAYOUTS", "SAEFolder", "load", "open_folder", "save"]
@@ -119,7 +120,9 @@ def open_folder(
     if _is_name(path):
         return registry.open_named(str(path), known)
     try:
+        recover(Path(path))
         place, layout = _recognised(Path(path))
+        refuse_links_out(place)
     except (OSError, ValueError) as problem:  # no permission, a name too long, a NUL byte
         raise FormatError(f"cannot look into {str(path)!r}: {problem}; expected a folder that can be read") from None
     found = layout.load(place, known)
@@ -178,7 +181,7 @@ def save(
 
     Args:
         sae: any architecture the layout can hold.
-        folder: made, or replaced as a whole.
+        folder: made, or replaced as a whole where it holds an SAE that unbraid wrote.
         layout: a layout others can read; sae_lens holds every architecture.
         metadata: what is known about where the SAE belongs: model_name, hook_name, context_size, ...
         frequency_N: `[N]` share of tokens each feature fired on, for layouts that store it.

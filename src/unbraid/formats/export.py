@@ -4,29 +4,32 @@ from pathlib import Path
 
 from unbraid.errors import FormatError
 from unbraid.formats import open_folder, writable_layout
-from unbraid.formats.folder import SAEFolder
+from unbraid.formats.folder import SAEFolder, check_sae_folder
+from unbraid.training.run_folder import RunFolder
 
 
-def export(source: Path | str, to: str, out: Path | str) -> list[Path]:
+def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = False) -> list[Path]:
     """Write every SAE of a run (or the one of an SAE folder) into `out/<name>` in the layout `to`.
 
     Args:
         source: a run folder, or an SAE folder in any known layout.
         to: sae_lens, dictionary_learning or sparsify.
-        out: folder for the SAE folders; those of the same name in it are replaced.
+        out: folder for the SAE folders.
+        overwrite: replace SAE folders of the same name in it, if unbraid wrote them.
 
     Returns:
         The folders written.
 
     Raises:
-        FormatError: there is no SAE, the layout cannot hold one of them (nothing is written then), or `out` is not
-            writable.
+        FormatError: there is no SAE, the layout cannot hold one of them, a folder of its name is there already
+            (nothing is written then), or `out` is not writable.
     """
     layout, folders = writable_layout(to), open_source(source)
     for name, found in folders.items():
         refusal = layout.cannot_hold(found.sae)
         if refusal is not None:
             raise FormatError(f"{name}: {refusal}")
+        check_sae_folder(Path(out) / name, overwrite)
     written: list[Path] = []
     for name, found in folders.items():
         frequency_N = None if found.log10_frequency_N is None else 10.0**found.log10_frequency_N
@@ -41,15 +44,9 @@ def open_source(source: Path | str) -> dict[str, SAEFolder]:
         FormatError: there is none.
     """
     source = Path(source)
-    saes = source / "saes"
-    if not (source / "config.json").is_file() or not saes.is_dir():
+    if not (source / "config.json").is_file() or not (source / "saes").is_dir():
         return {source.resolve().name: open_folder(source)}
-    folders = {path.name: open_folder(path) for path in sorted(saes.iterdir()) if _is_named(path)}
+    folders = {name: open_folder(path) for name, path in RunFolder(source).finished_saes().items()}
     if not folders:
         raise FormatError(f"the run {str(source)!r} has no finished SAE yet; expected some in saes/; let it end first")
     return folders
-
-
-def _is_named(path: Path) -> bool:
-    """Whether an entry of saes/ is an SAE's folder, and not what file managers and notebooks leave behind."""
-    return path.is_dir() and not path.name.startswith(".")

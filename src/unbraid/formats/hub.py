@@ -5,7 +5,9 @@ Each SAE lies in a folder of its name at the root of the repository, which is wh
 goes through `huggingface_hub`, so tokens, caches and mirrors are configured as everywhere else.
 """
 
+import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.errors import FormatError
+from unbraid.files import write_json
 from unbraid.formats import open_folder, save
 from unbraid.formats.export import open_source
 from unbraid.formats.folder import SAEFolder
 from unbraid.formats.reading import read_json
+from unbraid.owned_folders import MARKER
+from unbraid.training.run_folder import RunFolder
 
 SAE_FILES = ("cfg.json", "config.json", "sae_weights.safetensors", "sparsity.safetensors", "sae.safetensors", "ae.pt")
+LOCAL_PATH = re.compile(r"[/~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:", re.IGNORECASE)
 CARD_METRICS = ("r2", "l0", "correlation_mean", "correlation_top", "dead_fraction")
 
 
@@ -52,17 +58,52 @@ def push_to_hub(
         stage = Path(staging)
         for name, found in folders.items():
             frequency_N = None if found.log10_frequency_N is None else 10.0**found.log10_frequency_N
-            save(found.sae, stage / name, metadata=found.metadata, frequency_N=frequency_N)
-        for extra in ("config.json", "summary.json", "figures/figure1.png"):
-            if (source / "saes").is_dir() and (source / extra).is_file():
-                (stage / extra).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / extra, stage / extra)
+            metadata = without_local_paths(found.metadata)
+            save(found.sae, stage / name, metadata=metadata, frequency_N=frequency_N)
+            folders[name] = dataclasses.replace(found, metadata=metadata)
+        if (source / "saes").is_dir():
+            _stage_run(RunFolder(source).path, stage)
         (stage / "README.md").write_text(model_card(repository, folders, stage), encoding="utf-8")
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repository, folder_path=stage, commit_message=f"{len(folders)} sparse autoencoders"
+            repo_id=repository,
+            folder_path=stage,
+            commit_message=f"{len(folders)} sparse autoencoders",
+            ignore_patterns=[MARKER, f"*/{MARKER}"],
         )
     return str(commit.commit_url)
+
+
+def _stage_run(run: Path, stage: Path) -> None:
+    """What a run says of itself, without where its files lie on this machine."""
+    for name in ("config.json", "summary.json"):
+        if (run / name).is_file():
+            write_json(stage / name, without_local_paths(read_json(run / name)))
+    figure = Path("figures", "figure1.png")
+    if (run / figure).is_file():
+        (stage / figure).parent.mkdir(exist_ok=True)
+        shutil.copyfile(run / figure, stage / figure)
+
+
+def without_local_paths(data: Any) -> Any:
+    """The same JSON data with every path of this machine cut to its last part: what goes to a hub says no more.
+
+    A path is a text that begins like one (`/`, `~`, `./`, `../`, `C:\\`, `file:`) or that exists here.
+    """
+    if isinstance(data, dict):
+        return {key: without_local_paths(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [without_local_paths(value) for value in data]
+    if isinstance(data, str) and (LOCAL_PATH.match(data) or _exists(data)):
+        return re.split(r"[/\\]", data.rstrip("/\\"))[-1]
+    return data
+
+
+def _exists(text: str) -> bool:
+    try:
+        return ("/" in text or "\\" in text) and Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # no path at all
+        return False
 
 
 def from_hub(

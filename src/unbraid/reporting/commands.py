@@ -24,6 +24,8 @@ class _Export:
     """sae_lens, dictionary_learning or sparsify."""
     out: Path
     """Folder for the SAE folders."""
+    overwrite: bool = False
+    """Replace SAE folders of the same names in it, if unbraid wrote them."""
 
 
 def export(arguments: list[str]) -> None:
@@ -31,7 +33,7 @@ def export(arguments: list[str]) -> None:
     options = tyro.cli(_Export, args=arguments, prog="unbraid export")
     from unbraid.formats.export import export as export_saes
 
-    for path in export_saes(options.source, options.to, options.out):
+    for path in export_saes(options.source, options.to, options.out, overwrite=options.overwrite):
         console.print(str(path), highlight=False, markup=False)
 
 
@@ -68,12 +70,14 @@ class _Compare:
     """Finished run folders; SAEs alike in all but their seed become one point with an interval."""
     out: Path = Path("comparison")
     """Folder for frontier.png and frontier.svg."""
+    overwrite: bool = False
+    """Replace an earlier comparison in that folder."""
 
 
 def compare(arguments: list[str]) -> None:
     """compare DIR...: what different settings give at which L0, seeds as intervals, as a table and a figure."""
     options = tyro.cli(_Compare, args=arguments, prog="unbraid compare")
-    from unbraid.reporting.compare import METRICS, draw_frontier, frontier
+    from unbraid.reporting.compare import METRICS, frontier, write_comparison
 
     points = frontier(list(options.runs))
     shown = [metric for metric in METRICS if any(metric in point.metrics for point in points)]
@@ -88,7 +92,7 @@ def compare(arguments: list[str]) -> None:
         table.add_row(point.site, escape(point.label), str(point.seeds), *values)
     console.print(table)
     console.print("± is half of the 95 % interval of the mean over seeds (Student's t)")
-    for path in draw_frontier(points, options.out / "frontier"):
+    for path in write_comparison(points, options.out, overwrite=options.overwrite):
         console.print(str(path), highlight=False, markup=False)
 
 
@@ -98,11 +102,15 @@ class _Dashboard:
     """A finished run folder."""
     out: Path | None = None
     """Where to write the site; report/ in the run folder by default."""
+    overwrite: bool = False
+    """Replace an earlier dashboard in that folder."""
     tokens: int = 16_384
     """Held-out token rows to look at; more give better contexts and steadier correlations."""
     serve: bool = False
     """Serve an existing or new dashboard on this machine until interrupted; nothing else can reach it."""
     port: Annotated[int, tyro.conf.arg(help="Port for --serve; 0 takes a free one.")] = 0
+    trust_remote_code: Annotated[bool, tyro.conf.arg(name="model.trust_remote_code")] = False
+    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def dashboard(arguments: list[str]) -> None:
@@ -120,7 +128,14 @@ def dashboard(arguments: list[str]) -> None:
                 else:
                     console.print(text, highlight=False, markup=False)
 
-            index = write_dashboard(options.run, options.out, options.tokens, say)
+            index = write_dashboard(
+                options.run,
+                options.out,
+                options.tokens,
+                say,
+                overwrite=options.overwrite,
+                trust_remote_code=options.trust_remote_code,
+            )
     console.print(str(index), highlight=False, markup=False)
     if options.serve:
         with serve(index, options.port) as server:

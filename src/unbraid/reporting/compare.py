@@ -5,6 +5,7 @@ which two or three seeds need. A comparison holds only at the same L0, so L0 is 
 The CE loss score is there for runs that `unbraid eval` has measured.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from unbraid.config import VariantConfig
+from unbraid.config import RunConfig
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.evaluation_file import read_evaluation
 from unbraid.json_files import is_number
-from unbraid.reporting.figures import COLOURS, DASHES, MARKERS, STYLE, WIDTH_INCHES, save_figure
-from unbraid.reporting.training_log import split_name
+from unbraid.owned_folders import written_folder
+from unbraid.reporting.figures import COLOURS, DASHES, MARKERS, STYLE, WIDTH_INCHES, plain, save_figure
+from unbraid.reporting.training_log import LARGEST
 from unbraid.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -65,8 +67,26 @@ class Point:
     metrics: dict[str, Estimate]
 
 
+@dataclass(frozen=True)
+class _Member:
+    """One SAE of one run.
+
+    Attributes:
+        settings: everything that decided it, but the seeds and what else was trained beside it.
+        seed: seed of the run and of the SAE.
+        metrics: what was measured.
+    """
+
+    settings: dict[str, Any]
+    seed: tuple[int, int]
+    metrics: dict[str, float]
+
+
 def frontier(runs: list[Path | str]) -> list[Point]:
     """The points of some finished runs, by site, then label.
+
+    SAEs are one point if their runs have the same settings in everything but the seed. Equal settings and an equal seed
+    give the same SAE, so a run that is named twice, or that was copied, counts once.
 
     Raises:
         EvaluationError: no run was given.
@@ -74,33 +94,78 @@ def frontier(runs: list[Path | str]) -> list[Point]:
     """
     if not runs:
         raise EvaluationError("no run to compare; expected at least one run folder")
-    groups: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {}
+    groups: dict[str, dict[tuple[int, int], _Member]] = {}
     for path in runs:
-        folder = RunFolder(path)
-        config = folder.config
-        shared = {"model": config.model.name, "text": config.text.source, "tokens": config.training.tokens}
-        spliced = _ce_loss_scores(folder.path)
-        for name, measured in folder.read_summary()["saes"].items():
-            measured |= {"ce_loss_score": spliced.get(name)}
-            site, variant = split_name(name)
-            settings = shared | _flat(config.variant(variant))
-            values = {metric: float(measured[metric]) for metric in METRICS if is_number(measured.get(metric))}
-            groups.setdefault(repr((site, sorted(settings.items()))), []).append((site, settings, values))
-    differing = _differing([members[0][1] for members in groups.values()])
+        for site, member in _members(RunFolder(path)):
+            group = groups.setdefault(repr((site, sorted(member.settings.items()))), {})
+            group.setdefault(member.seed, member)
+    found = [list(group.values()) for group in groups.values()]
+    differing = _differing([members[0].settings for members in found])
     points = [
         Point(
-            site=members[0][0],
-            label=", ".join(f"{key} {members[0][1][key]}" for key in differing) or "all alike",
+            site=members[0].settings["site"],
+            label=", ".join(f"{key} {_shown(members[0].settings.get(key))}" for key in differing) or "all alike",
             seeds=len(members),
             metrics={
-                metric: _estimate([values[metric] for _, _, values in members])
+                metric: _estimate([member.metrics[metric] for member in members])
                 for metric in METRICS
-                if all(metric in values for _, _, values in members)
+                if all(metric in member.metrics for member in members)
             },
         )
-        for members in groups.values()
+        for members in found
     ]
     return sorted(points, key=lambda point: (point.site, point.label))
+
+
+def _members(folder: RunFolder) -> Iterator[tuple[str, _Member]]:
+    config, spliced = folder.recorded_config, _ce_loss_scores(folder.path)
+    measured = folder.read_summary()["saes"]
+    for site in config.sites:
+        for variant in config.variants:
+            metrics = measured.get(config.sae_name(site, variant))
+            if metrics is None:
+                continue
+            values = metrics | {"ce_loss_score": spliced.get(config.sae_name(site, variant))}
+            yield (
+                str(site),
+                _Member(
+                    {"site": str(site)} | _settings(config, variant),
+                    (config.seed, config.variant(variant).seed),
+                    {
+                        metric: float(values[metric])
+                        for metric in METRICS
+                        if is_number(values.get(metric)) and abs(values[metric]) <= LARGEST
+                    },
+                ),
+            )
+
+
+def _settings(config: RunConfig, variant: str) -> dict[str, Any]:
+    """Every setting that decides one variant, flat, by its last name where it is the SAE's or the penalty's.
+
+    Left out are the seeds, the recipe's name, and the sites and variants: what is trained beside an SAE changes nothing
+    about it.
+    """
+    left_out = {"seed", "name", "variants", "sae", "decorrelation", "optimiser"}
+    shared = _flat(config.model_dump(mode="json", exclude=left_out))
+    own = _flat(config.variant(variant).model_dump(mode="json", exclude={"seed"}))
+    own = {path.removeprefix("sae.").removeprefix("decorrelation."): value for path, value in own.items()}
+    return {path: value for path, value in (shared | own).items() if path != "model.sites"}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": _plain(value)}
+    return flat
+
+
+def _is_drawable(value: Any) -> bool:
+    return is_number(value) and abs(value) <= LARGEST
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _ce_loss_scores(run: Path) -> dict[str, float]:
@@ -114,19 +179,13 @@ def _has_number(found: Any, name: str) -> bool:
     return isinstance(found, dict) and is_number(found.get(name))
 
 
-def _flat(settings: VariantConfig) -> dict[str, Any]:
-    """Every setting but the seed, by its last name where that is unambiguous."""
-    groups = settings.model_dump(mode="json", exclude={"seed"})
-    flat = {f"{group}.{name}": value for group, members in groups.items() for name, value in members.items()}
-    return {path.removeprefix("sae.").removeprefix("decorrelation."): _plain(value) for path, value in flat.items()}
-
-
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
 def _differing(settings: list[dict[str, Any]]) -> list[str]:
-    return [key for key in settings[0] if len({each[key] for each in settings}) > 1]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    return [key for key in keys if key != "site" and len({repr(each.get(key)) for each in settings}) > 1]
 
 
 def _estimate(values: list[float]) -> Estimate:
@@ -137,24 +196,34 @@ def _estimate(values: list[float]) -> Estimate:
     return Estimate(mean, mean - reach, mean + reach)
 
 
-def draw_frontier(points: list[Point], stem: Path) -> list[Path]:
-    """Draw every metric against L0 into `stem`.png and `stem`.svg; returns the paths.
+def write_comparison(points: list[Point], out: Path, *, overwrite: bool = False) -> list[Path]:
+    """Draw every metric against L0 into frontier.png and frontier.svg of the folder `out`; returns the paths.
 
     Raises:
-        UnbraidError: the figures cannot be written.
+        UnbraidError: `out` cannot be written, or holds something; an earlier comparison only without `overwrite`.
     """
     import matplotlib
 
-    with matplotlib.rc_context(STYLE):
-        return save_figure(frontier_figure(points), stem)
+    with written_folder(out, "comparison", overwrite=overwrite) as partial, matplotlib.rc_context(STYLE):
+        drawn = save_figure(frontier_figure(points), partial / "frontier")
+    return [out / path.name for path in drawn]
 
 
 def frontier_figure(points: list[Point]) -> "Figure":
-    """The frontier as a matplotlib figure: colour and marker tell the settings, fill and dashes the site."""
+    """The frontier as a matplotlib figure: colour and marker tell the settings, fill and dashes the site.
+
+    Raises:
+        EvaluationError: the points have no metric besides L0.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     shown = [metric for metric in METRICS if metric != "l0" and any(metric in point.metrics for point in points)]
+    if not shown:
+        raise EvaluationError(
+            "the runs have no metric to draw; expected l0, r2 or correlations in their summary.json; compare runs that "
+            "have ended"
+        )
     labels, sites = list(dict.fromkeys(p.label for p in points)), list(dict.fromkeys(p.site for p in points))
     columns = min(2, max(1, len(shown)))
     lines = -(-len(shown) // columns)
@@ -178,7 +247,10 @@ def frontier_figure(points: list[Point]) -> "Figure":
 
 
 def _look(label: int) -> dict[str, Any]:
-    return {"color": COLOURS[label % len(COLOURS)], "marker": MARKERS[label % len(MARKERS)], "markersize": 4.2}
+    """Colour and marker of a setting, no two alike: when both have gone round, the markers are numbers."""
+    n = len(COLOURS)
+    marker = MARKERS[(label + label // n) % len(MARKERS)] if label < n * len(MARKERS) else f"${label + 1}$"
+    return {"color": COLOURS[label % n], "marker": marker, "markersize": 4.2}
 
 
 def _fill(site: int) -> dict[str, Any]:
@@ -204,5 +276,10 @@ def _name_points(figure: "Figure", labels: list[str], sites: list[str]) -> None:
             dashes = DASHES[at % len(DASHES)]
             handles.append(Line2D([], [], color="0.3", marker="o", markersize=4.2, linestyle=dashes, **_fill(at)))
     figure.legend(
-        handles=handles, labels=labels, loc="upper left", bbox_to_anchor=(0.03, 1.0), labelspacing=0.25, borderpad=0.2
+        handles=handles,
+        labels=[plain(label) for label in labels],
+        loc="upper left",
+        bbox_to_anchor=(0.03, 1.0),
+        labelspacing=0.25,
+        borderpad=0.2,
     )

@@ -15,6 +15,7 @@ import numpy as np
 from unbraid.errors import UnbraidError
 from unbraid.files import write_whole
 from unbraid.reporting.training_log import Curve, TrainingLog, split_name
+from unbraid.training.run_folder import refuse_links
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,6 +67,7 @@ def draw_training(run: Path | str) -> list[Path]:
         UnbraidError: the figures cannot be written.
     """
     run = Path(run)
+    refuse_links(run)
     figure = training_figure(TrainingLog.read(run / "metrics.jsonl"))
     return save_figure(figure, run / "figures" / "figure1")
 
@@ -217,7 +219,7 @@ def _updates_panel(axes: "Axes", log: TrainingLog, looks: dict[str, dict[str, An
         _limit_steps(axes, log)
         axes.set_xlabel("step", labelpad=2)
         what = "the SAE" if len(curves) == 1 else f"all {len(curves)} SAEs"
-        text = f"{what}:\n{int(reference.value[-1]):,} of {int(log.step[-1]):,} steps"
+        text = f"{what}:\n{int(np.nan_to_num(reference.value[-1])):,} of {int(log.step[-1]):,} steps"
         axes.text(0.97, 0.07, text, transform=axes.transAxes, ha="right", va="bottom")
     else:
         _lines(axes, log, looks, "updates")
@@ -235,6 +237,8 @@ def _logarithmic(axes: "Axes", log: TrainingLog, quantity: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     values = np.concatenate([log.curve(name, quantity).value for name in log.names])
+    if not np.isfinite(values).any():
+        return
     lowest, highest = float(np.nanmin(values)), float(np.nanmax(values))
     if lowest > 0 and highest / lowest > WIDE_RANGE:
         axes.set_yscale("log")
@@ -245,7 +249,12 @@ def _logarithmic(axes: "Axes", log: TrainingLog, quantity: str) -> None:
 
 def _site_label(site: str) -> str:
     kind, _, layer = site.rpartition(".")
-    return f"{kind} {layer}" if kind else site
+    return plain(f"{kind} {layer}" if kind else site)
+
+
+def plain(text: str) -> str:
+    """`text` as matplotlib shows it unchanged: a dollar sign is no mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _legend(figure: "Figure", log: TrainingLog, looks: dict[str, dict[str, Any]]) -> None:
@@ -258,7 +267,7 @@ def _legend(figure: "Figure", log: TrainingLog, looks: dict[str, dict[str, Any]]
         site, variant = split_name(name)
         sites.setdefault(_site_label(site), Line2D([], [], color=look["color"], marker=look["marker"]))
         if variant:
-            label = variant if log.curve(name, "lambda2").value[-1] else rf"{variant} ($\lambda_2 = 0$)"
+            label = plain(variant) + ("" if log.curve(name, "lambda2").value[-1] else r" ($\lambda_2 = 0$)")
             variants.setdefault(label, Line2D([], [], color="black", linestyle=look["linestyle"]))
     for row, handles in enumerate((sites, variants)):
         if handles:

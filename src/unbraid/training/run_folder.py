@@ -11,18 +11,54 @@ summary.json               held-out metrics of every SAE; present once the run i
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from unbraid.config import RunConfig, load_config
+from unbraid.config import RunConfig, load_config, require_trust
 from unbraid.distributed.ranks import ALONE, Ranks
-from unbraid.errors import TrainingError
-from unbraid.files import LOCK, held, holds_nothing, write_json
+from unbraid.errors import ConfigError, TrainingError
+from unbraid.files import (
+    LOCK,
+    first_link,
+    held,
+    holds_nothing,
+    is_folder_name,
+    is_system_file,
+    write_json,
+)
 from unbraid.json_files import is_count, is_number, parse_json, read_json_object
+from unbraid.owned_folders import MARKER, mark, read_marker, recover
+from unbraid.training.changes import FILE as CHANGES
 from unbraid.training.changes import with_changes
-from unbraid.training.checkpoint import list_checkpoints
+
+KIND = "run"
+OF_A_START = (
+    LOCK,
+    MARKER,
+    "config.json",
+    "metrics.jsonl",
+    "timing.jsonl",
+    CHANGES,
+    "tracking_id",
+    "tensorboard",
+    "wandb",
+)
+"""What a run writes before its first checkpoint."""
+ENTRIES = (
+    *OF_A_START,
+    "checkpoints",
+    "saes",
+    "figures",
+    "report",
+    "summary.json",
+    "evaluation.json",
+    "evaluation_features.safetensors",
+    "labels.json",
+)
+WITH_LINKS_OF_THEIR_OWN = ("wandb",)
 
 
 class RunFolder:
@@ -30,26 +66,35 @@ class RunFolder:
 
     Args:
         path: an existing run folder; use `create` for a new one.
+        trust_remote_code: allow what the folder's own settings may ask for: running code that comes with the model.
+            The folder may come from anywhere, so its word alone is not enough.
 
     Raises:
-        TrainingError: the folder is not there or holds no run.
+        TrainingError: the folder is not there, holds no run, or holds symbolic links.
     """
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        if not (self.path / "config.json").is_file():
+    def __init__(self, path: Path | str, trust_remote_code: bool = False):
+        self.path, self._trust_remote_code = Path(path), trust_remote_code
+        try:
+            there = (self.path / "config.json").is_file()
+        except (OSError, ValueError):
+            there = False
+        if not there:
             raise TrainingError(
                 f"{str(path)!r} holds no run (no config.json); expected a folder made by `unbraid train`"
             )
+        refuse_links(self.path)
 
     @classmethod
     def require_free(cls, path: Path) -> None:
         """Refuse a path that a new run cannot have; nothing is written.
 
         Raises:
-            TrainingError: the folder exists and is not empty, or cannot be written.
+            TrainingError: the folder exists and holds more than a start that failed before its first checkpoint, or
+                cannot be written.
         """
-        if not holds_nothing(path) and not is_failed_start(path):
+        refuse_links(path)
+        if not holds_nothing(path) and not _is_failed_start(path):
             raise TrainingError(
                 f"run folder {str(path)!r} exists already; expected a new or empty folder; choose another --run, "
                 f"or go on with it by `unbraid resume {path}`"
@@ -63,27 +108,38 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | str, config: RunConfig) -> "RunFolder":
-        """Make a new run folder.
+        """Make a new run folder; one whose start failed before the first checkpoint is begun anew.
 
         Raises:
-            TrainingError: the folder exists and is not empty, or cannot be written.
+            TrainingError: the folder exists and holds something else, is in use, or cannot be written.
         """
         path = Path(path)
         try:
             cls.require_free(path)
             path.mkdir(parents=True, exist_ok=True)
-            clear_start(path)
-            write_json(path / "config.json", config.model_dump(mode="json"))
-        except OSError as error:
+            with _locked(path):
+                _clear(path)
+                mark(path, KIND)
+                write_json(path / "config.json", config.model_dump(mode="json"))
+        except (OSError, ValueError) as error:  # a ValueError for a name no file can have
             raise TrainingError(
-                f"cannot write the run folder {str(path)!r}: {error.strerror}; expected a writable place; choose "
-                "another --run"
+                f"cannot write the run folder {str(path)!r}: {getattr(error, 'strerror', None) or error}; expected a "
+                "writable place; choose another --run"
             ) from error
-        return cls(path)
+        return cls(path, config.model.trust_remote_code)
 
     @property
     def config(self) -> RunConfig:
-        """The run's settings."""
+        """The run's settings, changes made while resuming included, for whoever loads its model.
+
+        Raises:
+            ConfigError: they ask for the model's own code to be run, and nobody allowed it by hand.
+        """
+        return require_trust(self.recorded_config, self._trust_remote_code, str(self.path / "config.json"))
+
+    @property
+    def recorded_config(self) -> RunConfig:
+        """The same settings, for whoever reads results and loads no model."""
         return with_changes(load_config(self.path / "config.json"), self.path)
 
     @property
@@ -116,6 +172,15 @@ class RunFolder:
         """`summary.json`."""
         return self.path / "summary.json"
 
+    def finished_saes(self) -> dict[str, Path]:
+        """Folders of the finished SAEs by name; none where the run has not ended."""
+        if not self.saes.is_dir():
+            return {}
+        for old in self.saes.glob(".*.old"):
+            recover(self.saes / old.name.removeprefix(".").removesuffix(".old"))
+        found = sorted(path for path in self.saes.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return {path.name: path for path in found}
+
     def read_summary(self) -> dict[str, Any]:
         """Contents of `summary.json`.
 
@@ -128,7 +193,7 @@ class RunFolder:
             )
         expected = "the summary of a finished run"
         summary = read_json_object(self.summary, TrainingError, expected)
-        problem = _problem_in_summary(summary, self.config.sae_names)
+        problem = _problem_in_summary(summary, self.recorded_config.sae_names)
         if problem is not None:
             raise TrainingError(f"{str(self.summary)!r}: {problem}; expected {expected}")
         return summary
@@ -140,36 +205,87 @@ class RunFolder:
         Raises:
             TrainingError: another process trains in it.
         """
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(held(self.path))
-            except BlockingIOError:
-                raise TrainingError(
-                    f"another process is training in {str(self.path)!r}; wait for it or choose another run folder"
-                ) from None
+        with _locked(self.path):
             yield
 
 
-OF_A_START = ("config.json", "metrics.jsonl", "timing.jsonl", "changes.jsonl", "tracking_id")
-"""Files that a run writes before its first checkpoint."""
+def default_run_folder(config: RunConfig) -> Path:
+    """`runs/<name of the recipe>`.
+
+    Raises:
+        ConfigError: that name is not the name of one folder.
+    """
+    if not is_folder_name(config.name):
+        raise ConfigError(
+            f"name = {config.name!r} cannot be the name of a folder in runs/; expected letters, digits and the like, "
+            "without a slash; give --run DIR, or change the name"
+        )
+    return Path("runs") / config.name
 
 
-def is_failed_start(path: Path) -> bool:
-    """Whether a folder holds what a run writes before its first checkpoint, and nothing else."""
-    if not (path / "config.json").is_file() or list_checkpoints(path / "checkpoints"):
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(path))
+        except BlockingIOError:
+            raise TrainingError(
+                f"another process is training in {str(path)!r}; wait for it or choose another run folder"
+            ) from None
+        yield
+
+
+def refuse_links(path: Path) -> None:
+    """A run folder may come from anywhere, so nothing is read or written through a link in it.
+
+    Raises:
+        TrainingError: naming the first symbolic link among what a run writes.
+    """
+    link = first_link(path, tuple(name for name in ENTRIES if name not in WITH_LINKS_OF_THEIR_OWN))
+    for name in WITH_LINKS_OF_THEIR_OWN:
+        link = path / name if (path / name).is_symlink() else link
+    if link is not None:
+        raise TrainingError(
+            f"{str(link)!r} is a symbolic link; expected a run folder without any, because what is read and written "
+            "through one lies elsewhere; put the file or folder itself there"
+        )
+
+
+def _is_failed_start(path: Path) -> bool:
+    """Whether unbraid began a run here that left nothing to go on from: only files of a start, and no checkpoint."""
+    if not path.is_dir() or not (_is_marked(path) or _is_start_of_version_0_1(path)):
         return False
-    rest = [entry for entry in path.iterdir() if entry.name not in (LOCK, *OF_A_START) and entry.suffix != ".partial"]
-    return all(entry.name == "checkpoints" and not entry.is_symlink() and _is_empty(entry) for entry in rest)
+    checkpoints = path / "checkpoints"
+    begun = all(
+        entry.name in OF_A_START or is_system_file(entry.name) or entry.name.endswith(".partial")
+        for entry in path.iterdir()
+        if entry != checkpoints
+    )
+    return begun and holds_nothing(checkpoints)
 
 
-def clear_start(path: Path) -> None:
-    """Remove what a failed start left, so that its log is not taken for the new run's."""
+def _is_marked(path: Path) -> bool:
+    marker = read_marker(path)
+    return marker is not None and marker.get("kind") == KIND
+
+
+def _is_start_of_version_0_1(path: Path) -> bool:
+    """Whether the settings lie there as unbraid writes them, complete; it left no marker then."""
+    try:
+        settings = read_json_object(path / "config.json", ConfigError)
+        return load_config(path / "config.json").model_dump(mode="json") == settings
+    except ConfigError:
+        return False
+
+
+def _clear(path: Path) -> None:
+    """Delete what an earlier start logged."""
     for name in OF_A_START:
-        (path / name).unlink(missing_ok=True)
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and all(entry.suffix == ".partial" for entry in folder.iterdir())
+        entry = path / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif name != LOCK:
+            entry.unlink(missing_ok=True)
 
 
 class JsonLines:

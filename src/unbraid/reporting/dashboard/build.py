@@ -1,6 +1,5 @@
 """`unbraid dashboard RUN`: from a run folder to `report/index.html`."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ import torch
 
 from unbraid.activations.rows import ChunkSource
 from unbraid.config import RunConfig
-from unbraid.errors import UnbraidError
 from unbraid.formats.export import open_source
+from unbraid.owned_folders import check_replaceable, written_folder
 from unbraid.reporting.dashboard.entangled import entangled_pairs, pair_contexts
 from unbraid.reporting.dashboard.features import (
     excerpt,
@@ -25,11 +24,12 @@ from unbraid.reporting.dashboard.features import (
 from unbraid.reporting.dashboard.passes import HeldOutPass, held_out_pass, token_texts
 from unbraid.reporting.dashboard.site import (
     FEATURES_PER_CHUNK,
+    KIND,
     PAIRS_PER_CHUNK,
     FeaturePage,
     Site,
     clip,
-    replace_folder,
+    is_of_version_0_1,
     short,
     shorts,
 )
@@ -43,46 +43,42 @@ Say = Callable[[str], None]
 
 
 def write_dashboard(
-    run: Path | str, out: Path | str | None = None, tokens: int = 16_384, say: Say = lambda _text: None
+    run: Path | str,
+    out: Path | str | None = None,
+    tokens: int = 16_384,
+    say: Say = lambda _text: None,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the dashboard of a finished run; returns its `index.html`, which opens in any browser.
 
     Args:
         run: a run folder.
-        out: where to; `report/` in the run folder by default.
+        out: where to; `report/` in the run folder by default, where an earlier dashboard is replaced.
         tokens: held-out token rows to look at.
         say: where progress is told.
+        overwrite: replace an earlier dashboard in `out`.
+        trust_remote_code: allow the run's settings to run code that comes with the model.
 
     Raises:
         UnbraidError: the run has no finished SAE, its model or text is not there, or `out` cannot be written.
     """
     from unbraid.activations.live import LiveActivations
 
-    folder = RunFolder(run)
+    folder = RunFolder(run, trust_remote_code)
     final = Path(out) if out is not None else folder.path / "report"
-    if final.exists() and not (final / "index.html").is_file() and (not final.is_dir() or any(final.iterdir())):
-        raise UnbraidError(
-            f"{str(final)!r} exists and is no dashboard; expected a new folder or a dashboard to replace"
-        )
+    replacing = {"overwrite": overwrite or out is None, "recognise": is_of_version_0_1}
+    check_replaceable(final, KIND, **replacing)
     config = folder.config
     saes = {name: found.sae for name, found in open_source(folder.path).items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say(f"reading {config.model.name}")
-    source = LiveActivations(config, device)
     summary = folder.read_summary() if folder.summary.is_file() else {}
     log = TrainingLog.read(folder.metrics)
-    partial = final.with_name(f".{final.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    say(f"reading {config.model.name}")
+    source = LiveActivations(config, device)
+    with written_folder(final, KIND, **replacing) as partial:
         fill_site(partial, config, source, saes, summary, log, tokens, device, say)
-        replace_folder(partial, final)
-    except OSError as error:
-        raise UnbraidError(
-            f"cannot write the dashboard {str(final)!r}: {error.strerror}; expected a writable place with room"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return final / "index.html"
 
 

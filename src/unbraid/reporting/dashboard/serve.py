@@ -11,7 +11,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class _Quiet(SimpleHTTPRequestHandler):
-    """Serves files, lists no folders, logs nothing."""
+    """Serves files, lists no folders, logs nothing; answers only who asks this machine for files of the dashboard."""
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing."""
@@ -19,6 +19,17 @@ class _Quiet(SimpleHTTPRequestHandler):
     def list_directory(self, path: Any) -> None:
         """Refuse."""
         self.send_error(404)
+
+    def send_head(self) -> Any:
+        """What GET and HEAD share. A page elsewhere that has its own name point here still sends that name as Host."""
+        _, port = self.request.getsockname()
+        if self.headers.get_all("Host") not in [[f"{name}:{port}"] for name in (LOOPBACK, "localhost")]:
+            self.send_error(403, "ask for this server by its address")
+            return None
+        if not Path(self.translate_path(self.path)).resolve().is_relative_to(Path(self.directory).resolve()):
+            self.send_error(404)
+            return None
+        return super().send_head()
 
 
 def serve(index: Path | str, port: int = 0) -> ThreadingHTTPServer:
@@ -29,11 +40,13 @@ def serve(index: Path | str, port: int = 0) -> ThreadingHTTPServer:
         port: 0 takes a free one; `server_address` tells which.
 
     Raises:
-        UnbraidError: there is no dashboard, or the port is taken.
+        UnbraidError: there is no dashboard, or the port is taken or out of range.
     """
     index = Path(index)
     if not index.is_file():
         raise UnbraidError(f"{str(index)!r} is not there; expected a dashboard; write one with `unbraid dashboard RUN`")
+    if not 0 <= port <= 65_535:
+        raise UnbraidError(f"port {port} is out of range; expected 0 to 65535; choose another, or 0 for a free one")
     try:
         return ThreadingHTTPServer((LOOPBACK, port), partial(_Quiet, directory=str(index.parent)))
     except OSError as error:

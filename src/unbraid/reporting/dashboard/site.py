@@ -6,7 +6,7 @@ sets lies in these files as JSON strings and is only ever shown through `textCon
 """
 
 import json
-import shutil
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -20,6 +20,7 @@ from unbraid.reporting.dashboard.features import Excerpt
 
 ASSETS = ("index.html", "app.css", "core.js", "charts.js", "pages.js", "pairs.js")
 FEATURES_PER_CHUNK, PAIRS_PER_CHUNK = 32, 16
+KIND = "dashboard"
 LONGEST_TOKEN = 160
 """Characters of one token that are shown; a longer one is cut and says so."""
 
@@ -94,14 +95,16 @@ class Site:
         return {"at": [item.context, item.start], "tokens": [clip(text) for text in texts], "codes": codes}
 
 
-def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished `partial` where `final` is, in place of what was there."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.replace(old)
-    partial.replace(final)
-    shutil.rmtree(old, ignore_errors=True)
+def is_of_version_0_1(folder: Path) -> bool:
+    """Whether unbraid 0.1, which left no marker, wrote this dashboard: only its files, and its first data file."""
+    names = re.compile(
+        r"index\.html|app\.css|(core|charts|pages|pairs)\.js|data/(run|\d+/(features|pairs|(feature|pair)-\d+))\.js"
+    )
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if any(path.is_symlink() or not names.fullmatch(path.relative_to(folder).as_posix()) for path in files):
+        return False
+    first = folder / "data" / "run.js"
+    return first.is_file() and first.read_bytes().startswith(b'unbraid.provide("run",')
 
 
 def short(value: float | int) -> float | int:

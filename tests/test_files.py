@@ -1,0 +1,93 @@
+"""Files appear whole, never through a link; names and locks mean the same on every system."""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unbraid.files import first_link, folder_name, held, holds_nothing, is_folder_name, write_json
+
+SOURCES = sorted((Path(__file__).parents[1] / "src").rglob("*.py"))
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced_and_what_it_points_to_stays(tmp_path: Path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "a.json").symlink_to(victim)
+    (tmp_path / ".a.json.partial").symlink_to(victim)
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert victim.read_text() == "precious" and not (tmp_path / "a.json").is_symlink()
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_a_lock_that_is_a_link_is_refused_and_two_cannot_hold_one_folder(tmp_path: Path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"), held(tmp_path):
+        pass
+    assert victim.read_text() == "precious"
+    (tmp_path / ".lock").unlink()
+    with held(tmp_path), pytest.raises(BlockingIOError), held(tmp_path):
+        pass
+
+
+def test_files_follow_the_umask(tmp_path: Path):
+    before = os.umask(0o022)
+    try:
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o644
+
+
+def test_a_folder_with_only_system_files_holds_nothing_and_a_download_is_something(tmp_path: Path):
+    for name in (".DS_Store", "Thumbs.db", "._a", ".lock", ".a.json.partial"):
+        (tmp_path / name).write_text("")
+    assert holds_nothing(tmp_path)
+    (tmp_path / "film.partial").write_text("")
+    assert not holds_nothing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("resid_pre.3 -> resid_post.3 + mlp_out.3", "resid_pre.3--to--resid_post.3--and--mlp_out.3"),
+        ("module:encoder.layers.2:input", "module.encoder.layers.2.input"),
+        ("module:a/b", "module.a.b"),
+        ("resid_post.6", "resid_post.6"),
+    ],
+)
+def test_folder_names_are_safe_on_every_system(text: str, name: str):
+    assert folder_name(text) == name and is_folder_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "a/b", "a\\b", "/etc", "nul", "CON.txt", "a\0", "a:b", "x" * 201, "a ", ".a", "\ud800"],
+)
+def test_what_cannot_be_the_name_of_one_folder_is_known(name: str):
+    assert not is_folder_name(name)
+
+
+def test_links_are_found_at_any_depth_and_only_under_the_names_asked_for(tmp_path: Path):
+    (tmp_path / "saes" / "x").mkdir(parents=True)
+    (tmp_path / "mine").symlink_to("/")
+    assert first_link(tmp_path, ("saes", "config.json")) is None
+    (tmp_path / "saes" / "x" / "cfg.json").symlink_to("/etc/passwd")
+    assert first_link(tmp_path, ("saes",)) == tmp_path / "saes" / "x" / "cfg.json"
+
+
+def test_no_module_of_one_system_is_imported(tmp_path: Path):
+    only_posix = re.compile(r"^\s*(import|from) (fcntl|resource|pwd|grp|termios|pty)\b", re.MULTILINE)
+    assert not [path for path in SOURCES if only_posix.search(path.read_text(encoding="utf-8"))]
+
+
+def test_everything_imports_where_fcntl_is_missing():
+    hidden = "import sys; sys.modules['fcntl'] = None; sys.modules['resource'] = None; import unbraid.files"
+    subprocess.run([sys.executable, "-c", hidden], check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
