@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from unbraid.decorrelation import coactive
 from unbraid.decorrelation.comparators import mean_square
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
+from unbraid.distributed.shard import Shard
 from unbraid.kernels.codes import Codes
 
 PATHS = {
@@ -74,10 +76,16 @@ def test_the_mean_square_over_all_pairs_too(ratio, dtype):
     assert (found.gradient - leaf.grad[f_BN > 0]).norm() <= 1e-6 * leaf.grad.norm()
 
 
-def test_correlations_that_rounding_takes_beyond_one_are_counted_in_the_last_bin():
-    """Equal features: C is 1 + 1e-16 for some of them."""
-    for seed in range(20):
-        f_B1 = torch.rand(50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 1e-3
-        for measure in ("cosine", "pearson"):
-            _, stats = SelectiveDecorrelation(1.0, measure=measure)(f_B1 * torch.linspace(0.1, 3, 40).double())
-            assert len(stats.pairs) == 780 and stats.mean == pytest.approx(1) and stats.std < 1e-6
+@pytest.mark.parametrize("take", [True, False], ids=["loops", "lists"])
+@pytest.mark.parametrize("size", [1 + 1e-9, 1.01, 2.0, 1e3])
+def test_correlations_beyond_one_are_ranked_first_and_counted_in_the_last_bin(size, take, monkeypatch):
+    """Rounding that grew would show as C > 1; it must neither be lost nor written past the histogram."""
+    monkeypatch.setattr("unbraid.decorrelation.coactive.loops_take", lambda _: take)
+    codes = Codes.from_dense(torch.rand(50, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.1)
+    z = coactive.scaled(codes, "cosine")
+    larger = z._replace(values=z.values * size)
+    for wanted in (10, 780):
+        chosen = coactive.best(codes.with_values(larger.values), larger, wanted, codes, Shard(40))
+        expected = coactive.best(codes.with_values(z.values), z, wanted, codes, Shard(40))
+        torch.testing.assert_close(chosen[2], expected[2] * size**2, rtol=1e-9, atol=0)
+        assert all(torch.equal(mine, other) for mine, other in zip(chosen[:2], expected[:2], strict=True))
