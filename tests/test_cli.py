@@ -29,7 +29,7 @@ def fails(capsys, *arguments: str) -> str:
         (["trian", "tiny"], "did you mean 'train'?"),
         (["train"], "recipes: tiny, demo, smollm2, gemma-3-270m, gemma-2-2b"),
         (["train", "dmo"], "did you mean 'demo'?"),
-        (["train", "missing.json"], "cannot read the settings file 'missing.json'"),
+        (["train", "missing.json"], "cannot read 'missing.json'"),
         (["train", "tiny", "--sae.nfeatures", "4"], "--sae.n-features"),
         (["train", "tiny", "--sae.n-features", "many"], "many"),
         (["train", "tiny", "--optimiser.lr", "-1"], "greater than 0"),

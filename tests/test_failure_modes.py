@@ -12,7 +12,7 @@ import unbraid
 from unbraid import finish, recipes, run
 from unbraid.activations.buffer import ActivationBuffer
 from unbraid.activations.live import LiveActivations
-from unbraid.config import BufferConfig, RunConfig, SAEConfig, validated
+from unbraid.config import BufferConfig, RunConfig, SAEConfig, overridden
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.errors import ConfigError, ModelError
 from unbraid.randomness import generator
@@ -24,11 +24,7 @@ from unbraid.training.trainee import new_trainee, train_step
 
 def changed(config: RunConfig, **settings: object) -> RunConfig:
     """`config` with dotted settings changed, checked again."""
-    data = config.model_dump()
-    for path, value in settings.items():
-        group, name = path.split("__")
-        data[group][name] = value
-    return validated(RunConfig, data, "test")
+    return overridden(config, {path.replace("__", "."): value for path, value in settings.items()})[0]
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +63,7 @@ def test_an_exception_inside_the_source_reaches_the_caller_as_it_is():
 
 
 def test_no_weight_matrix_starts_at_zero():
-    sae = build(SAEConfig(n_features=32, k=8), 16, generator(0, "test"))
+    sae = build(SAEConfig(n_features=32), 16, generator(0, "test"))
     assert (sae.W_enc.norm(dim=0) > 0.25).all()
     assert (sae.W_dec.norm(dim=1) > 0.5).all()
 

@@ -60,7 +60,7 @@ def test_the_base_install_has_no_logger_plot_server_or_notebook():
         "ipykernel",
     }
     assert not unwanted & {distribution(requirement) for requirement in PROJECT["dependencies"]}
-    assert len(PROJECT["dependencies"]) <= 20
+    assert len(PROJECT["dependencies"]) <= 21
 
 
 def test_every_logger_is_an_extra_and_all_holds_them():

@@ -12,17 +12,20 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from pydantic import ValidationError
 from rich.console import Console
 
-from unbraid.config import EvaluationConfig, RunConfig, SynthConfig, load_config, require_trust, validated
+from unbraid.config import EvaluationConfig, RunConfig, Section, SynthConfig, overridden, read_settings, require_trust
 from unbraid.config.checks import complaints
+from unbraid.config.overrides import merged
 from unbraid.distributed.launch import Launch, execute
 from unbraid.errors import ConfigError, UnbraidError
 from unbraid.feature_model import commands as features
+from unbraid.flags import help_of, read_flags
+from unbraid.plugins import load_plugin
 from unbraid.recipes import RECIPES
 from unbraid.reporting.commands import compare, dashboard, export, search
 from unbraid.training.changes import words_of_resume
@@ -35,10 +38,8 @@ PLACES_THAT_CANNOT_BE_WRITTEN = {
 }
 
 
-@dataclasses.dataclass
-class _Train:
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    run: Path | None = None
+class _TrainOptions(Section):
+    run: str | None = None
     """Run folder to make; runs/<recipe> by default."""
     dry_run: bool = False
     """Print the plan after all of its checks, and stop there."""
@@ -46,53 +47,75 @@ class _Train:
 
 def train(arguments: list[str]) -> None:
     """train RECIPE|config.json [--run DIR] [--any.setting VALUE]: train SAEs, measure them, draw Figure 1."""
-    recipe, rest = _recipe_first(arguments, "train")
-    options = tyro.cli(_Train, default=_Train(_recipe(recipe, rest)), args=rest, prog=f"unbraid train {recipe}")
+    config, own = _run_settings("train", arguments, _TrainOptions)
     from unbraid import run
 
-    if options.dry_run:
-        console.print(str(run.plan(options.config, options.run)), highlight=False, markup=False)
+    path = _path_given(own.get("run"), "--run")
+    if own.get("dry_run"):
+        console.print(str(run.plan(config, path)), highlight=False, markup=False)
         return
-    run.train(options.config, options.run, console=console)
+    run.train(config, path, console=console)
 
 
-@dataclasses.dataclass
-class _Harvest:
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+class _HarvestOptions(Section):
+    pass
 
 
 def harvest(arguments: list[str]) -> None:
     """harvest RECIPE|config.json --cache DIR [--any.setting VALUE]: store the activations a run needs on disk."""
-    recipe, rest = _recipe_first(arguments, "harvest")
-    options = tyro.cli(_Harvest, default=_Harvest(_recipe(recipe, rest)), args=rest, prog=f"unbraid harvest {recipe}")
-    if options.config.cache is None:
+    config, _ = _run_settings("harvest", arguments, _HarvestOptions)
+    if config.cache is None:
         raise ConfigError("harvest needs --cache DIR: the folder to write activations into")
     from unbraid import run
 
-    run.fill_cache(options.config, options.config.cache, console=console)
+    run.fill_cache(config, config.cache, console=console)
 
 
-def _recipe_first(arguments: list[str], command: str) -> tuple[str, list[str]]:
-    """The recipe and what follows it; a bare --help lists the options with the demo's defaults."""
-    if arguments and arguments[0] in ("-h", "--help"):
-        return "demo", arguments
-    if not arguments or arguments[0].startswith("-"):
+def _run_settings(command: str, arguments: list[str], own: type[Section]) -> tuple[RunConfig, dict[str, Any]]:
+    """The settings a command line asks for, and the command's own flags; settings that were dropped are listed."""
+    given = read_flags(arguments, RunConfig, own)
+    if not given.words and not given.wants_help:
         raise ConfigError(
             f"{command} needs a recipe or a settings file first; recipes: {', '.join(RECIPES)}; "
             f"such as `unbraid {command} tiny`"
         )
-    return arguments[0], arguments[1:]
+    recipe = given.words[0] if given.words else "demo"
+    if len(given.words) > 1:
+        raise ConfigError(
+            f"{command} takes one recipe or settings file; found {' '.join(given.words)!r}; drop the rest"
+        )
+    base, by_hand = _recipe(recipe)
+    if recipe.endswith(".json"):
+        require_trust(merged(RunConfig, base, by_hand, recipe)[0], TRUST.removeprefix("--") in given.settings, recipe)
+    config, dropped = merged(RunConfig, base, by_hand | given.settings, f"{command} {recipe}")
+    if given.wants_help:
+        print(
+            help_of(
+                f"unbraid {command} {recipe}: settings, with their values in {recipe}", config, own, given.everything
+            )
+        )
+        sys.exit(0)
+    for setting in dropped:
+        console.print(f"dropped from {recipe}: {setting}", highlight=False, markup=False)
+    return config, given.own
 
 
-def _recipe(name: str, arguments: list[str]) -> RunConfig:
+def _path_given(path: str | None, flag: str) -> Path | None:
+    if path is not None and (not path or "\0" in path):
+        raise ConfigError(f"{flag} = {path!r} is no path; expected the name of a folder")
+    return None if path is None else Path(path)
+
+
+def _recipe(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a recipe or a settings file says, and what of it was given by hand."""
     if name.endswith(".json"):
-        return require_trust(load_config(Path(name)), any(map(_is_trust, arguments)), name)
+        return read_settings(Path(name))
     key = name.replace("_", "-")
     if key not in RECIPES:
         close = difflib.get_close_matches(key, RECIPES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(RECIPES)}"
-        raise ConfigError(f"no recipe {name!r}; expected a recipe or a path ending in .json; {hint}")
-    return RECIPES[key]()
+        raise ConfigError(f"no recipe {name[:80]!r}; expected a recipe or a path ending in .json; {hint}")
+    return RECIPES[key]().model_dump(exclude_unset=True), {}
 
 
 TRUST = "--model.trust_remote_code"
@@ -152,41 +175,49 @@ def launch(arguments: list[str]) -> None:
     print(shlex.join(words))
 
 
-@dataclasses.dataclass
-class _Evaluate:
-    path: tyro.conf.Positional[Path]
-    """A run folder, or an SAE folder in any known layout."""
-    config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EvaluationConfig)
-    trust_remote_code: Trust = False
+class _EvaluateOptions(Section):
+    pass
 
 
 def evaluate(arguments: list[str]) -> None:
     """eval DIR|SAE_DIR [--suite core,geometry,...]: measure SAEs beside their controls into evaluation.json."""
-    options = tyro.cli(_Evaluate, args=arguments, prog="unbraid eval")
+    trusted = any(map(_is_trust, arguments))
+    arguments = [word for word in arguments if not _is_trust(word)]
+    given = read_flags(arguments, EvaluationConfig, _EvaluateOptions, {"suite": "suites"})
+    config = overridden(EvaluationConfig(), given.settings, "eval")[0]
+    if given.wants_help:
+        print(help_of("unbraid eval DIR|SAE_DIR", config, _EvaluateOptions, given.everything))
+        return
+    if len(given.words) != 1:
+        raise ConfigError(f"eval takes one run or SAE folder; found {' '.join(given.words) or 'none'!r}")
     from unbraid.evaluation.suites import run_suites
 
-    run_suites(options.path, options.config, trust_remote_code=options.trust_remote_code, console=console)
+    path = _path_given(given.words[0], "the folder")
+    assert path is not None
+    run_suites(path, config, trust_remote_code=trusted, console=console)
 
 
-@dataclasses.dataclass
-class _Synth:
-    config: Annotated[SynthConfig, tyro.conf.arg(name="")]
-    out: Path | None = None
+class _SynthOptions(Section):
+    out: str | None = None
     """JSON file for the numbers."""
-    resume: Path | None = None
+    resume: str | None = None
     """Folder for checkpoints; the same command goes on from what it finds there."""
 
 
 def synth(arguments: list[str]) -> None:
     """synth [WORLD]: train SAEs on a world with known features and judge them against the truth."""
-    default = SynthConfig()
-    if arguments and not arguments[0].startswith("-"):
-        default = validated(SynthConfig, {"world": arguments[0]}, "synth")
-        arguments = arguments[1:]
-    options = tyro.cli(_Synth, default=_Synth(default), args=arguments, prog="unbraid synth")
+    given = read_flags(arguments, SynthConfig, _SynthOptions)
+    if len(given.words) > 1 or (given.words and "world" in given.settings):
+        raise ConfigError(f"synth takes one world; found {' '.join(given.words)!r}")
+    world = {"world": given.words[0]} if given.words else {}
+    config = overridden(SynthConfig(), given.settings | world, "synth")[0]
+    if given.wants_help:
+        print(help_of("unbraid synth [WORLD]", config, _SynthOptions, given.everything))
+        return
     from unbraid.evaluation.synth import run_synth
 
-    run_synth(options.config, console=console, out=options.out, resume=options.resume)
+    out, checkpoints = (_path_given(given.own.get(name), f"--{name}") for name in ("out", "resume"))
+    run_synth(config, console=console, out=out, resume=checkpoints)
 
 
 def doctor(arguments: list[str]) -> None:
@@ -228,9 +259,19 @@ def usage() -> str:
     lines += [
         "",
         f"recipes: {', '.join(RECIPES)}",
-        "`unbraid COMMAND --help` lists a command's options; --debug shows tracebacks.",
+        "`unbraid COMMAND --help` lists a command's options; --debug shows tracebacks; --plugin MODULE or --plugin",
+        "file.py imports code of yours first, so that architectures and penalties it registers can be named.",
     ]
     return "\n".join(lines)
+
+
+def _load_plugins(arguments: list[str]) -> None:
+    """Import what `--plugin MODULE` names, and take the flag out of the arguments."""
+    while "--plugin" in arguments:
+        at = arguments.index("--plugin")
+        name = arguments[at + 1] if at + 1 < len(arguments) else ""
+        del arguments[at : at + 2]
+        load_plugin(name)
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
@@ -248,6 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     name, *rest = arguments
     try:
+        _load_plugins(rest)
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
@@ -255,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             COMMANDS[name](rest)
         except ValidationError as error:
-            raise ConfigError(f"{name}: {complaints(error, [])}") from error
+            raise ConfigError(f"{name}: {complaints(error, RunConfig)}") from error
     except UnbraidError as error:
         if debug:
             raise

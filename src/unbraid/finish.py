@@ -149,7 +149,7 @@ def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
             continue
         if not 0 < metrics["l0"] < sae.n_features / 2:
             move = "lower" if sae.has_k == (metrics["l0"] > 0) else "raise"
-            setting = f"sae.k (now {sae.k})" if sae.has_k else f"sae.lambda1 (now {sae.lambda1:g})"
+            setting = "{} (now {:g})".format(*sae.sparsity_setting)
             found.append(
                 f"{name} ends with L0 = {metrics['l0']:.1f} of {sae.n_features} features; expected more than 0 and "
                 f"less than half; {move} {setting}"

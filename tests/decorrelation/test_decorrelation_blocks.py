@@ -25,9 +25,9 @@ def half_dense(n_rows: int, n_features: int, seed: int = 0) -> torch.Tensor:
 @given(awkward_codes(), st.sampled_from(["cosine", "pearson"]), st.sampled_from([1, 3]))
 def test_one_block_of_everything_equals_the_exact_path(f_BN, measure, min_support):
     results = []
-    for path in ("blocks", "coactive"):
+    for settings in ({"path": "blocks", "block": 64}, {"path": "coactive"}):
         leaf = f_BN.clone().requires_grad_()
-        decorrelate = SelectiveDecorrelation(0.2, measure=measure, min_support=min_support, path=path, block=64)
+        decorrelate = SelectiveDecorrelation(0.2, measure=measure, min_support=min_support, **settings)
         penalty, stats = decorrelate(leaf)
         penalty.backward()
         gradient_BN = torch.zeros_like(f_BN) if leaf.grad is None else leaf.grad

@@ -147,7 +147,9 @@ def test_pair_numbers_name_every_pair_once():
 @pytest.mark.parametrize("interval", [1, 3])
 def test_every_method_answers_every_form_of_codes_and_repeats(method, interval):
     indices_BK, values_BK = sparse_codes(128, 300, 8, seed=1)
-    config = DecorrelationConfig(method=method, fraction=0.01, groups=5, chunk=64, interval=interval)
+    own = {"none": {}, "static_groups": {"groups": 5, "interval": interval}}
+    own["orthogonal"] = {"chunk": 64, "interval": interval}
+    config = DecorrelationConfig(method=method, fraction=0.01, **own.get(method, {"interval": interval}))
     decoder_ND = torch.randn(300, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
     dense_BN = torch.zeros(128, 300).scatter(1, indices_BK, values_BK).requires_grad_()
     values_BK.requires_grad_()

@@ -76,7 +76,7 @@ def test_lists_hold_every_features_nearest_rows_after_one_rotation():
 
 def test_selection_from_full_lists_is_the_exact_one():
     decoder_ND = clustered_rows(400, 24)
-    decorrelate = SelectiveDecorrelation(0.002, window=8, space="decoder", scan_rows=50, neighbours=12, refresh=8)
+    decorrelate = SelectiveDecorrelation(0.002, space="decoder", scan_rows=50, neighbours=12, refresh=8)
     for _ in range(8):
         _, stats = decorrelate(decoder=decoder_ND)
     exact = decorrelate.exact_selection(decoder_ND)
@@ -102,7 +102,7 @@ def test_lists_keep_up_with_a_decoder_that_trains():
     draws = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(clustered_rows(1024, 64).float(), dim=1)
     directions = torch.nn.functional.normalize(torch.randn(1024, 64, generator=draws), dim=1)
-    decorrelate = SelectiveDecorrelation(window=4, space="decoder", scan_rows=64)
+    decorrelate = SelectiveDecorrelation(refresh=4, space="decoder", scan_rows=64)
     recalls = []
     for step in range(80):
         rows = torch.nn.functional.normalize(rows + 3e-4 * 64**0.5 * directions, dim=1)
@@ -214,7 +214,7 @@ def test_firings_are_remembered_with_the_state_and_need_codes_of_one_width():
         first(torch.ones(5, 3), decoder=torch.ones(3, 8))
     with pytest.raises(CodesError, match="0 forms of codes were passed"):
         SelectiveDecorrelation(space="decoder", push="rarer")(decoder=decoder_ND)
-    with pytest.raises(ConfigError, match="push is 'rarer' with method 'selective' and space 'codes'"):
+    with pytest.raises(ConfigError, match=r"push is read only while decorrelation\.space is decoder or co-active"):
         SelectiveDecorrelation(push="rarer")
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from made_codes import SparseRows, sparse_codes
+from sae_settings import sae_settings
 from torch import Tensor
 
 from unbraid import SelectiveDecorrelation
-from unbraid.config import SAEConfig
 from unbraid.errors import ActivationError, CodesError, UnbraidError
 from unbraid.sae import Codes, build
 from unbraid.sae.build import ARCHITECTURES
@@ -118,7 +118,7 @@ def test_codes_of_any_precision_and_size_have_the_penalty_of_the_same_numbers_in
     f_BN = (dense_codes() * scale).to(dtype)
     if not bool(f_BN.isfinite().all()) or not bool((f_BN > 0).any()):
         return
-    penalty, stats = SelectiveDecorrelation(0.02, path=path, block=64)(f_BN)
+    penalty, stats = SelectiveDecorrelation(0.02, path=path, **({"block": 64} if path == "blocks" else {}))(f_BN)
     expected, exact = SelectiveDecorrelation(0.02)(f_BN.double())
     assert penalty.item() == pytest.approx(expected.item(), abs=1e-5) and penalty.item() > 0.02
     assert stats.tau == pytest.approx(exact.tau, abs=1e-5)
@@ -165,7 +165,7 @@ def test_codes_of_another_type_are_named():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("shape", [(5, 1), (16,), (5, 9), (0, 7)])
 def test_activations_and_codes_of_another_width_are_refused(architecture, shape):
-    sae = build(SAEConfig(architecture=architecture, n_features=32, k=4), 8, torch.Generator().manual_seed(0))
+    sae = build(sae_settings(architecture, n_features=32, k=4), 8, torch.Generator().manual_seed(0))
     with pytest.raises(ActivationError, match=r"expected \[\.\.\., 8\]") as caught:
         sae.encode(torch.zeros(shape))
     assert_one_sentence(caught.value)

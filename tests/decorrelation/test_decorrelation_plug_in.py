@@ -41,7 +41,7 @@ def test_compiled_loops_train_like_eager_ones(space):
     for compiled in (False, True):
         torch._dynamo.reset()
         sae = make_sae()
-        decorrelate = SelectiveDecorrelation(0.01, window=2, space=space)
+        decorrelate = SelectiveDecorrelation(0.01, refresh=2, space=space)
         step = torch.compile(loss_of, backend="aot_eager") if compiled else loss_of
         for _ in range(3):
             step(sae, x_BD, decorrelate).backward()
@@ -50,8 +50,10 @@ def test_compiled_loops_train_like_eager_ones(space):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("space", ["codes", "decoder", "co-active"])
-@pytest.mark.parametrize("path", ["auto", "blocks"])
+@pytest.mark.parametrize(
+    ("space", "path"),
+    [("codes", "auto"), ("codes", "blocks"), ("co-active", "auto"), ("co-active", "blocks"), ("decoder", "auto")],
+)
 def test_autocast_changes_the_codes_but_not_the_arithmetic(space, path):
     x_BD = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     sae = make_sae()

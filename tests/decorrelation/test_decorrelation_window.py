@@ -92,7 +92,7 @@ def test_the_paper_form_has_no_state_and_its_settings_are_the_default():
         {"interval": 3},
         {"threshold": "running"},
         {"window": 2, "space": "co-active"},
-        {"space": "decoder", "window": 3, "scan_rows": 30},
+        {"space": "decoder", "refresh": 3, "scan_rows": 30},
     ],
 )
 def test_a_state_saved_anywhere_goes_on_to_the_same_bytes(settings):

@@ -76,7 +76,7 @@ def test_the_top_k_of_all_ranks_is_the_top_k_of_one(ties):
 @pytest.mark.parametrize("width", [5, 70])
 def test_first_weights_are_slices_of_the_whole_saes(width, monkeypatch):
     monkeypatch.setattr(base, "ROWS_DRAWN", 16)
-    config = SAEConfig(n_features=width, k=2)
+    config = SAEConfig(n_features=width)
     whole = build(config, 3, generator(0, "init")).W_dec
     assert torch.equal(
         whole, torch.nn.functional.normalize(torch.randn(width, 3, generator=generator(0, "init")), dim=1)

@@ -55,7 +55,7 @@ def small() -> RunConfig:
     return RunConfig(
         model=ModelConfig(sites=["resid_post.0"], batch_contexts=4),
         buffer=BufferConfig(contexts=32),
-        sae=SAEConfig(n_features=32, k=4, lambda1=0.02),
+        sae=SAEConfig(n_features=32, lambda1=0.02),
         optimiser=OptimiserConfig(lr=1e-2, warmup_steps=4),
         training=TrainingConfig(tokens=20 * 32, batch_tokens=32, checkpoint_every=5, log_every=5),
     )

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from sae_settings import sae_settings
 
-from unbraid.config import OptimiserConfig, SAEConfig
+from unbraid.config import OptimiserConfig
 from unbraid.kernels import products
 from unbraid.kernels.codes import Codes
 from unbraid.sae import build
@@ -39,9 +40,7 @@ def test_products_on_cuda_equal_those_on_the_cpu_and_repeat_bit_for_bit():
 def test_steps_on_cuda_end_with_the_weights_of_the_cpu(name, path):
     ends = []
     for device in ("cpu", "cuda"):
-        sae = build(
-            SAEConfig(architecture=name, n_features=N, k=K, corruption=0.0), D, torch.Generator().manual_seed(0)
-        )
+        sae = build(sae_settings(name, n_features=N, k=K, corruption=0.0), D, torch.Generator().manual_seed(0))
         sae = sae.to(device)
         optimiser = SAEOptimiser(sae, OptimiserConfig())
         generator = torch.Generator().manual_seed(1)
@@ -58,7 +57,7 @@ def test_steps_on_cuda_end_with_the_weights_of_the_cpu(name, path):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bfloat16_products_train_float32_weights(name):
-    sae = build(SAEConfig(architecture=name, n_features=N, k=K), D, torch.Generator().manual_seed(0)).cuda()
+    sae = build(sae_settings(name, n_features=N, k=K), D, torch.Generator().manual_seed(0)).cuda()
     optimiser = SAEOptimiser(sae, OptimiserConfig())
     losses = []
     for step in range(60):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sae_settings import sae_settings
 
 from unbraid.config import OptimiserConfig, SAEConfig, validated
 from unbraid.errors import ActivationError, ConfigError
@@ -16,7 +17,7 @@ D, N, K = 16, 64, 4
 
 def make(architecture: str, seed: int = 0, **settings) -> SAE:
     settings = {"n_features": N, "k": K} | settings
-    return build(SAEConfig(architecture=architecture, **settings), D, torch.Generator().manual_seed(seed))
+    return build(sae_settings(architecture, **settings), D, torch.Generator().manual_seed(seed))
 
 
 def batch(rows: int, seed: int = 1) -> torch.Tensor:
@@ -52,7 +53,7 @@ def test_the_decoder_bias_starts_at_zero_and_the_encoder_at_a_multiple_of_the_de
 
 @pytest.mark.parametrize("name", ["relu", "topk", "batch_topk"])
 def test_the_encoder_starts_at_the_multiple_of_the_decoder_that_reconstructs_best(name):
-    config = SAEConfig(architecture=name, n_features=1024, k=32)
+    config = sae_settings(name, n_features=1024, k=32)
     x_BD = torch.randn(256, 128, generator=torch.Generator().manual_seed(1)) / 128**0.5
 
     def loss(factor: float) -> float:

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from sae_settings import sae_settings
 from torch import Tensor
 
-from unbraid.config import OptimiserConfig, SAEConfig
+from unbraid.config import OptimiserConfig
 from unbraid.sae import SAE, Codes, build
 from unbraid.sae.build import ARCHITECTURES
 from unbraid.training.optimiser import SAEOptimiser
@@ -34,7 +35,7 @@ def case(name: str, **changes) -> tuple[SAE, Tensor]:
     """An SAE with biases away from zero, and a batch, in float64."""
     generator = torch.Generator().manual_seed(7)
     settings = {"architecture": name, "n_features": N, "k": K} | CASES[name] | changes
-    sae = build(SAEConfig(**settings), D, generator).double()
+    sae = build(sae_settings(**settings), D, generator).double()
     with torch.no_grad():
         for parameter in sae.parameters():
             if parameter.ndim == 1:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sae_settings import sae_settings
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
 from unbraid.sae import SAE, build
@@ -18,7 +19,7 @@ THRESHOLDED = [name for name in ARCHITECTURES if name not in TOPK_FAMILY]
 
 def make(architecture: str, **settings) -> SAE:
     settings = {"n_features": N, "k": K} | settings
-    return build(SAEConfig(architecture=architecture, **settings), D, torch.Generator().manual_seed(0))
+    return build(sae_settings(architecture, **settings), D, torch.Generator().manual_seed(0))
 
 
 def batch(rows: int = 64, seed: int = 1) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
+from unbraid.config import DecorrelationConfig, OptimiserConfig, VariantConfig
 from unbraid.randomness import generator
 from unbraid.sae.build import ARCHITECTURES
 from unbraid.training.normalisation import Normalisation
@@ -55,7 +55,7 @@ def curve(case: str) -> dict[str, list[float]]:
     """Losses and L0 at every tenth step of a short run in which some features count as dead."""
     settings = VariantConfig(
         seed=0,
-        sae=SAEConfig(
+        sae=sae_settings(
             **CASES[case],
             n_features=N,
             k=K,

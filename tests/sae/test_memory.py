@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from sae_settings import sae_settings
 from torch.profiler import ProfilerActivity, profile
 
-from unbraid.config import OptimiserConfig, SAEConfig
+from unbraid.config import OptimiserConfig
 from unbraid.kernels import workspace
 from unbraid.sae import SAE, build
 from unbraid.sae.build import ARCHITECTURES
@@ -41,7 +42,7 @@ CASES = {name: {} for name in ARCHITECTURES} | {"jumprelu-tanh": {"jumprelu_spar
 def test_a_step_needs_half_a_batch_of_codes_beyond_the_preactivations(name, path):
     generator = torch.Generator().manual_seed(0)
     architecture = name.partition("-")[0]
-    sae = build(SAEConfig(architecture=architecture, n_features=N, k=K, **CASES[name]), D, generator)
+    sae = build(sae_settings(architecture, n_features=N, k=K, **CASES[name]), D, generator)
     with torch.no_grad():
         if path == "sparse" and name not in ("topk", "batch_topk", "matryoshka"):
             (sae.b_gate if name == "gated" else sae.b_enc).fill_(-2.2 / D**0.5)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sae_settings import sae_settings
 
 import unbraid
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig, validated
@@ -33,7 +34,7 @@ def batch(seed: int = 0, rows: int = B) -> torch.Tensor:
 
 
 def made(**settings) -> SAE:
-    return build(SAEConfig(**({"n_features": N, "k": 4} | settings)), D, torch.Generator().manual_seed(0))
+    return build(sae_settings(**({"n_features": N, "k": 4} | settings)), D, torch.Generator().manual_seed(0))
 
 
 def active(sae: SAE, step: int, steps: int) -> float:

@@ -1,9 +1,9 @@
 """Random models of real families with random dictionaries, for tests of the feature model."""
 
 import torch
+from sae_settings import sae_settings
 
 from unbraid.activations.random_model import WIDTH, random_model
-from unbraid.config import SAEConfig
 from unbraid.feature_model import FeatureModel
 from unbraid.sae import SAE, build
 
@@ -13,7 +13,7 @@ TEXT = ["kate bola mima tuko pali", "zuka pali roda, hello", "mima mima"]
 
 def random_sae(seed: int, architecture: str = "relu", n_features: int = 96) -> SAE:
     draws = torch.Generator().manual_seed(seed)
-    sae = build(SAEConfig(architecture=architecture, n_features=n_features, k=8), WIDTH, draws)
+    sae = build(sae_settings(architecture, n_features=n_features, k=8), WIDTH, draws)
     with torch.no_grad():
         for parameter in sae.state_dict().values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=draws)

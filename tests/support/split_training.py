@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from fake_source import FakeSource
+from sae_settings import sae_settings
 
 from unbraid import recipes
 from unbraid.activations.live import LiveActivations
-from unbraid.config import DecorrelationConfig, OptimiserConfig, RunConfig, SAEConfig, VariantConfig
+from unbraid.config import DecorrelationConfig, OptimiserConfig, RunConfig, VariantConfig
 from unbraid.decorrelation.base import Penalty
 from unbraid.distributed.mesh import Mesh, lay_out
 from unbraid.distributed.ranks import Ranks
@@ -47,7 +48,7 @@ def train_split(ranks: Ranks, settings: dict[str, Any], steps: int, path: str, d
     """Weights of the whole SAE after `steps` steps on a forced path, and each step's loss, norm and sparsity."""
     variant = VariantConfig(
         seed=0,
-        sae=SAEConfig(**settings),
+        sae=sae_settings(**settings),
         decorrelation=DecorrelationConfig(method="none"),
         optimiser=OptimiserConfig(warmup_steps=0),
     )
@@ -125,7 +126,9 @@ def run_config(settings: dict[str, Any], variants: dict[str, dict] | None = None
     data: dict[str, Any] = {
         "model": {"sites": ["resid_post.0"], "batch_contexts": 4},
         "buffer": {"contexts": 32},
-        "sae": {"n_features": SPLIT["N"], "dead_after_tokens": 800, "lambda1": 0.02, "k": 4} | settings,
+        "sae": sae_settings(
+            **({"n_features": SPLIT["N"], "dead_after_tokens": 800, "lambda1": 0.02, "k": 4} | settings)
+        ),
         "decorrelation": {"lambda2": 0.3, "fraction": 0.01},
         "optimiser": {"lr": 3e-3, "warmup_steps": 4},
         "training": {"tokens": SPLIT["steps"] * 32, "batch_tokens": 32, "log_every": 5, "checkpoint_every": 10},

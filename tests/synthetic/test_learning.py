@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from sae_settings import sae_settings
 
-from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
+from unbraid.config import DecorrelationConfig, OptimiserConfig, VariantConfig
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.errors import TrainingError
 from unbraid.synthetic import build_world
@@ -13,7 +14,7 @@ from unbraid.synthetic.learning import train_on_world
 def variant(seed: int = 3, architecture: str = "topk", lambda2: float = 0.1) -> VariantConfig:
     return VariantConfig(
         seed=seed,
-        sae=SAEConfig.model_validate({"architecture": architecture, "n_features": 16, "k": 2}),
+        sae=sae_settings(architecture, n_features=16, k=2),
         decorrelation=DecorrelationConfig(lambda2=lambda2, space="decoder"),
         optimiser=OptimiserConfig(lr=3e-3, warmup_steps=2),
     )

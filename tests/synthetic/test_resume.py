@@ -20,7 +20,7 @@ class Killed(Exception):
 
 def variants() -> list[VariantConfig]:
     saes = [SAEConfig(architecture=name, n_features=16, k=2) for name in ("batch_topk", "matryoshka")]
-    penalty = DecorrelationConfig(space="decoder", lambda2=0.1, window=2)
+    penalty = DecorrelationConfig(space="decoder", lambda2=0.1, refresh=2)
     return [VariantConfig(seed=1, sae=sae, decorrelation=penalty, optimiser=OptimiserConfig(lr=3e-3)) for sae in saes]
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from fake_source import FakeSource
+from sae_settings import sae_settings
 
-from unbraid.config import BufferConfig, ModelConfig, OptimiserConfig, RunConfig, SAEConfig, TrainingConfig
+from unbraid.config import BufferConfig, ModelConfig, OptimiserConfig, RunConfig, TrainingConfig
 from unbraid.training.loop import train_saes
 from unbraid.training.run_folder import RunFolder
 
@@ -48,15 +49,15 @@ def logged(folder: Path, log_every: int, decorrelation: dict, architecture: str)
     config = RunConfig(
         model=ModelConfig(sites=["resid_post.0"], batch_contexts=4),
         buffer=BufferConfig(contexts=32),
-        sae=SAEConfig(architecture=architecture, n_features=32, dead_after_tokens=100_000, lambda1=0.02, k=4),
+        sae=sae_settings(architecture, n_features=32, dead_after_tokens=100_000, lambda1=0.02, k=4),
         optimiser=OptimiserConfig(lr=1e-2, warmup_steps=4),
         training=TrainingConfig(tokens=STEPS * 32, batch_tokens=32, log_every=log_every, checkpoint_every=0),
         variants={
             "penalised": {f"decorrelation.{name}": value for name, value in decorrelation.items()},
             "late": {f"decorrelation.{name}": value for name, value in decorrelation.items()}
-            | {"optimiser.decorrelation_warmup_steps": 30},
+            | ({} if decorrelation == {"method": "none"} else {"optimiser.decorrelation_warmup_steps": 30}),
             "twin": {f"decorrelation.{name}": value for name, value in decorrelation.items()}
-            | {"decorrelation.lambda2": 0},
+            | ({} if decorrelation == {"method": "none"} else {"decorrelation.lambda2": 0}),
         },
     )
     folder = RunFolder.create(folder, config)
@@ -86,7 +87,7 @@ def test_a_step_between_two_penalties_logs_null_and_never_zero(tmp_path):
             assert all((record[name] is not None) == acts for name in measured)
 
 
-@pytest.mark.parametrize("settings", [{"window": 40}, {"space": "decoder", "scan_rows": 1}])
+@pytest.mark.parametrize("settings", [{"window": 22}, {"space": "decoder", "scan_rows": 3, "interval": 2}])
 def test_a_state_that_is_not_full_yet_logs_null(tmp_path, settings):
     for record in logged(tmp_path / "run", 20, settings, "topk")[20].values():
         assert record["decorrelation"]["path"] == "filling"

@@ -10,7 +10,7 @@ import pytest
 
 import unbraid
 from unbraid import recipes, run
-from unbraid.config import RunConfig, validated
+from unbraid.config import RunConfig, overridden
 from unbraid.errors import ConfigError, TrainingError
 from unbraid.training import loggers
 from unbraid.training.loggers import LOGGERS
@@ -21,9 +21,10 @@ LOSS = "resid_post.1_twin/loss"
 
 
 def config(*names: str) -> RunConfig:
-    data = recipes.tiny().model_dump()
-    data["training"] |= {"tokens": 5120, "checkpoint_every": 10, "loggers": list(names), "log_project": "test"}
-    return validated(RunConfig, data, "test")
+    settings = {"training.tokens": 5120, "training.checkpoint_every": 10, "training.loggers": list(names)}
+    if set(names) & {"wandb", "trackio"}:
+        settings["training.log_project"] = "test"
+    return overridden(recipes.tiny(), settings)[0]
 
 
 def expected(folder: Path, name: str = LOSS) -> dict[int, float]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_source import FakeSource
+from sae_settings import sae_settings
 
 from unbraid.config import (
     BufferConfig,
@@ -65,7 +66,7 @@ def r2_of_a_run(folder, offset: float, architecture: str) -> float:
     config = RunConfig(
         model=ModelConfig(sites=["resid_post.0"], batch_contexts=4),
         buffer=BufferConfig(contexts=64),
-        sae=SAEConfig(architecture=architecture, n_features=48, k=4, lambda1=0.02, dead_after_tokens=4000),
+        sae=sae_settings(architecture, n_features=48, k=4, lambda1=0.02, dead_after_tokens=4000),
         optimiser=OptimiserConfig(lr=1e-2, warmup_steps=4),
         training=TrainingConfig(tokens=60 * 32, batch_tokens=32, log_every=50),
     )

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from sae_settings import sae_settings
 
-from unbraid.config import OptimiserConfig, SAEConfig
+from unbraid.config import OptimiserConfig
 from unbraid.errors import TrainingError
 from unbraid.sae import SAE, build
 from unbraid.training.optimiser import SAEOptimiser
@@ -14,7 +15,7 @@ D, N = 12, 600
 
 
 def make(architecture: str = "topk", seed: int = 0) -> SAE:
-    config = SAEConfig(architecture=architecture, n_features=N, k=4)
+    config = sae_settings(architecture, n_features=N, k=4)
     return build(config, D, torch.Generator().manual_seed(seed))
 
 

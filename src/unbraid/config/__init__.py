@@ -5,41 +5,51 @@ constants where it gives them (Adam, lr 3e-4, lambda1 0.04, 1000 warm-up steps, 
 128 tokens per model pass, a buffer of 2048 contexts); named settings live in `recipes.py`.
 """
 
-from unbraid.config.checks import validated
-from unbraid.config.decorrelation import DecorrelationConfig, Floor
+from unbraid.config.checks import Section, above, active_when, including, validated
+from unbraid.config.decorrelation import DecorrelationConfig, Floor, PenaltyConfig
 from unbraid.config.measuring import EvaluationConfig, ProbingConfig, SpellingConfig, SynthConfig, WorldConfig
+from unbraid.config.overrides import Dropped, overridden
 from unbraid.config.run import (
-    Architecture,
     BufferConfig,
     ModelConfig,
     OptimiserConfig,
     RunConfig,
-    SAEConfig,
     TextConfig,
     TrainingConfig,
     VariantConfig,
     load_config,
+    read_settings,
     require_trust,
 )
+from unbraid.config.sae import SAEConfig, WeightedSAEConfig, WithKConfig
 
 __all__ = [
-    "Architecture",
     "BufferConfig",
     "DecorrelationConfig",
+    "Dropped",
     "EvaluationConfig",
     "Floor",
     "ModelConfig",
     "OptimiserConfig",
+    "PenaltyConfig",
     "ProbingConfig",
     "RunConfig",
     "SAEConfig",
+    "Section",
     "SpellingConfig",
     "SynthConfig",
     "TextConfig",
     "TrainingConfig",
     "VariantConfig",
+    "WeightedSAEConfig",
+    "WithKConfig",
     "WorldConfig",
+    "above",
+    "active_when",
+    "including",
     "load_config",
+    "overridden",
+    "read_settings",
     "require_trust",
     "validated",
 ]

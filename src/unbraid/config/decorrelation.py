@@ -1,69 +1,88 @@
-"""The settings of decorrelation: of a run, of a variant, and of the penalty in a training loop of one's own."""
+"""The settings every penalty on features has; each method adds its own where it is defined, in `unbraid.decorrelation`.
 
-from typing import Literal
+How tau is kept from falling (`Floor`) is shared by several methods and stands here.
+"""
 
-from pydantic import Field, model_validator
+import re
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from unbraid.config.checks import Section
-from unbraid.errors import ConfigError
+from pydantic import AfterValidator, Field
 
-Floor = float | Literal["chance"] | None
+from unbraid.config.checks import Common, wrong
+from unbraid.config.kinds import Kinds, Registry
+
+if TYPE_CHECKING:
+    from unbraid.decorrelation.base import Penalty
+
+CHANCE = re.compile(r"(?:(\d+(?:\.\d+)?)\s*\*?\s*)?chance")
 
 
-class DecorrelationConfig(Section):
-    """Selective feature decorrelation (Eq. 2-4) and what it is compared with."""
+def chance_share(floor: str) -> float | None:
+    """`"0.6 chance"` -> 0.6, `"chance"` -> 1.0; None for any other text."""
+    match = CHANCE.fullmatch(floor.strip())
+    return None if match is None else float(match[1] or 1.0)
 
-    method: Literal["none", "selective", "global", "static_groups", "orthogonal", "random_pairs"] = "selective"
+
+def _checked_floor(floor: float | str | None) -> float | str | None:
+    share = chance_share(floor) if isinstance(floor, str) else floor
+    if floor is not None and (share is None or not (0 <= share <= 1 if isinstance(floor, str) else 0 <= share < 1)):
+        raise wrong(
+            f"decorrelation.floor = {floor!r}; expected a cosine of at least 0 and below 1, or a share of chance level "
+            "such as '0.6 chance', at most 1"
+        )
+    return floor
+
+
+Floor = Annotated[float | str | None, AfterValidator(_checked_floor)]
+
+
+class DecorrelationConfig(Kinds):
+    """Selective feature decorrelation (Eq. 2-4) and what it is compared with.
+
+    Calling it gives the class of the method named, with the settings that method reads.
+    """
+
+    group = "decorrelation"
+    names_kind = "method"
+    default_kind = "selective"
+    registry: ClassVar["Registry[type[Penalty]]"] = Registry(
+        "decorrelation.method", "unbraid.decorrelation.comparators"
+    )
+    selects: ClassVar[bool] = False
+    """Whether the method chooses pairs by their correlation."""
+
+    @property
+    def can_be_split(self) -> bool:
+        """Whether the SAE's features may be divided among ranks."""
+        return True
+
+    if TYPE_CHECKING:  # any kind's settings
+
+        def __init__(self, **settings: Any) -> None: ...
+
+    method: Annotated[str, Common] = "selective"
     """selective: the paper's idea; the others are comparators under the same interface."""
-    lambda2: float = Field(default=0.1, ge=0.0)
-    """Weight of the penalty R(tau); 0 measures without penalising."""
-    fraction: float = Field(default=1e-3, gt=0.0, le=1.0)
-    """Share of live pairs selected."""
-    measure: Literal["cosine", "pearson"] = "cosine"
-    """Correlation of two features over a batch; cosine is the paper's Eq. 2."""
-    space: Literal["codes", "decoder", "co-active"] = "codes"
-    """codes: the paper's; decoder: overlap of decoder rows; co-active: pairs chosen by codes, penalised by decoder."""
-    push: Literal["both", "rarer"] = "both"
-    """space=decoder and co-active: both rows of a pair move, or only the one of the feature that fires more seldom."""
-    window: int = Field(default=1, ge=1)
-    """Select on the codes of the last M batches, every M steps; 1 is the paper's per-batch form."""
-    min_support: int = Field(default=1, ge=1)
-    """Features that fired fewer times in the window are left out of the selection."""
-    refresh: int | None = Field(default=None, ge=1)
-    """Re-select every so many steps; none does so every `window` steps."""
+    fraction: Annotated[float, Common] = Field(default=1e-3, gt=0.0, le=1.0)
+    """Share of live pairs selected, and counted as the top of the correlations in summaries."""
+
+    @property
+    def weight(self) -> float:
+        """lambda2 of Eq. 1; zero for a method without a penalty."""
+        return self.lambda2 if isinstance(self, PenaltyConfig) else 0.0
+
+    def problem_with_width(self, n_features: int) -> str | None:
+        """What is wrong with these settings for an SAE of that many features."""
+        return None
+
+    def first_penalised_step(self, n_features: int) -> int:
+        """The first step, counted from one, on which the penalty can act."""
+        return 1
+
+
+class PenaltyConfig(DecorrelationConfig):
+    """Methods that add something to the loss."""
+
+    lambda2: Annotated[float, Common] = Field(default=0.1, ge=0.0)
+    """Weight of the penalty; 0 measures without penalising."""
     interval: int = Field(default=1, ge=1)
     """Penalise every T-th step with weight T."""
-    threshold: Literal["batch", "running", "fixed"] = "batch"
-    """tau: mu + sigma of this selection, its running mean, or `tau`."""
-    tau: float = Field(default=0.2, ge=0.0, le=1.0)
-    """The fixed threshold, for threshold=fixed."""
-    threshold_decay: float = Field(default=0.99, ge=0.0, lt=1.0)
-    """Decay of the running mean, for threshold=running."""
-    floor: Floor = None
-    """tau never falls below this; chance = sqrt(2 ln N / D) in decoder space."""
-    max_pairs_per_feature: int | None = Field(default=None, ge=1)
-    """Caps |S| at this many pairs per live feature, which makes it linear in N."""
-    groups: int = Field(default=64, ge=1)
-    """static_groups: number of fixed subsets."""
-    chunk: int = Field(default=8192, ge=2)
-    """orthogonal (OrtSAE): features per random chunk."""
-    block: int = Field(default=512, ge=2)
-    """Features per random block when codes are too dense for the exact path."""
-    pair_budget: int = Field(default=64_000_000, ge=1)
-    """Most co-activations W of a batch the exact path enumerates before blocks take over."""
-    path: Literal["auto", "coactive", "blocks", "tiled"] = "auto"
-    """How pairs are found. Of codes: coactive is exact, blocks samples dense codes, auto is coactive within
-    pair_budget. space=decoder: auto keeps lists of neighbours, tiled compares all rows at each selection."""
-    scan_rows: int = Field(default=256, ge=1)
-    """space=decoder: rows compared with all others at each penalised step; S is first chosen when all have been."""
-    neighbours: int = Field(default=16, ge=1)
-    """space=decoder: nearest rows remembered per feature."""
-
-    @model_validator(mode="after")
-    def _rows_can_be_pushed(self) -> "DecorrelationConfig":
-        if self.push == "rarer" and (self.space == "codes" or self.method not in ("selective", "random_pairs")):
-            raise ConfigError(
-                f"decorrelation.push is 'rarer' with method {self.method!r} and space {self.space!r}; expected "
-                "selective pairs of decoder rows; set decorrelation.space to decoder or co-active, or push to both"
-            )
-        return self

@@ -1,15 +1,13 @@
 """The settings of what is measured: `unbraid eval`, synthetic worlds and `unbraid synth`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import tyro
-from pydantic import Field, model_validator
-from tyro.constructors import PrimitiveConstructorSpec
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from unbraid.config.checks import Section
+from unbraid.config.checks import Common, Condition, Location, Section, above, active_when, including, wrong
 from unbraid.config.decorrelation import DecorrelationConfig
-from unbraid.config.run import Architecture, TextConfig
-from unbraid.errors import ConfigError
+from unbraid.config.run import Device, TextConfig
+from unbraid.config.sae import MOST_FEATURES, SAEConfig
 
 
 class WorldConfig(Section):
@@ -19,7 +17,7 @@ class WorldConfig(Section):
     """True features G."""
     d_model: int = Field(default=768, ge=1)
     """Width D of the activations."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     """The one seed the world itself derives from; samples have their own generator."""
     max_probability: float = Field(default=0.4, gt=0.0, lt=1.0)
     """Firing probability of the most common feature."""
@@ -29,15 +27,15 @@ class WorldConfig(Section):
     """How fast the firing probability falls with the rank of a feature."""
     roots: int = Field(default=128, ge=0)
     """Features at the top of a hierarchy; features beyond the trees stand alone."""
-    branching: int = Field(default=4, ge=1)
+    branching: Annotated[int, active_when(roots=above(0), depth=above(0))] = Field(default=4, ge=1)
     """Children of every parent."""
-    depth: int = Field(default=3, ge=0)
+    depth: Annotated[int, active_when(roots=above(0))] = Field(default=3, ge=0, le=64)
     """Levels below the roots."""
-    exclusive_siblings: bool = True
+    exclusive_siblings: Annotated[bool, active_when(roots=above(0), depth=above(0))] = True
     """At most one child of a parent fires at a time."""
     correlation_rank: int = Field(default=25, ge=0)
     """Shared factors of the Gaussian copula; 0 makes families fire independently."""
-    correlation_scale: float = Field(default=0.1, ge=0.0)
+    correlation_scale: Annotated[float, active_when(correlation_rank=above(0))] = Field(default=0.1, ge=0.0)
     """Standard deviation of a feature's loading on each factor."""
     magnitude_first: float = Field(default=5.0, gt=0.0)
     """Mean magnitude of the most common feature."""
@@ -51,19 +49,19 @@ class WorldConfig(Section):
     """Norm of the constant added to every activation."""
     orthogonalise_steps: int = Field(default=100, ge=0)
     """Adam steps that push the true directions apart."""
-    orthogonalise_lr: float = Field(default=3e-4, gt=0.0)
+    orthogonalise_lr: Annotated[float, active_when(orthogonalise_steps=above(0))] = Field(default=3e-4, gt=0.0)
     """Their learning rate."""
 
     @model_validator(mode="after")
     def _trees_fit(self) -> "WorldConfig":
         needed = self.roots * sum(self.branching**level for level in range(self.depth + 1))
         if needed > self.n_features:
-            raise ConfigError(
+            raise wrong(
                 f"{self.roots} roots x {self.branching} children x {self.depth} levels need {needed} features; "
                 f"expected at most n_features = {self.n_features}; lower roots, branching or depth"
             )
         if self.min_probability > self.max_probability:
-            raise ConfigError(
+            raise wrong(
                 f"min_probability {self.min_probability} is above max_probability {self.max_probability}; swap them"
             )
         return self
@@ -73,29 +71,26 @@ Suite = Literal["core", "correlation", "contexts", "geometry", "probing", "absor
 SUITES: list[Suite] = ["core", "correlation", "contexts", "geometry", "probing", "absorption", "ground-truth"]
 
 
-def _read_suites(text: str) -> list[Suite]:
-    names = [name.strip() for name in text.split(",")]
+def _checked_suites(names: Any) -> Any:
+    """Names in a list or after commas, in the order they are run in."""
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return names
+    names = [name.strip() for words in names for name in words.split(",")]
     for name in names:
         if name not in SUITES:
-            raise ConfigError(f"there is no suite {name!r}; expected some of {','.join(SUITES)}")
+            raise wrong(f"there is no suite {name[:80]!r}; expected some of {','.join(SUITES)}")
     return [suite for suite in SUITES if suite in names]
 
 
-Suites = Annotated[
-    list[Suite],
-    tyro.conf.arg(name="suite"),
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="SUITE,...",
-        instance_from_str=lambda words: _read_suites(words[0]),
-        is_instance=lambda value: isinstance(value, list),
-        str_from_instance=lambda value: [",".join(value)],
-    ),
-]
+Suites = Annotated[list[Suite], Field(min_length=1), BeforeValidator(_checked_suites), Common]
 
 
 class ProbingConfig(Section):
     """k-sparse probing: which labelled texts, and how many."""
+
+    group = "probing"
 
     train: int = Field(default=128, ge=4)
     """Texts per task a probe is fitted on, half of them positive."""
@@ -123,6 +118,8 @@ class ProbingConfig(Section):
 class SpellingConfig(Section):
     """First-letter absorption: how many words the model is asked about."""
 
+    group = "spelling"
+
     train: int = Field(default=80, ge=4)
     """Words a letter that probes are fitted on (fewer where the vocabulary has fewer)."""
     test: int = Field(default=20, ge=2)
@@ -133,67 +130,95 @@ class SpellingConfig(Section):
     """Words whose first letter the model must name, to see whether it can spell at all; in whole prompts of 15."""
 
 
+GIVEN = Condition(lambda value: value is not None, "given")
+
+
 class EvaluationConfig(Section):
     """What `unbraid eval` measures, and on how much."""
 
-    suites: Suites = SUITES
+    suites: Suites = Field(default_factory=lambda: list(SUITES))
     """What to run, separated by commas; suites that do not apply are skipped with the reason."""
-    tokens: int = Field(default=12_288, ge=1)
+    tokens: Annotated[int, Common, active_when(suites=including("core", "correlation"))] = Field(default=12_288, ge=1)
     """Held-out tokens for core and correlation, in whole contexts."""
-    splice_contexts: int = Field(default=6, ge=1)
+    splice_contexts: Annotated[int, active_when(suites=including("core"))] = Field(default=6, ge=1)
     """Held-out contexts on which reconstructions are spliced into the model: several full passes each."""
-    fraction: float = Field(default=1e-3, gt=0.0, le=1.0)
+    fraction: Annotated[float, active_when(suites=including("correlation"))] = Field(default=1e-3, gt=0.0, le=1.0)
     """Share of live pairs that counts as the top of the correlations."""
-    replicates: int = Field(default=20, ge=2)
+    replicates: Annotated[int, active_when(suites=including("correlation"))] = Field(default=20, ge=2)
     """Bootstrap samples behind each interval of the correlation suite."""
-    context_features: int = Field(default=48, ge=1)
+    context_features: Annotated[int, active_when(suites=including("contexts"))] = Field(default=48, ge=1)
     """Features per SAE whose contexts are scored by the sentence encoder, drawn from those with enough of them."""
-    meta_steps: int = Field(default=200, ge=1)
+    meta_steps: Annotated[int, active_when(suites=including("geometry"))] = Field(default=200, ge=1)
     """Training steps of the meta-SAE behind the composition rate; SAEBench takes 1500. Compare only at equal steps."""
-    probing: ProbingConfig = ProbingConfig()
-    spelling: SpellingConfig = SpellingConfig()
+    probing: Annotated[ProbingConfig, active_when(suites=including("probing"))] = Field(default_factory=ProbingConfig)
+    spelling: Annotated[SpellingConfig, active_when(suites=including("absorption"))] = Field(
+        default_factory=SpellingConfig
+    )
     controls: bool = True
     """Measure what has learned nothing beside the SAEs: a random SAE, a permuted decoder, PCA."""
-    world: str | None = None
+    world: Annotated[str | None, active_when(suites=including("ground-truth"))] = None
     """Synthetic world the SAEs were trained on, for the ground-truth suite."""
-    world_samples: int = Field(default=100_000, ge=1)
+    world_samples: Annotated[int, active_when(suites=including("ground-truth"), world=GIVEN)] = Field(
+        default=100_000, ge=1
+    )
     """Samples of that world."""
-    model: str | None = None
+    model: Annotated[str | None, Common] = None
     """Language model, where the SAE's folder does not say (or under another name here)."""
-    site: str | None = None
+    site: Annotated[str | None, Common] = None
     """Site, where the SAE's folder does not say."""
-    text: TextConfig = TextConfig()
+    text: TextConfig = Field(default_factory=TextConfig)
     """Held-out text for an SAE folder; a run brings its own."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Of controls, bootstraps, meta-SAEs and the choice of words."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 
 
 class SynthConfig(Section):
     """What `unbraid synth` trains on a synthetic world."""
 
-    world: str = "small"
+    world: Annotated[str, Common] = "small"
     """Name of the world: unit (seconds), small, medium, full."""
-    architectures: list[Architecture] = ["relu", "topk", "batch_topk", "jumprelu", "matryoshka"]
+    architectures: Annotated[list[str], Common] = Field(
+        default_factory=lambda: ["relu", "topk", "batch_topk", "jumprelu", "matryoshka"], min_length=1
+    )
     """Trained side by side on the same samples, each with every seed."""
     seeds: list[int] = Field(default=[0], min_length=1)
     """Of weights and samples."""
-    n_features: int | None = Field(default=None, ge=2)
+    n_features: Annotated[int | None, Common] = Field(default=None, ge=2, le=MOST_FEATURES)
     """Width of the SAEs; none takes a third of the world's features."""
-    k: int | None = Field(default=None, ge=1)
+    k: Annotated[int | None, Common] = Field(default=None, ge=1)
     """Active features per token for the top-k family; none takes three quarters of the world's L0."""
-    lambda1: float = Field(default=0.01, ge=0.0)
+    lambda1: Annotated[float, Common] = Field(default=0.01, ge=0.0)
     """Weight of the sparsity loss for the others."""
-    samples: int | None = Field(default=None, ge=1)
+    samples: Annotated[int | None, Common] = Field(default=None, ge=1)
     """Training samples; none takes 16,000 per feature of the world."""
-    batch: int = Field(default=1024, ge=1)
+    batch: int = Field(default=1024, ge=1, le=1 << 24)
     """Samples per step."""
-    lr: float = Field(default=1e-3, gt=0.0)
+    lr: float = Field(default=1e-3, gt=0.0, le=1.0)
     """Learning rate after warm-up."""
-    decorrelation: DecorrelationConfig = DecorrelationConfig(lambda2=0.0)
+    decorrelation: SerializeAsAny[DecorrelationConfig] = Field(default_factory=lambda: DecorrelationConfig(lambda2=0.0))
     """Penalty, off by default."""
     eval_samples: int = Field(default=100_000, ge=1)
     """Samples they are judged on."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+
+    @model_validator(mode="after")
+    def _architectures_exist(self) -> "SynthConfig":
+        kinds = SAEConfig.kinds()
+        for name in self.architectures:
+            if name not in kinds:
+                raise wrong(f"architectures names {name[:80]!r}; expected some of {', '.join(kinds)}")
+        if len(set(self.architectures)) < len(self.architectures) or len(set(self.seeds)) < len(self.seeds):
+            raise wrong("architectures or seeds name one twice; expected each once")
+        return self
+
+    def unread(self) -> dict[Location, str]:
+        """See `Section.unread`; k and lambda1 belong to some architectures each."""
+        found = super().unread()
+        for setting in ("k", "lambda1"):
+            readers = [name for name, kind in SAEConfig.kinds().items() if setting in kind.model_fields]
+            if not set(readers) & set(self.architectures):
+                found[(setting,)] = f"is read by {', '.join(readers)}; add one of these to architectures"
+        return found

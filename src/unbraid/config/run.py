@@ -1,39 +1,71 @@
 """The settings of a run: text, model, buffer, SAEs, decorrelation, optimiser, training."""
 
-import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
-from tyro.constructors import PrimitiveConstructorSpec
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
-from unbraid.config.checks import Section, set_by_path, validated
+from unbraid.config.checks import (
+    UNREAD,
+    AsTuple,
+    Common,
+    Condition,
+    Location,
+    Section,
+    above,
+    activation,
+    active_when,
+    complaint,
+    including,
+    not_of,
+    unread,
+    wrong,
+)
 from unbraid.config.decorrelation import DecorrelationConfig
+from unbraid.config.overrides import flattened, merge, merged
+from unbraid.config.sae import SAEConfig
 from unbraid.errors import ConfigError
-from unbraid.json_files import parse_json, read_json_object
+from unbraid.json_files import read_json_object
 from unbraid.sites import Site
+
+VERSION = "0.2"
+"""Of the settings in a run's config.json."""
+READ_BY_THE_RUN = {("decorrelation", "fraction"), ("sae", "architecture"), ("decorrelation", "method")}
+"""Settings of an SAE that the run itself reads too, or that say which others there are."""
 
 
 class TextConfig(Section):
     """Where documents come from and how they are cut into contexts."""
 
-    source: Literal["packaged", "files", "hub", "generated"] = "packaged"
+    group = "text"
+
+    source: Annotated[Literal["packaged", "files", "hub", "generated"], Common] = "packaged"
     """packaged: the corpus installed from the package index; files: local txt, jsonl, csv or parquet, also gzipped, or
     a saved data set; hub: a streamed Hugging Face dataset; generated: seeded pseudo-text, for trying things out."""
-    paths: list[str] = []
-    """Files or folders, for source=files."""
-    dataset: str = ""
-    """Dataset name or local dataset folder, for source=hub."""
-    dataset_config: str | None = None
+    paths: Annotated[list[str], Common, active_when(source="files")] = []
+    """Files or folders."""
+    dataset: Annotated[str, Common, active_when(source="hub")] = ""
+    """Dataset name or local dataset folder."""
+    dataset_config: Annotated[str | None, active_when(source="hub")] = None
     """Configuration name of the hub dataset."""
-    revision: str | None = None
+    revision: Annotated[str | None, active_when(source="hub")] = None
     """Revision of the hub dataset."""
-    split: str = "train"
+    split: Annotated[str, active_when(source=("files", "hub"))] = "train"
     """Split of the hub dataset, or of a saved data set that has several."""
-    column: str = "text"
+    column: Annotated[str, active_when(source=("files", "hub"))] = "text"
     """Column (csv, parquet, hub) or key (jsonl) that holds documents: strings, chats or lists of token ids."""
-    context_length: int = Field(default=128, ge=2, le=1_000_000)
+    context_length: Annotated[int, Common] = Field(default=128, ge=2, le=1_000_000)
     """Tokens per context T, the beginning-of-sequence token included."""
     bos: Literal["context", "document", "none"] = "context"
     """Where the beginning-of-sequence token stands: at the start of every context, of every document, or nowhere."""
@@ -42,11 +74,11 @@ class TextConfig(Section):
     document's last context is filled up with tokens that are not learnt from."""
     special_tokens: bool = False
     """Read the name of a special token inside a text as that token; false: as plain text. Chats always keep theirs."""
-    train_on: Literal["all", "assistant"] = "all"
+    train_on: Annotated[Literal["all", "assistant"], active_when(source=("files", "hub"))] = "all"
     """assistant: of chats only what the assistant said is learnt from; the rest is still read by the model."""
     held_out_fraction: float = Field(default=0.02, ge=0.0, le=0.5)
     """Share of documents kept for held-out metrics, chosen by a hash of their text, never trained on."""
-    shuffle_seed: int = 0
+    shuffle_seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
     """Order of the documents; hub streams are put in random order within blocks of 1024 documents."""
     max_skipped_fraction: float = Field(default=0.5, ge=0.0, le=1.0)
     """Stop when more than this share of documents is unusable (empty, not text, not UTF-8, too long)."""
@@ -62,19 +94,21 @@ class TextConfig(Section):
 class ModelConfig(Section):
     """The language model and the sites read from it."""
 
-    name: str = "packaged:smollm2"
+    group = "model"
+
+    name: Annotated[str, Common] = "packaged:smollm2"
     """packaged:smollm2, packaged:gemma3 (after `make gemma`), random:FAMILY (a tiny random model; llama, gemma2, gpt2,
     gpt_neox, qwen2), a hub id, a local folder, or a .gguf file."""
-    revision: str | None = None
+    revision: Annotated[str | None, active_when(name=not_of("packaged", "random"))] = None
     """Hub revision."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model's weights and pass; bfloat16 is slower than float32 on most CPUs."""
-    sites: list[str] = ["resid_post.6"]
+    sites: Annotated[list[str], Common] = ["resid_post.6"]
     """KIND.LAYER, KIND one of resid_pre, resid_mid, resid_post, attn_in, attn_z, attn_out, mlp_in, mlp_normed, mlp_act,
     mlp_out; or embed, module:PATH, module:PATH:input; all are read in one pass."""
-    batch_contexts: int = Field(default=24, ge=1)
+    batch_contexts: int = Field(default=24, ge=1, le=1 << 20)
     """Contexts per model pass."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, active_when(name=not_of("packaged", "random"))] = False
     """Run code shipped with a hub model. Leave off unless you have read that code."""
     bidirectional: bool = False
     """Accept a model in which tokens see later tokens, such as an encoder; otherwise it is refused."""
@@ -93,7 +127,9 @@ class ModelConfig(Section):
 class BufferConfig(Section):
     """The shuffle buffer between model and SAE, and which rows may enter it."""
 
-    contexts: int = Field(default=2048, ge=2)
+    group = "buffer"
+
+    contexts: int = Field(default=2048, ge=2, le=1 << 26)
     """Capacity in contexts; refilled when half has been used."""
     drop_first_position: bool = True
     """Leave out position 0 of every context (an attention sink with about 100x the median norm)."""
@@ -105,123 +141,27 @@ class BufferConfig(Section):
     """Compute the next model batches in a thread while SAEs train; auto does so on CUDA. Never changes a result."""
 
 
-Architecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "denoising", "sparse_filtering"]
-
-
-class SAEConfig(Section):
-    """One sparse autoencoder: its architecture, width and sparsity."""
-
-    architecture: Architecture = "relu"
-    """Which encoder and sparsity loss."""
-    n_features: int = Field(default=16384, ge=2)
-    """Width N: number of features."""
-    k: int = Field(default=64, ge=1)
-    """Active features per token, for topk, batch_topk and matryoshka."""
-    k_start: int | None = Field(default=None, ge=1)
-    """Topk family: k falls from this to `k`; none keeps it at `k`."""
-    k_fall: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Share of the steps over which k falls, from the first one."""
-    k_shape: Literal["linear", "geometric", "cosine"] = "linear"
-    """How k falls: by equal steps, by equal ratios, or slowly at both ends."""
-    lambda1: float = Field(default=0.04, ge=0.0)
-    """Weight of the sparsity loss (relu, gated, denoising: L1; jumprelu: L0 or tanh; sparse_filtering: its own), on
-    activations without their mean, scaled so that E||x||^2 = 1."""
-    aux_k: int | None = Field(default=None, ge=0)
-    """Dead features used to explain the residual (topk family); none picks D/2, 0 turns it off."""
-    aux_weight: float | None = Field(default=None, ge=0.0)
-    """Weight of the loss that revives dead features (topk family: explaining the residual; others: being pulled up to
-    their threshold); none takes 1 for the topk family and 1/32 for the others, 0 turns it off."""
-    threshold_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """Batch_topk and matryoshka: decay of the running mean that is the inference threshold."""
-    dead_after_tokens: int | None = Field(default=None, ge=1)
-    """A feature that has not fired for this many training tokens counts as dead; none takes 1,000,000, and with a k
-    50 N / k, in which the mean feature fires 50 times, or a thousandth of the run if that is more."""
-    bandwidth: float = Field(default=0.001, gt=0.0)
-    """JumpReLU: width of the straight-through window around the threshold."""
-    jumprelu_sparsity: Literal["l0", "tanh"] = "l0"
-    """JumpReLU: which sparsity penalty lambda1 weighs."""
-    initial_threshold: float = Field(default=0.001, gt=0.0)
-    """JumpReLU: threshold at the start."""
-    matryoshka_widths: list[int] | None = None
-    """Matryoshka: nested prefix widths, ascending, the last equal to n_features; none takes N/16, N/4, N."""
-    matryoshka_order: Literal["index", "frequency"] = "index"
-    """Matryoshka: which features the narrow levels hold: the first ones, or the ones that fire most often."""
-    reorder_from: int = Field(default=2000, ge=1)
-    """Matryoshka, order=frequency: steps before features are first ordered."""
-    reorder_every: int = Field(default=1000, ge=1)
-    """Matryoshka, order=frequency: steps between orderings."""
-    frequency_decay: float = Field(default=0.99, ge=0.0, lt=1.0)
-    """Matryoshka, order=frequency: decay per step of the running firing frequency."""
-    matryoshka_detach: bool = False
-    """Matryoshka: the loss of an inner level trains only the features it adds to the levels inside it."""
-    matryoshka_weights: float | list[float] = 1.0
-    """Matryoshka: weight of the inner levels' losses beside the whole reconstruction's: one, or one per inner level."""
-    corruption: float = Field(default=0.1, ge=0.0)
-    """Denoising: standard deviation of the input noise relative to the input's root mean square."""
-    decoder_init_norm: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Encoder columns start as this multiple of the unit decoder rows; none takes the one that reconstructs best."""
-
-    @property
-    def revival_weight(self) -> float:
-        """`aux_weight`, or its default for this architecture."""
-        if self.aux_weight is not None:
-            return self.aux_weight
-        return 1.0 if self.has_k else 1 / 32
-
-    @property
-    def has_k(self) -> bool:
-        """Whether k says how sparse the codes are, and not lambda1."""
-        return self.architecture in ("topk", "batch_topk", "matryoshka")
-
-    @model_validator(mode="after")
-    def _widths_nest(self) -> "SAEConfig":
-        widths = self.matryoshka_widths
-        if widths is not None and (
-            not widths or widths[0] < 1 or widths != sorted(set(widths)) or widths[-1] != self.n_features
-        ):
-            raise ConfigError(
-                f"sae.matryoshka_widths is {widths}; expected ascending widths of at least 1, the last equal to "
-                f"sae.n_features, {self.n_features}; change one of the two"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _levels_have_weights(self) -> "SAEConfig":
-        weights, levels = self.matryoshka_weights, len(self.matryoshka_widths or [1, 2, 3]) - 1
-        values = weights if isinstance(weights, list) else [weights]
-        if (isinstance(weights, list) and len(weights) != levels) or min(values, default=0.0) < 0:
-            raise ConfigError(
-                f"sae.matryoshka_weights is {weights}; expected one weight of at least 0, or one for each of the "
-                f"{levels} inner levels of sae.matryoshka_widths; change one of the two"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _k_falls(self) -> "SAEConfig":
-        if self.has_k and self.k_start is not None and not self.k <= self.k_start <= self.n_features:
-            raise ConfigError(
-                f"sae.k_start is {self.k_start}; expected sae.k ({self.k}) to sae.n_features ({self.n_features}), "
-                "because k falls from it; change one of them"
-            )
-        return self
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimiserConfig(Section):
     """Adam and its schedules."""
 
-    lr: float = Field(default=3e-4, gt=0.0)
+    group = "optimiser"
+
+    lr: Annotated[float, Common] = Field(default=3e-4, gt=0.0, le=1.0)
     """Learning rate after warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[Share, Share], AsTuple] = (0.9, 0.999)
     """Adam's decay rates."""
-    eps: float = Field(default=1e-8, gt=0.0)
+    eps: float = Field(default=1e-8, gt=0.0, le=1.0)
     """Adam's epsilon."""
-    warmup_steps: int = Field(default=1000, ge=0)
+    warmup_steps: Annotated[int, Common] = Field(default=1000, ge=0)
     """Steps over which the learning rate rises linearly; the first one is already above zero."""
     decay_fraction: float = Field(default=0.2, ge=0.0, le=1.0)
     """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
-    sparsity_warmup_steps: int = Field(default=0, ge=0)
+    sparsity_warmup_steps: Annotated[int, active_when(sae__lambda1=above(0))] = Field(default=0, ge=0)
     """Steps over which lambda1 rises linearly."""
-    decorrelation_warmup_steps: int = Field(default=0, ge=0)
+    decorrelation_warmup_steps: Annotated[int, active_when(decorrelation__lambda2=above(0))] = Field(default=0, ge=0)
     """Steps over which lambda2 rises linearly."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Clip the global gradient norm of each SAE; none leaves it."""
@@ -230,18 +170,33 @@ class OptimiserConfig(Section):
     bfloat16 is slower than float32 on most CPUs."""
 
 
+MOST_THREADS = 1024
+"""Far more than any machine has use for; torch ends the process somewhere above."""
+
+
+def _checked_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d{1,3})?", device):
+        raise wrong(f"training.device = {device!r} cannot be used; expected auto, cpu or cuda[:N]")
+    return device
+
+
+Device = Annotated[str, AfterValidator(_checked_device), Common]
+
+
 class TrainingConfig(Section):
     """How long, how often and where."""
 
-    tokens: int = Field(default=20_000_000, ge=0)
+    group = "training"
+
+    tokens: Annotated[int, Common] = Field(default=20_000_000, ge=0)
     """Training tokens; steps = tokens // batch_tokens."""
-    batch_tokens: int = Field(default=2048, ge=1)
+    batch_tokens: Annotated[int, Common] = Field(default=2048, ge=1, le=1 << 24)
     """Token rows B per training step."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
-    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    loggers: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], Common] = []
     """Where those lines go as well; each is an extra: pip install 'unbraid[wandb]'."""
-    log_project: str = "unbraid"
+    log_project: Annotated[str, active_when(loggers=including("wandb", "trackio"))] = "unbraid"
     """Project under which wandb and trackio file the run."""
     checkpoint_every: int = Field(default=1000, ge=0)
     """Steps between checkpoints; 0 writes one only when interrupted."""
@@ -249,9 +204,9 @@ class TrainingConfig(Section):
     """Older checkpoints are deleted."""
     held_out_tokens: int = Field(default=32_768, ge=256)
     """Held-out token rows for the final metrics."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: Annotated[int | None, Common] = Field(default=None, ge=1, le=MOST_THREADS)
     """CPU threads; none leaves torch's choice."""
     tf32: bool = False
     """Let float32 matrix products, the language model's too, go by TF32 on GPUs that have it."""
@@ -260,23 +215,52 @@ class TrainingConfig(Section):
     splits no further than needed to give every rank an SAE."""
 
 
-def _read_variants(text: str) -> dict[str, dict[str, Any]]:
-    variants = parse_json(text, lambda why: ConfigError(f"variants {why}; expected an object of name -> overrides"))
-    if not isinstance(variants, dict) or not all(isinstance(overrides, dict) for overrides in variants.values()):
-        raise ConfigError(f"variants = {text!r}; expected a JSON object of name -> object of overrides")
+def _checked_variants(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    if not variants:
+        raise wrong('variants is empty; expected at least one, such as {"": {}}')
+    for name in variants:
+        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", name):
+            raise wrong(
+                f"variant name {name[:80]!r} cannot be part of a folder name; expected at most 64 letters, "
+                "digits and '-'"
+            )
     return variants
 
 
-Variants = Annotated[
-    dict[str, dict[str, Any]],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=lambda words: _read_variants(words[0]),
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [json.dumps(value)],
-    ),
-]
+Variants = Annotated[dict[str, dict[str, Any]], AfterValidator(_checked_variants)]
+
+
+class VariantConfig(Section):
+    """What may differ between SAEs that share a run's text, model pass and buffer."""
+
+    seed: int = Field(ge=0)
+    sae: SerializeAsAny[SAEConfig]
+    decorrelation: SerializeAsAny[DecorrelationConfig]
+    optimiser: OptimiserConfig
+
+    def unread(self) -> dict[Location, str]:
+        """See `Section.unread`; some settings are read only beside others of another group."""
+        found = super().unread()
+        for group in ("sae", "decorrelation", "optimiser"):
+            for name, conditions in getattr(self, group).conditions_elsewhere().items():
+                needs = [(path, wanted.words) for path, wanted in conditions.items() if not self._meets(path, wanted)]
+                if needs:
+                    found[(group, name)] = activation(needs)
+        if not self.decorrelation.selects:
+            found["decorrelation", "fraction"] = "is read here by methods that select pairs only; set it for the run"
+        return found
+
+    def _meets(self, path: str, wanted: Condition) -> bool:
+        group, _, name = path.partition(".")
+        section = getattr(self, group)
+        return name in type(section).model_fields and wanted.holds(getattr(section, name))
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> "VariantConfig":
+        problem = self.decorrelation.problem_with_width(self.sae.n_features)
+        if problem:
+            raise wrong(problem)
+        return self
 
 
 class RunConfig(Section):
@@ -284,28 +268,60 @@ class RunConfig(Section):
 
     name: str = "custom"
     """Name of the recipe."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     """The one seed every generator derives from."""
-    cache: str | None = None
+    cache: Annotated[str | None, Common] = None
     """Train from the activations in this folder, made by `unbraid harvest` from the same text, model and settings,
     instead of running the model."""
-    text: TextConfig = TextConfig()
-    model: ModelConfig = ModelConfig()
-    buffer: BufferConfig = BufferConfig()
-    sae: SAEConfig = SAEConfig()
-    decorrelation: DecorrelationConfig = DecorrelationConfig()
-    optimiser: OptimiserConfig = OptimiserConfig()
-    training: TrainingConfig = TrainingConfig()
-    variants: Variants = {"": {}}
+    text: TextConfig = Field(default_factory=TextConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    buffer: BufferConfig = Field(default_factory=BufferConfig)
+    sae: SerializeAsAny[SAEConfig] = Field(default_factory=SAEConfig)
+    decorrelation: SerializeAsAny[DecorrelationConfig] = Field(default_factory=DecorrelationConfig)
+    optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    variants: Annotated[Variants, Common] = Field(default_factory=lambda: {"": {}})
     """SAEs trained side by side at every site: name -> overrides of seed, sae.*, decorrelation.* or optimiser.*, as in
     {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0}}."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_known_version(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "version" not in data:
+            return data
+        version = data["version"]
+        if version != VERSION:
+            raise wrong(f"version = {version!r} of these settings; expected {VERSION!r}; update unbraid to read them")
+        return {name: value for name, value in data.items() if name != "version"}
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_read(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {"version": VERSION} | super()._only_what_is_read(handler)
+
+    def unread(self) -> dict[Location, str]:
+        """See `Section.unread`; what an SAE has is read while some variant takes it from here and reads it."""
+        found, variants = super().unread(), {name: self.variant(name) for name in self.variants}
+        unread_by = {name: settings.unread() for name, settings in variants.items()}
+        for group in ("sae", "decorrelation", "optimiser"):
+            for setting in type(getattr(self, group)).model_fields:
+                reasons = [
+                    _not_taken(group, setting, self.variants[name], settings, unread_by[name])
+                    for name, settings in variants.items()
+                ]
+                if all(reasons) and (group, setting) not in READ_BY_THE_RUN:
+                    found[group, setting] = reasons[0]
+        return found
+
     @model_validator(mode="after")
     def _variants_resolve(self) -> "RunConfig":
-        if not self.variants:
-            raise ConfigError('variants is empty; expected at least one, such as {"": {}}')
         for name in self.variants:
-            self.variant(name)
+            settings = self.variant(name)
+            first = settings.decorrelation.first_penalised_step(settings.sae.n_features)
+            if settings.decorrelation.weight > 0 and 0 < self.steps < first:
+                raise wrong(
+                    f"the run has {self.steps:,} steps, but decorrelation would act first at step {first:,} (window, "
+                    "interval and scan_rows decide); raise training.tokens, or lower decorrelation.window or .interval"
+                )
         return self
 
     @property
@@ -318,22 +334,29 @@ class RunConfig(Section):
         """The sites, parsed."""
         return [Site.parse(site) for site in self.model.sites]
 
-    def variant(self, name: str) -> "VariantConfig":
-        """The settings one variant trains with.
-
-        Raises:
-            ConfigError: the variant's name or one of its overrides is not acceptable.
-        """
-        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", name):
-            raise ConfigError(
-                f"variant name {name!r} cannot be part of a folder name; expected letters, digits and '-'"
-            )
-        data = {key: getattr(self, key).model_dump() for key in ("sae", "decorrelation", "optimiser")} | {
-            "seed": self.seed
-        }
-        for path, value in self.variants[name].items():
-            set_by_path(data, path, value, f"variants.{name}")
-        return validated(VariantConfig, data, f"variants.{name}")
+    def variant(self, name: str) -> VariantConfig:
+        """The settings one variant trains with: the run's, under the variant's own."""
+        base = {key: getattr(self, key).model_dump() for key in ("sae", "decorrelation", "optimiser")}
+        for path in self.variants[name]:
+            if path.partition(".")[0] not in VariantConfig.model_fields:
+                raise wrong(
+                    f"variants.{name or repr(name)}: {path!r} cannot differ between variants; expected seed, sae.*, "
+                    "decorrelation.* or optimiser.*"
+                )
+        try:
+            return merge(VariantConfig, base | {"seed": self.seed}, self.variants[name])[0]
+        except ValidationError as error:
+            details = [
+                InitErrorDetails(
+                    type=unread(item["msg"])
+                    if item["type"] == UNREAD
+                    else wrong(f"variants.{name or repr(name)}: {complaint(item, VariantConfig)}"),
+                    loc=("variants", name, ".".join(map(str, item["loc"]))),
+                    input=item["input"],
+                )
+                for item in error.errors(include_url=False)
+            ]
+            raise ValidationError.from_exception_data("RunConfig", details) from None
 
     @property
     def sae_names(self) -> list[str]:
@@ -351,29 +374,53 @@ class RunConfig(Section):
         twins: dict[str, str] = {}
         for variant, own in settings.items():
             for other, candidate in settings.items():
-                alike = candidate.model_copy(update={"decorrelation": own.decorrelation}) == own
-                if own.decorrelation.lambda2 > 0 == candidate.decorrelation.lambda2 and alike:
+                if own.decorrelation.weight > 0 == candidate.decorrelation.weight and _alike(own, candidate):
                     twins |= {self.sae_name(site, variant): self.sae_name(site, other) for site in self.sites}
         return twins
 
 
-class VariantConfig(Section):
-    """What may differ between SAEs that share a run's text, model pass and buffer."""
+def _alike(own: VariantConfig, other: VariantConfig) -> bool:
+    """Whether two variants differ in nothing but their penalty."""
+    ours, theirs = (settings.optimiser.model_dump(exclude={"decorrelation_warmup_steps"}) for settings in (own, other))
+    return (own.seed, own.sae, ours) == (other.seed, other.sae, theirs)
 
-    seed: int = Field(ge=0)
-    sae: SAEConfig
-    decorrelation: DecorrelationConfig
-    optimiser: OptimiserConfig
+
+def _not_taken(
+    group: str, setting: str, overrides: dict[str, Any], settings: VariantConfig, unread: dict[Location, str]
+) -> str:
+    """Why a variant does not read a setting of the run; empty if it does."""
+    if f"{group}.{setting}" in overrides:
+        return "is overridden by every variant; set it in variants"
+    if setting not in type(getattr(settings, group)).model_fields:
+        return "is not read by what the variants are; set it in variants"
+    return unread.get((group, setting), "")
 
 
 def load_config(path: Path) -> RunConfig:
-    """Read a `config.json` as written into every run folder.
+    """Read a `config.json` as written into every run folder, or settings written by hand.
 
     Raises:
         ConfigError: the file is missing, not JSON, or holds unknown or unacceptable settings.
     """
+    base, by_hand = read_settings(path)
+    return merged(RunConfig, base, by_hand, str(path))[0]
+
+
+def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a file: those a run wrote, of which some may not be read any more, and those given by hand.
+
+    Raises:
+        ConfigError: the file is missing or not a JSON object.
+    """
     data = read_json_object(path, ConfigError, "settings as in a run's config.json")
-    return validated(RunConfig, data, str(path))
+    written_by_a_run = "version" in data or _is_dump_of_version_0_1(data)
+    return (data, {}) if written_by_a_run else ({}, flattened(data))
+
+
+def _is_dump_of_version_0_1(data: dict[str, Any]) -> bool:
+    """Version 0.1 wrote every setting of every kind, which nobody writes by hand."""
+    sae = data.get("sae")
+    return isinstance(sae, dict) and {"k", "lambda1", "bandwidth", "corruption", "matryoshka_widths"} <= set(sae)
 
 
 def require_trust(config: RunConfig, given: bool, where: str) -> RunConfig:

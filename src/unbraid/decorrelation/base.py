@@ -10,7 +10,7 @@ twice.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,8 @@ from unbraid.decorrelation.decoder_rows import require_decoder
 from unbraid.decorrelation.selection import Evaluation
 from unbraid.decorrelation.stats import DecorrelationStats
 from unbraid.distributed.shard import Shard
-from unbraid.errors import CodesError
+from unbraid.errors import CodesError, ConfigError
 from unbraid.kernels.codes import Codes, positive_entries, require_codes, require_matrix
-
-DEFAULTS = DecorrelationConfig()
 
 
 class Penalty(nn.Module, ABC):
@@ -45,6 +43,8 @@ class Penalty(nn.Module, ABC):
             whose first feature is in it.
     """
 
+    settings: ClassVar[type[DecorrelationConfig]]
+    """The settings this penalty reads."""
     step: Tensor
     remembers: bool = False
     shard: Shard | None = None
@@ -125,6 +125,16 @@ class Penalty(nn.Module, ABC):
             given, _ = gathered(given, self.shard)
         with torch.autocast(target.device.type, enabled=False):
             self.remember(given, decoder, acts)
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, config: Any, seed: int) -> "Penalty":
+        """The penalty its settings describe.
+
+        Args:
+            config: of the class `settings`.
+            seed: of everything random.
+        """
 
     def takes_dense(self, f_BN: Tensor) -> bool:
         """Whether these dense codes are looked at as they are, not as the list of their active entries."""
@@ -252,3 +262,21 @@ def gathered(codes: Codes, shard: Shard) -> tuple[Codes, Tensor]:
         all_values[places] = message[n_rows + places.numel() :][: words * places.numel()].clone().view(values.dtype)
         own = places if rank == shard.ranks.rank else own
     return Codes.from_rows(all_rows, all_indices, all_values, n_rows, shard.n_features), own
+
+
+ClassT = TypeVar("ClassT", bound=type[Penalty])
+
+
+def register(penalty: ClassT) -> ClassT:
+    """Make a penalty known under the default of its settings' `method`, here or from a user's module.
+
+    Raises:
+        ConfigError: the class names no settings of its own, or the name is taken.
+    """
+    settings = vars(penalty).get("settings")
+    if not (isinstance(settings, type) and issubclass(settings, DecorrelationConfig)):
+        raise ConfigError(
+            f"{penalty.__qualname__}.settings is {settings!r}; expected a subclass of DecorrelationConfig of its own"
+        )
+    DecorrelationConfig.registry.add(settings.model_fields["method"].default, penalty)
+    return penalty

@@ -6,17 +6,21 @@ decoder penalty, and random pairs (as many as S, the control for "selective").
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
+from unbraid.config import DecorrelationConfig, PenaltyConfig, active_when
+from unbraid.config import Floor as ThresholdFloor
 from unbraid.decorrelation import coactive
-from unbraid.decorrelation.base import Penalty
+from unbraid.decorrelation.base import Penalty, register
 from unbraid.decorrelation.blocks import entries_of_block
 from unbraid.decorrelation.coactive import scaled
 from unbraid.decorrelation.decoder_rows import unit_rows
-from unbraid.decorrelation.penalty import SelectiveDecorrelation
+from unbraid.decorrelation.penalty import PairsConfig, SelectiveDecorrelation
 from unbraid.decorrelation.selection import (
     Evaluation,
     Measure,
@@ -40,11 +44,80 @@ MEETINGS = 1_000_000
 """Listed products at a time."""
 
 
+class NoneConfig(DecorrelationConfig):
+    """No penalty: the control."""
+
+    method: Literal["none"] = "none"
+
+
+class GlobalConfig(PenaltyConfig):
+    """Every live pair."""
+
+    method: Literal["global"] = "global"
+    measure: Literal["cosine", "pearson"] = "cosine"
+    """Correlation of two features over a batch."""
+
+
+class StaticGroupsConfig(PenaltyConfig):
+    """Fixed random subsets of the features."""
+
+    method: Literal["static_groups"] = "static_groups"
+    groups: int = Field(default=64, ge=1)
+    """Number of subsets."""
+    measure: Literal["cosine", "pearson"] = "cosine"
+    """Correlation of two features over a batch."""
+    threshold: Literal["batch", "running", "fixed"] = "batch"
+    """tau: mu + sigma of this batch, its running mean, or `tau`."""
+    tau: Annotated[float, active_when(threshold="fixed")] = Field(default=0.2, ge=0.0, lt=1.0)
+    """The fixed threshold."""
+    threshold_decay: Annotated[float, active_when(threshold="running")] = Field(default=0.99, ge=0.0, lt=1.0)
+    """Decay of the running mean."""
+    floor: Annotated[ThresholdFloor, active_when(threshold=("batch", "running"))] = None
+    """tau never falls below this cosine, or this share of chance level."""
+
+    def problem_with_width(self, n_features: int) -> str | None:
+        """Groups must not be empty."""
+        if self.groups <= n_features:
+            return None
+        return (
+            f"decorrelation.groups = {self.groups} exceeds the SAE's {n_features} features; expected at most one each"
+        )
+
+
+class OrthogonalConfig(PenaltyConfig):
+    """Nearest decoder rows within random chunks (OrtSAE)."""
+
+    method: Literal["orthogonal"] = "orthogonal"
+    chunk: int = Field(default=8192, ge=2)
+    """Features per random chunk."""
+
+    @property
+    def can_be_split(self) -> bool:
+        """It looks at the whole decoder."""
+        return False
+
+
+class RandomPairsConfig(PairsConfig):
+    """As many pairs as the selective method takes, at random."""
+
+    method: Literal["random_pairs"] = "random_pairs"
+    space: Literal["codes", "co-active"] = "codes"
+    """codes: correlation of codes; co-active: the pairs' decoder rows."""
+
+
+@register
 class NoDecorrelation(Penalty):
     """The control: zero."""
 
+    settings = NoneConfig
+
     def __init__(self):
         super().__init__(interval=1, seed=0, space="codes")
+
+    @classmethod
+    def from_settings(cls, config: NoneConfig, seed: int) -> "NoDecorrelation":
+        """See `Penalty.from_settings`."""
+        return cls()
 
     def find(
         self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool
@@ -57,12 +130,20 @@ class NoDecorrelation(Penalty):
         return True
 
 
+@register
 class GlobalDecorrelation(Penalty):
     """The mean of C^2 over all live pairs, value and gradient linear in N through the B x B Gram of the tokens."""
+
+    settings = GlobalConfig
 
     def __init__(self, measure: Measure, interval: int, seed: int):
         super().__init__(interval, seed, space="codes")
         self.measure: Measure = measure
+
+    @classmethod
+    def from_settings(cls, config: GlobalConfig, seed: int) -> "GlobalDecorrelation":
+        """See `Penalty.from_settings`."""
+        return cls(config.measure, config.interval, seed)
 
     def find(
         self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool
@@ -81,6 +162,7 @@ class GlobalDecorrelation(Penalty):
         )
 
 
+@register
 class StaticGroups(Penalty):
     """The hinge of Eq. 3 over all live pairs inside fixed random subsets of features, tau = mu + sigma over the same.
 
@@ -88,11 +170,19 @@ class StaticGroups(Penalty):
         groups: number of subsets; their sizes differ by one at most.
     """
 
+    settings = StaticGroupsConfig
+
     def __init__(self, groups: int, measure: Measure, threshold: Threshold, interval: int, seed: int):
         super().__init__(interval, seed, space="codes")
         self.groups, self.threshold = groups, threshold
         self.remembers = threshold.kind == "running"
         self.measure: Measure = measure
+
+    @classmethod
+    def from_settings(cls, config: StaticGroupsConfig, seed: int) -> "StaticGroups":
+        """See `Penalty.from_settings`."""
+        threshold = Threshold(config.threshold, config.tau, config.threshold_decay, config.floor)
+        return cls(config.groups, config.measure, threshold, config.interval, seed)
 
     def group_of(self, n_features: int) -> Tensor:
         """[N] group of every feature, the same on every call; sizes differ by one at most."""
@@ -122,8 +212,11 @@ class StaticGroups(Penalty):
         return dataclasses.replace(selection, tau=tau)
 
 
+@register
 class RandomPairs(SelectiveDecorrelation):
     """As many pairs as S, drawn at random from the live pairs at every selection; tau as for S."""
+
+    settings = RandomPairsConfig
 
     def top_pairs(self, codes: Codes) -> Selection:
         """Random pairs in the place of the top ones."""
@@ -144,12 +237,20 @@ class RandomPairs(SelectiveDecorrelation):
         return drawn if self.shard is None else drawn.of(self.shard)
 
 
+@register
 class OrthogonalDecoder(Penalty):
     """OrtSAE (arXiv 2509.22033): mean over random chunks of mean over features of (max cosine within the chunk)^2."""
+
+    settings = OrthogonalConfig
 
     def __init__(self, chunk: int, interval: int, seed: int):
         super().__init__(interval, seed, space="decoder", counts_calls=True)
         self.chunk = chunk
+
+    @classmethod
+    def from_settings(cls, config: OrthogonalConfig, seed: int) -> "OrthogonalDecoder":
+        """See `Penalty.from_settings`."""
+        return cls(config.chunk, config.interval, seed)
 
     def find(
         self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool

@@ -5,14 +5,16 @@ random blocks above it) and remembers what it needs between calls as tensors. It
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from unbraid.config import DecorrelationConfig, Floor, validated
+from unbraid.config import DecorrelationConfig, Floor, PenaltyConfig, active_when, validated
+from unbraid.config.checks import wrong
 from unbraid.decorrelation import coactive
-from unbraid.decorrelation.base import DEFAULTS, Penalty
+from unbraid.decorrelation.base import Penalty, register
 from unbraid.decorrelation.blocks import Blocks
 from unbraid.decorrelation.decoder_rows import (
     NeighbourLists,
@@ -28,11 +30,91 @@ from unbraid.decorrelation.window import CodesWindow, FiringCounts, RememberedSe
 from unbraid.kernels.codes import Codes, pairs_within
 from unbraid.randomness import derive_seed
 
+READS_CODES = ("codes", "co-active")
 
+
+class PairsConfig(PenaltyConfig):
+    """Methods that choose pairs, and penalise those alone."""
+
+    selects = True
+
+    space: Literal["codes", "decoder", "co-active"] = "codes"
+    """codes: the paper's; decoder: overlap of decoder rows; co-active: pairs chosen by codes, penalised by decoder."""
+    push: Annotated[Literal["both", "rarer"], active_when(space=("decoder", "co-active"))] = "both"
+    """Whether both rows of a pair move, or only the row of the less frequent feature."""
+    measure: Annotated[Literal["cosine", "pearson"], active_when(space=READS_CODES)] = "cosine"
+    """Correlation of two features over a batch; cosine is the paper's Eq. 2."""
+    window: Annotated[int, active_when(space=READS_CODES)] = Field(default=1, ge=1, le=4096)
+    """Select on the codes of the last M batches, every M steps; 1 is the paper's per-batch form."""
+    min_support: Annotated[int, active_when(space=READS_CODES)] = Field(default=1, ge=1)
+    """Features that fired fewer times in the window are left out of the selection."""
+    refresh: int | None = Field(default=None, ge=1)
+    """Re-select every so many steps; none does so every `window` steps."""
+    threshold: Literal["batch", "running", "fixed"] = "batch"
+    """tau: mu + sigma of this selection, its running mean, or `tau`."""
+    tau: Annotated[float, active_when(threshold="fixed")] = Field(default=0.2, ge=0.0, lt=1.0)
+    """The fixed threshold."""
+    threshold_decay: Annotated[float, active_when(threshold="running")] = Field(default=0.99, ge=0.0, lt=1.0)
+    """Decay of the running mean."""
+    floor: Annotated[Floor, active_when(threshold=("batch", "running"))] = None
+    """tau never falls below this cosine, or this share of chance level, sqrt(2 ln N / D) in decoder space: `chance`,
+    `0.6 chance`."""
+    max_pairs_per_feature: int | None = Field(default=None, ge=1)
+    """Caps |S| at this many pairs per live feature, which makes it linear in N."""
+    path: Literal["auto", "coactive", "blocks", "tiled"] = "auto"
+    """How pairs are found. Of codes: coactive is exact, blocks samples dense codes, auto is coactive within
+    pair_budget. space=decoder: auto keeps lists of neighbours, tiled compares all rows at each selection."""
+    pair_budget: Annotated[int, active_when(space=READS_CODES, path="auto")] = Field(default=64_000_000, ge=1)
+    """Most co-activations W of a batch the exact path enumerates before blocks take over."""
+    block: Annotated[int, active_when(space=READS_CODES, path=("auto", "blocks"))] = Field(default=512, ge=2)
+    """Features per random block when codes are too dense for the exact path."""
+
+    @model_validator(mode="after")
+    def _path_exists_in_its_space(self) -> "PairsConfig":
+        paths = ("auto", "tiled") if self.space == "decoder" else ("auto", "coactive", "blocks")
+        if self.path not in paths:
+            raise wrong(
+                f"decorrelation.path = {self.path!r} with space {self.space!r}; expected {' or '.join(paths)} there"
+            )
+        return self
+
+    @property
+    def can_be_split(self) -> bool:
+        """Whether the features may be divided among ranks."""
+        return self.space == "codes" and self.path in ("auto", "coactive")
+
+    def first_penalised_step(self, n_features: int) -> int:
+        """See `DecorrelationConfig.first_penalised_step`: windows must be full and a step penalised."""
+        return self._next_penalised(self.window if self.space != "decoder" else 1)
+
+    def _next_penalised(self, step: int) -> int:
+        return -(-(step - 1) // self.interval) * self.interval + 1
+
+
+class SelectiveConfig(PairsConfig):
+    """The most correlated pairs (Eq. 2-4)."""
+
+    method: Literal["selective"] = "selective"
+    scan_rows: Annotated[int, active_when(space="decoder", path="auto")] = Field(default=256, ge=1)
+    """Rows compared with all others at each penalised step; S is first chosen when all have been."""
+    neighbours: Annotated[int, active_when(space="decoder", path="auto")] = Field(default=16, ge=1)
+    """Nearest rows remembered per feature."""
+
+    def first_penalised_step(self, n_features: int) -> int:
+        """See `DecorrelationConfig.first_penalised_step`; in decoder space every row must have been compared once."""
+        if self.space != "decoder" or self.path != "auto":
+            return super().first_penalised_step(n_features)
+        return (-(-n_features // self.scan_rows) - 1) * self.interval + 1
+
+
+DEFAULTS = SelectiveConfig()
+
+
+@register
 class SelectiveDecorrelation(Penalty):
     """R(tau) = 1/|S| sum over S of relu(C - tau), S the `fraction` most correlated live pairs (Eq. 2-4).
 
-    Settings, their defaults and their meaning are those of `DecorrelationConfig`. With window = refresh = 1 every call
+    Settings, their defaults and their meaning are those of `SelectiveConfig`. With window = refresh = 1 every call
     stands for itself and there is no state; otherwise `state_dict` holds the window and the selection in force, and
     the penalty is zero until the window is full for the first time.
 
@@ -42,6 +124,9 @@ class SelectiveDecorrelation(Penalty):
         >>> stats.pairs.tolist(), stats.n_live
         ([[0, 1]], 3)
     """
+
+    settings: ClassVar[type[DecorrelationConfig]] = SelectiveConfig
+    config: PairsConfig
 
     def __init__(
         self,
@@ -67,7 +152,9 @@ class SelectiveDecorrelation(Penalty):
         seed: int = 0,
     ):
         settings = {name: value for name, value in locals().items() if name not in ("self", "seed", "__class__")}
-        config = validated(DecorrelationConfig, settings, "SelectiveDecorrelation")
+        given = {name: value for name, value in settings.items() if value != getattr(DEFAULTS, name)}
+        config = validated(self.settings, given, type(self).__name__)
+        assert isinstance(config, PairsConfig)
         refresh = config.refresh or config.window
         remembers = config.window > 1 or refresh > 1 or space == "decoder"
         super().__init__(interval, seed, space, counts_calls=remembers)
@@ -79,6 +166,11 @@ class SelectiveDecorrelation(Penalty):
         self.firing = FiringCounts() if config.push == "rarer" else None
         self.remembers = remembers or self.firing is not None or threshold == "running"
         self.reads_codes = self.reads_codes or self.firing is not None
+
+    @classmethod
+    def from_settings(cls, config: DecorrelationConfig, seed: int) -> "SelectiveDecorrelation":
+        """See `Penalty.from_settings`."""
+        return cls(**config.model_dump(exclude={"method", "lambda2"}), seed=seed)
 
     def exact_selection(self, decoder: Tensor) -> Selection:
         """The true top pairs of decoder rows, on demand: O(N^2 D)."""

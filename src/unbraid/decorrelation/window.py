@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unbraid.config.decorrelation import chance_share
 from unbraid.decorrelation.selection import Selection
 from unbraid.errors import CodesError, ConfigError
 from unbraid.kernels.codes import Codes
@@ -206,18 +207,20 @@ class Threshold(nn.Module):
         kind: batch (mu + sigma), running (its exponential mean), or fixed.
         tau: the fixed threshold.
         decay: of the running mean, which starts at the first value it sees.
-        floor: tau never falls below it: a number, "chance" (`chance_level` of the vectors compared), or none.
+        floor: tau never falls below it: a number, "chance" (`chance_level` of the vectors compared), a share of that
+            such as "0.6 chance", or none.
     """
 
     running: torch.Tensor
 
-    def __init__(self, kind: ThresholdKind, tau: float, decay: float, floor: float | Literal["chance"] | None):
+    def __init__(self, kind: ThresholdKind, tau: float, decay: float, floor: float | str | None):
         super().__init__()
         if kind not in ("batch", "running", "fixed"):
             raise ConfigError(f"threshold = {kind!r} is unknown; expected batch, running or fixed")
-        if isinstance(floor, str) and floor != "chance":
-            raise ConfigError(f"floor = {floor!r} is unknown; expected a number, chance or none")
-        self.kind, self.tau, self.decay, self.floor = kind, tau, decay, floor
+        share = chance_share(floor) if isinstance(floor, str) else 0.0
+        if share is None:
+            raise ConfigError(f"floor = {floor!r} is unknown; expected a number, a share such as '0.6 chance', or none")
+        self.kind, self.tau, self.decay, self.floor, self.chance_share = kind, tau, decay, floor, share
         unset = torch.tensor(math.inf, dtype=torch.float64)
         self.register_buffer("running", unset, persistent=kind == "running")
 
@@ -236,4 +239,6 @@ class Threshold(nn.Module):
         """`tau`, or the floor where that is higher."""
         if self.floor is None:
             return tau
-        return max(tau, chance_level(n_features, n_dimensions) if self.floor == "chance" else float(self.floor))
+        if isinstance(self.floor, str):
+            return max(tau, self.chance_share * chance_level(n_features, n_dimensions))
+        return max(tau, self.floor)

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from unbraid.config import Architecture, OptimiserConfig, SAEConfig, SynthConfig, VariantConfig
+from unbraid.config import OptimiserConfig, SAEConfig, SynthConfig, VariantConfig
 from unbraid.device import pick_device
 from unbraid.evaluation.controls import controls_of
 from unbraid.evaluation.geometry import max_cosines
@@ -92,12 +92,11 @@ def run_synth(
     return report
 
 
-def _settings(
-    config: SynthConfig, architecture: Architecture, seed: int, width: int, k: int, samples: int
-) -> VariantConfig:
+def _settings(config: SynthConfig, architecture: str, seed: int, width: int, k: int, samples: int) -> VariantConfig:
+    sparsity = {"k": k} if "k" in SAEConfig.kinds()[architecture].model_fields else {"lambda1": config.lambda1}
     return VariantConfig(
         seed=seed,
-        sae=SAEConfig(architecture=architecture, n_features=width, k=k, lambda1=config.lambda1),
+        sae=SAEConfig(architecture=architecture, n_features=width, **sparsity),
         decorrelation=config.decorrelation,
         optimiser=OptimiserConfig(lr=config.lr, warmup_steps=samples // config.batch // WARMUP_SHARE),
     )

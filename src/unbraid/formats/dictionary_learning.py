@@ -36,6 +36,7 @@ from unbraid.formats.weights import (
 )
 from unbraid.json_files import is_count
 from unbraid.sae import SAE
+from unbraid.sae.matryoshka import MatryoshkaSAE
 from unbraid.sites import Site
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -74,16 +75,6 @@ CLASSES = {
         },
     ),
 }
-WRITTEN_AS = {
-    "relu": "AutoEncoder",
-    "denoising": "AutoEncoder",
-    "sparse_filtering": "AutoEncoder",
-    "topk": "AutoEncoderTopK",
-    "batch_topk": "BatchTopKSAE",
-    "matryoshka": "MatryoshkaBatchTopKSAE",
-    "jumprelu": "JumpReluAutoEncoder",
-    "gated": "GatedAutoEncoder",
-}
 NORMALISER = ("target_rms", "activation_mean", "activation_std", "activation_global_scale")
 """Buffers of a fork that trains on (activations - mean) * scale."""
 WITH_K = ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE")
@@ -111,7 +102,7 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
     if refusal is not None:
         raise FormatError(refusal)
     weights = Weights.of(sae)
-    name = WRITTEN_AS[weights.architecture]
+    name = sae.written_as["dictionary_learning"]
     layout = CLASSES[name]
     require(weights.tensors, tuple(layout.tensors), f"an SAE of architecture {weights.architecture!r}")
     tensors = weights.tensors if layout.reads_x_minus_b_dec else add_input_bias(weights.tensors)
@@ -123,13 +114,13 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
         "device": "cpu",
     }
     if name in WITH_K:
-        state["k"] = torch.tensor(sae.config.k, dtype=torch.int)
+        state["k"] = torch.tensor(sae.k, dtype=torch.int)
         state.setdefault("threshold", torch.tensor(UNSET))
         state["threshold"] = state["threshold"].reshape(())
-        settings["k"] = sae.config.k
-    if name == "MatryoshkaBatchTopKSAE":
+        settings["k"] = sae.k
+    if isinstance(sae, MatryoshkaSAE):
         # Levels of features ordered by frequency are no groups of rows: readers must not take them for such.
-        widths = [0, *(sae.prefix_widths() if sae.config.matryoshka_order == "index" else [sae.n_features])]
+        widths = [0, *([sae.n_features] if sae.by_frequency else sae.prefix_widths())]
         sizes = [after - before for before, after in pairwise(widths)]
         state["group_sizes"] = torch.tensor(sizes)
         settings["group_sizes"] = sizes
@@ -193,7 +184,7 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     weights = Weights(layout.architecture, tensors, fields).folded(where, *steps)
     d_in, n_features = weights.tensors["W_enc"].shape
     require_widths(settings, {"activation_dim": d_in, "dict_size": n_features}, where)
-    weights = restored(weights, config.get("unbraid"), WRITTEN_AS, name, where)
+    weights = restored(weights, config.get("unbraid"), "dictionary_learning", name, where)
     metadata = _where_from(settings, config, path_words(folder.parent), where) | restored_metadata(
         config.get("unbraid")
     )

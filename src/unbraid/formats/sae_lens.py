@@ -31,7 +31,6 @@ from unbraid.formats.reading import (
 )
 from unbraid.formats.weights import (
     GATED,
-    ONE_THRESHOLD,
     PLAIN,
     THRESHOLDED,
     Step,
@@ -51,16 +50,6 @@ CONFIG, WEIGHTS, FREQUENCIES = "cfg.json", "sae_weights.safetensors", "sparsity.
 LAYOUT_VERSION = "6.0.0"
 """What `metadata.sae_lens_version` says; below 6, SAELens would migrate the settings and lose some."""
 
-WRITTEN_AS = {
-    "relu": "standard",
-    "denoising": "standard",
-    "sparse_filtering": "standard",
-    "topk": "topk",
-    "jumprelu": "jumprelu",
-    "batch_topk": "jumprelu",
-    "matryoshka": "jumprelu",
-    "gated": "gated",
-}
 READ_AS = {
     "standard": "relu",
     "topk": "topk",
@@ -153,11 +142,11 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
 def _trained(sae: SAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """SAELens' architecture, its tensors, and the settings that only it has."""
     weights = Weights.of(sae)
-    architecture = WRITTEN_AS[weights.architecture]
+    architecture = sae.written_as["sae_lens"]
     tensors = dict(weights.tensors)
-    if weights.architecture in ONE_THRESHOLD:
+    if sae.threshold_kind == "shared":
         tensors["threshold"] = tensors["threshold"].reshape(1).expand(sae.n_features).contiguous()
-    settings = {"k": sae.config.k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
+    settings = {"k": sae.k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
     return architecture, tensors, settings
 
 
@@ -212,7 +201,7 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     require_widths(config, {"d_in": d_in, "d_sae": weights.tensors["W_enc"].shape[1], "d_out": d_out}, where)
     require_dtype(config, where)
     if weights.form is None:
-        weights = restored(weights, metadata.get("unbraid"), WRITTEN_AS, _architecture(config, where)[0], where)
+        weights = restored(weights, metadata.get("unbraid"), "sae_lens", _architecture(config, where)[0], where)
     frequencies = folder / FREQUENCIES
     log10_frequency_N = _frequencies(frequencies, d_sae=weights.tensors["W_enc"].shape[1])
     return SAEFolder(weights.to_sae(where), "sae_lens", metadata, log10_frequency_N)

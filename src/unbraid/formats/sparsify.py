@@ -31,7 +31,6 @@ from unbraid.formats.weights import (
 from unbraid.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-WRITTEN_AS = {"topk": "topk"}
 NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 
 
@@ -42,7 +41,7 @@ def recognises(folder: Path) -> bool:
 
 def cannot_hold(sae: SAE) -> str | None:
     """Why this layout cannot hold `sae`, naming the field; None if it can."""
-    if sae.architecture in WRITTEN_AS and not isinstance(sae, ImportedSAE):
+    if "sparsify" in sae.written_as and not isinstance(sae, ImportedSAE):
         return None
     return (
         f"architecture is {sae.architecture!r}, which sparsify's activation cannot express; expected topk; export to "
@@ -66,7 +65,7 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
         "expansion_factor": max(1, sae.n_features // sae.d_in),
         "normalize_decoder": True,
         "num_latents": sae.n_features,
-        "k": sae.config.k,
+        "k": sae.k,
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,
@@ -111,7 +110,7 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     if activation == "groupmax" and n_features % k:
         raise FormatError(f"{where}: k is {k}; expected a divisor of the {n_features} features, for equal groups")
     if weights.form is None:
-        weights = restored(weights, config.get("unbraid"), WRITTEN_AS, "topk", where)
+        weights = restored(weights, config.get("unbraid"), "sparsify", "topk", where)
     metadata = {"hookpoint": folder.resolve().name} | _hooks(folder.resolve().name, transcode or skip)
     metadata |= restored_metadata(config.get("unbraid"))
     return SAEFolder(weights.to_sae(where), "sparsify", checked_metadata(metadata | known.metadata, where))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unbraid import sae as architectures
 from unbraid.config import SAEConfig, validated
+from unbraid.config.overrides import merged
 from unbraid.errors import ConfigError, FormatError
 from unbraid.formats.imported import Form, ImportedSAE
 from unbraid.formats.reading import shown
@@ -23,8 +24,6 @@ PER_FEATURE = {"b_enc", "threshold", "b_gate", "b_mag", "r_mag", "b_glu", "selec
 GATED = ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec")
 PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
 THRESHOLDED = (*PLAIN, "threshold")
-ONE_THRESHOLD = ("batch_topk", "matryoshka")
-"""Architectures whose features share one threshold at inference."""
 
 Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """One piece of algebra on the tensors of an SAE."""
@@ -89,10 +88,9 @@ class Weights:
         d_in, n_features = _checked_widths(tensors, where, self.form)
         if self.form is not None:
             return ImportedSAE(self.architecture, self.form, tensors).eval().requires_grad_(False)
-        k = min(SAEConfig.model_fields["k"].default, n_features)
-        settings = {"k": k} | self.settings | {"architecture": self.architecture, "n_features": n_features}
+        settings = self.settings | {"architecture": self.architecture, "n_features": n_features}
         try:
-            config = validated(SAEConfig, settings, where)
+            config = validated(SAEConfig, _with_k(settings), where)
             sae = architectures.build(config, d_in, torch.Generator().manual_seed(0))
         except ConfigError as error:
             raise FormatError(f"{where} describes no SAE unbraid can hold: {error}") from None
@@ -127,6 +125,14 @@ def scale_input(factor: float) -> Step:
         return scaled
 
     return step
+
+
+def _with_k(settings: dict[str, Any]) -> dict[str, Any]:
+    """A k the SAE has features for, where an architecture has one and the file does not say it."""
+    kind = SAEConfig.kinds().get(settings["architecture"])
+    if kind is None or "k" not in kind.model_fields or "k" in settings:
+        return settings
+    return settings | {"k": min(kind.model_fields["k"].default, settings["n_features"])}
 
 
 def subtract_input_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,13 +210,13 @@ def restored_metadata(kept: Any) -> dict[str, Any]:
     return dict(metadata) if isinstance(metadata, dict) else {}
 
 
-def restored(weights: Weights, kept: Any, written_as: dict[str, str], label: str, where: str) -> Weights:
+def restored(weights: Weights, kept: Any, layout: str, label: str, where: str) -> Weights:
     """The architecture and settings unbraid trained with, where a layout writes several architectures as one.
 
     Args:
         weights: as the layout describes them.
         kept: what `settings_to_restore` gave; anything else leaves `weights` as they are.
-        written_as: unbraid's architecture -> the layout's.
+        layout: a key of `SAE.written_as`.
         label: the layout's architecture of this SAE.
         where: the file, for messages.
 
@@ -220,7 +226,7 @@ def restored(weights: Weights, kept: Any, written_as: dict[str, str], label: str
     if not isinstance(kept, dict) or "sae" not in kept:
         return weights
     try:
-        config = validated(SAEConfig, kept["sae"], f"{where}: unbraid.sae")
+        config, _ = merged(SAEConfig, kept["sae"], {}, f"{where}: unbraid.sae")
     except ConfigError as error:
         raise FormatError(f"{error}; written by another version? delete the entry unbraid to read it plainly") from None
     n_features = weights.tensors["W_enc"].shape[1]
@@ -229,17 +235,19 @@ def restored(weights: Weights, kept: Any, written_as: dict[str, str], label: str
             f"{where}: unbraid.sae.n_features is {config.n_features}, but the weights have {n_features} features; "
             "delete the entry unbraid to read it plainly"
         )
-    if written_as.get(config.architecture) != label:
+    architecture = architectures.ARCHITECTURES[config.kind]
+    written_as = architecture.written_as.get(layout)
+    if written_as != label:
         raise FormatError(
             f"{where}: the architecture is {label!r} but unbraid.sae.architecture {config.architecture!r}, which is "
-            f"written as {written_as.get(config.architecture)!r}; delete the entry unbraid to read it plainly"
+            f"written as {written_as!r}; delete the entry unbraid to read it plainly"
         )
     tensors = dict(weights.tensors)
-    if config.architecture in ONE_THRESHOLD:
+    if architecture.threshold_kind == "shared":
         tensors["threshold"] = _shared_threshold(tensors["threshold"], where)
     settings = config.model_dump(exclude={"architecture", "n_features"})
     # The file's own k holds, since that is what others read; a setting left to its default stays so.
-    settings |= {name: value for name, value in weights.settings.items() if settings[name] is not None}
+    settings |= {name: value for name, value in weights.settings.items() if settings.get(name) is not None}
     return Weights(config.architecture, tensors, settings)
 
 

@@ -104,7 +104,10 @@ def frontier(runs: list[Path | str]) -> list[Point]:
     points = [
         Point(
             site=members[0].settings["site"],
-            label=", ".join(f"{key} {_shown(members[0].settings.get(key))}" for key in differing) or "all alike",
+            label=", ".join(
+                f"{key} {_shown(members[0].settings.get(key))}" for key in differing if key in members[0].settings
+            )
+            or "all alike",
             seeds=len(members),
             metrics={
                 metric: _estimate([member.metrics[metric] for member in members])
@@ -185,7 +188,7 @@ def _plain(value: Any) -> Any:
 
 def _differing(settings: list[dict[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for each in settings for key in each)
-    return [key for key in keys if key != "site" and len({repr(each.get(key)) for each in settings}) > 1]
+    return [key for key in keys if key != "site" and len({repr(each[key]) for each in settings if key in each}) > 1]
 
 
 def _estimate(values: list[float]) -> Estimate:

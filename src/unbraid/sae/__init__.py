@@ -2,6 +2,7 @@
 
 from unbraid.kernels.codes import Codes
 from unbraid.sae.base import SAE, Forward
-from unbraid.sae.build import build
+from unbraid.sae.build import ARCHITECTURES, build
+from unbraid.sae.registry import register
 
-__all__ = ["SAE", "Codes", "Forward", "build"]
+__all__ = ["ARCHITECTURES", "SAE", "Codes", "Forward", "build", "register"]

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbraid.config import SAEConfig
+from unbraid.config import SAEConfig, WithKConfig
 from unbraid.distributed.ranks import summed
 from unbraid.distributed.shard import Shard
 from unbraid.errors import ActivationError, CodesError
@@ -86,7 +86,15 @@ class SAE(nn.Module):
         metadata: what the folder it was loaded from knows, under SAELens' names: model_name, hook_name, ...
     """
 
-    architecture: ClassVar[str]
+    settings: ClassVar[type[SAEConfig]]
+    """The settings this architecture reads."""
+    config: SAEConfig
+    threshold_kind: ClassVar[Literal["none", "shared", "per_feature"]] = "none"
+    """Whether inference compares pre-activations with `threshold`: one for all features, or one each."""
+    can_be_split: ClassVar[bool] = True
+    """Whether its features may be divided among ranks."""
+    written_as: ClassVar[dict[str, str]] = {"sae_lens": "standard", "dictionary_learning": "AutoEncoder"}
+    """Layout -> the architecture of that layout which has this one's inference form; others cannot hold it."""
     shared: ClassVar[tuple[str, ...]] = ("b_dec",)
     """Parameters every rank of a split SAE holds; their gradients are summed over the ranks."""
     training_buffers: ClassVar[tuple[str, ...]] = ()
@@ -131,7 +139,7 @@ class SAE(nn.Module):
     @property
     def k(self) -> int | None:
         """Active features per token, where the architecture fixes them."""
-        return self.config.k if self.config.has_k else None
+        return self.config.k if isinstance(self.config, WithKConfig) else None
 
     def __repr__(self) -> str:
         """Architecture, widths and k, and what is known of the model, the site and the training."""
@@ -152,6 +160,11 @@ class SAE(nn.Module):
     def add_biases(self) -> None:
         """Register what stands between the product and the codes."""
         self.b_enc = nn.Parameter(torch.zeros(self.n_features))
+
+    @property
+    def architecture(self) -> str:
+        """The name it is registered under."""
+        return self.config.kind
 
     @property
     def W_enc(self) -> Float[Tensor, "D N"]:

@@ -4,22 +4,44 @@ Which entries are active depends on the whole batch, so inference needs a thresh
 smallest active value of each training batch. It starts at the first batch's, so even a short run has one.
 """
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from unbraid.config import WithKConfig
 from unbraid.distributed.shard import among_top
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.selection import batch_top_k
+from unbraid.sae.registry import register
 from unbraid.sae.topk import TopKSAE
 
 GUESS = 0.9
 """Candidates are the entries above this share of the running threshold; one batch's cut rarely falls below it."""
 
 
+class SharedThresholdConfig(WithKConfig):
+    """Architectures whose training picks from a whole batch and whose inference needs a threshold."""
+
+    threshold_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Decay of the running mean that is the inference threshold."""
+
+
+class BatchTopKConfig(SharedThresholdConfig):
+    """B * k largest of a batch."""
+
+    architecture: Literal["batch_topk"] = "batch_topk"
+
+
+@register
 class BatchTopKSAE(TopKSAE):
     """f keeps the B * k largest entries of relu(pre) in training, the entries above `threshold` in inference."""
 
-    architecture = "batch_topk"
+    settings = BatchTopKConfig
+    config: SharedThresholdConfig
+    threshold_kind = "shared"
+    written_as = {"sae_lens": "jumprelu", "dictionary_learning": "BatchTopKSAE"}  # noqa: RUF012
     scaled_with_input = ("b_enc", "threshold")
 
     def add_biases(self) -> None:

@@ -5,29 +5,12 @@ import torch
 from unbraid.config import SAEConfig
 from unbraid.distributed.shard import Shard
 from unbraid.errors import ConfigError
+from unbraid.sae import batch_topk, denoising, gated, jumprelu, matryoshka, relu, sparse_filtering, topk
 from unbraid.sae.base import SAE
-from unbraid.sae.batch_topk import BatchTopKSAE
-from unbraid.sae.denoising import DenoisingSAE
-from unbraid.sae.gated import GatedSAE
-from unbraid.sae.jumprelu import JumpReLUSAE
-from unbraid.sae.matryoshka import MatryoshkaSAE
-from unbraid.sae.relu import ReLUSAE
-from unbraid.sae.sparse_filtering import SparseFilteringSAE
-from unbraid.sae.topk import TopKSAE
 
-ARCHITECTURES: dict[str, type[SAE]] = {
-    cls.architecture: cls
-    for cls in (
-        ReLUSAE,
-        TopKSAE,
-        BatchTopKSAE,
-        JumpReLUSAE,
-        GatedSAE,
-        MatryoshkaSAE,
-        DenoisingSAE,
-        SparseFilteringSAE,
-    )
-}
+BUILT_IN = (relu, topk, batch_topk, jumprelu, gated, matryoshka, denoising, sparse_filtering)
+"""Importing them registers them."""
+ARCHITECTURES = SAEConfig.registry.readers()
 
 
 def build(
@@ -45,14 +28,13 @@ def build(
         shard: the features this rank holds, with the weights they have in the whole SAE; all of them without it.
 
     Raises:
-        ConfigError: more active features are asked for than there are, or the architecture cannot be split.
+        ConfigError: the architecture cannot be split.
     """
-    if config.has_k and config.k > config.n_features:
-        raise ConfigError(f"sae.k is {config.k} but sae.n_features only {config.n_features}; lower sae.k")
     shard = shard or Shard(config.n_features)
-    if config.architecture == "sparse_filtering" and not shard.whole:
+    architecture = ARCHITECTURES[config.kind]
+    if not architecture.can_be_split and not shard.whole:
         raise ConfigError(
-            f"sae.architecture = 'sparse_filtering' looks at all features of a token at once and cannot be split over "
+            f"sae.architecture = {config.kind!r} looks at all features of a token at once and cannot be split over "
             f"{shard.ranks.size} ranks; expected training.feature_shards = 1"
         )
-    return ARCHITECTURES[config.architecture](config, d_in, generator, shard)
+    return architecture(config, d_in, generator, shard)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unbraid.config import SAEConfig, WithKConfig
 from unbraid.distributed.ranks import summed
 from unbraid.distributed.shard import among_top_k
 
 if TYPE_CHECKING:
-    from unbraid.config import SAEConfig
     from unbraid.sae.base import SAE
 
 RAREST = 1 / 50
@@ -35,11 +35,13 @@ WITHOUT_K = 1_000_000
 """Tokens, for architectures whose sparsity is not known beforehand."""
 
 
-def dead_after(config: "SAEConfig", run_tokens: int) -> int:
+def dead_after(config: SAEConfig, run_tokens: int) -> int:
     """Tokens without firing after which a feature counts as dead: `dead_after_tokens`, or from k / N and the run."""
     if config.dead_after_tokens is not None:
         return config.dead_after_tokens
-    return round(max(config.n_features / config.k / RAREST, run_tokens * SHARE_OF_RUN)) if config.has_k else WITHOUT_K
+    if not isinstance(config, WithKConfig):
+        return WITHOUT_K
+    return round(max(config.n_features / config.k / RAREST, run_tokens * SHARE_OF_RUN))
 
 
 def explain_residual(sae: "SAE", seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor, aux_k: int) -> Tensor:

@@ -5,9 +5,12 @@ relu(exp(r_mag) u + b_mag). The L1 penalty acts on the gate, relu(u + b_gate), a
 auxiliary reconstruction by a frozen copy of the decoder (eq. 8 there), so magnitudes do not shrink.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
+from unbraid.config import WeightedSAEConfig
 from unbraid.distributed.ranks import summed
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
@@ -16,12 +19,21 @@ from unbraid.kernels.dense_gated import dense_gated
 from unbraid.kernels.selection import density_above, entries_above
 from unbraid.sae.base import SAE, Encoded, squared_error
 from unbraid.sae.dead import pull_to_threshold
+from unbraid.sae.registry import register
 
 
+class GatedConfig(WeightedSAEConfig):
+    """A gate and a magnitude for each feature, with L1 on the gate."""
+
+    architecture: Literal["gated"] = "gated"
+
+
+@register
 class GatedSAE(SAE):
     """f = 1[u + b_gate > 0] * relu(exp(r_mag) u + b_mag); sparsity = mean over tokens of ||relu(u + b_gate)||_1."""
 
-    architecture = "gated"
+    settings = GatedConfig
+    written_as = SAE.written_as | {"sae_lens": "gated", "dictionary_learning": "GatedAutoEncoder"}
     scaled_with_input = ("b_gate", "b_mag")
 
     def add_biases(self) -> None:

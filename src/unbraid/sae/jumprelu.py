@@ -7,11 +7,13 @@ rather than as a logarithm, which Adam would barely move, and kept >= 0. The tan
 Updates, January 2025): tanh(4 f) for inputs of mean square norm D, so tanh(4 sqrt(D) f) for ours of mean square norm 1.
 """
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from unbraid.config import WeightedSAEConfig, above, active_when
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
@@ -19,6 +21,19 @@ from unbraid.kernels.dense import SlabGradient, dense_autoencode, slabs
 from unbraid.kernels.selection import density_above, entries_above
 from unbraid.sae.base import SAE, Encoded
 from unbraid.sae.dead import pull_to_threshold
+from unbraid.sae.registry import register
+
+
+class JumpReLUConfig(WeightedSAEConfig):
+    """A learned threshold for each feature."""
+
+    architecture: Literal["jumprelu"] = "jumprelu"
+    bandwidth: float = Field(default=0.001, gt=0.0)
+    """Width of the straight-through window around the threshold."""
+    jumprelu_sparsity: Annotated[Literal["l0", "tanh"], active_when(lambda1=above(0))] = "l0"
+    """Which sparsity loss lambda1 weighs."""
+    initial_threshold: float = Field(default=0.001, gt=0.0)
+    """Threshold at the start."""
 
 
 class _Jump(torch.autograd.Function):
@@ -48,10 +63,14 @@ class _CountAbove(torch.autograd.Function):
         return g * in_window_N * -(1 / ctx.bandwidth), None, None, None
 
 
+@register
 class JumpReLUSAE(SAE):
     """f = pre where pre > threshold, else 0; sparsity = mean L0, or a tanh of the codes."""
 
-    architecture = "jumprelu"
+    settings = JumpReLUConfig
+    config: JumpReLUConfig
+    threshold_kind = "per_feature"
+    written_as = SAE.written_as | {"sae_lens": "jumprelu", "dictionary_learning": "JumpReluAutoEncoder"}
     scaled_with_input = ("b_enc", "threshold")
 
     def add_biases(self) -> None:

@@ -10,14 +10,64 @@ a feature has is kept beside the weights, never in their order, so optimiser, pe
 the trained SAE is a plain one.
 """
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from unbraid.config import active_when
+from unbraid.config.checks import wrong
 from unbraid.kernels.autograd import decode
 from unbraid.kernels.codes import Codes
-from unbraid.sae.batch_topk import BatchTopKSAE
+from unbraid.sae.batch_topk import BatchTopKSAE, SharedThresholdConfig
+from unbraid.sae.registry import register
 
 
+class MatryoshkaConfig(SharedThresholdConfig):
+    """BatchTopK whose prefixes reconstruct on their own."""
+
+    architecture: Literal["matryoshka"] = "matryoshka"
+    matryoshka_widths: list[int] | None = None
+    """Nested prefix widths, ascending, the last equal to n_features; none takes N/16, N/4, N."""
+    matryoshka_order: Literal["index", "frequency"] = "index"
+    """Which features the narrow levels hold: the first ones, or the ones that fire most often."""
+    reorder_from: Annotated[int, active_when(matryoshka_order="frequency")] = Field(default=2000, ge=1)
+    """Steps before features are first ordered."""
+    reorder_every: Annotated[int, active_when(matryoshka_order="frequency")] = Field(default=1000, ge=1)
+    """Steps between orderings."""
+    frequency_decay: Annotated[float, active_when(matryoshka_order="frequency")] = Field(default=0.99, ge=0.0, lt=1.0)
+    """Decay per step of the running firing frequency."""
+    matryoshka_detach: bool = False
+    """The loss of an inner level trains only the features it adds to the levels inside it."""
+    matryoshka_weights: float | list[float] = 1.0
+    """Weight of the inner levels' losses beside the whole reconstruction's: one, or one per inner level."""
+
+    @model_validator(mode="after")
+    def _widths_nest(self) -> "MatryoshkaConfig":
+        widths = self.matryoshka_widths
+        if widths is not None and (
+            not widths or widths[0] < 1 or widths != sorted(set(widths)) or widths[-1] != self.n_features
+        ):
+            raise wrong(
+                f"sae.matryoshka_widths is {widths}; expected ascending widths of at least 1, the last equal to "
+                f"sae.n_features, {self.n_features}; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_have_weights(self) -> "MatryoshkaConfig":
+        weights, levels = self.matryoshka_weights, len(self.matryoshka_widths or [1, 2, 3]) - 1
+        values = weights if isinstance(weights, list) else [weights]
+        if (isinstance(weights, list) and len(weights) != levels) or min(values, default=0.0) < 0:
+            raise wrong(
+                f"sae.matryoshka_weights is {weights}; expected one weight of at least 0, or one for each of the "
+                f"{levels} inner levels of sae.matryoshka_widths; change one of the two"
+            )
+        return self
+
+
+@register
 class MatryoshkaSAE(BatchTopKSAE):
     """BatchTopK whose first `matryoshka_widths` features reconstruct on their own.
 
@@ -27,7 +77,10 @@ class MatryoshkaSAE(BatchTopKSAE):
         batches: training batches seen (order=frequency).
     """
 
-    architecture = "matryoshka"
+    settings = MatryoshkaConfig
+    config: MatryoshkaConfig
+    threshold_kind = "shared"
+    written_as = {"sae_lens": "jumprelu", "dictionary_learning": "MatryoshkaBatchTopKSAE"}  # noqa: RUF012
     training_buffers = ("frequency_N", "position_N", "batches")
 
     def add_biases(self) -> None:

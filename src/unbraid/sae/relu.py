@@ -1,18 +1,29 @@
 """ReLU with an L1 penalty: the first sparse autoencoders (Bricken et al. 2023, Cunningham et al. 2023)."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from unbraid.config import WeightedSAEConfig
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient
 from unbraid.kernels.selection import density_above, entries_above
 from unbraid.sae.base import SAE
+from unbraid.sae.registry import register
 
 
+class ReLUConfig(WeightedSAEConfig):
+    """ReLU with L1."""
+
+    architecture: Literal["relu"] = "relu"
+
+
+@register
 class ReLUSAE(SAE):
     """f = relu(pre); sparsity = mean over tokens of ||f||_1."""
 
-    architecture = "relu"
+    settings = ReLUConfig
 
     def density(self, pre_BN: Tensor) -> float:
         """Share of positive pre-activations."""

@@ -6,18 +6,30 @@ then by its L2 norm over features, and the loss is the mean L1 norm of the resul
 reconstruction is learned beside it, as in every SAE.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from unbraid.config import WeightedSAEConfig
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, slabs
+from unbraid.sae.registry import register
 from unbraid.sae.relu import ReLUSAE
 
 
+class SparseFilteringConfig(WeightedSAEConfig):
+    """ReLU with the sparse filtering objective."""
+
+    architecture: Literal["sparse_filtering"] = "sparse_filtering"
+
+
+@register
 class SparseFilteringSAE(ReLUSAE):
     """ReLU SAE with the sparse filtering objective in place of L1."""
 
-    architecture = "sparse_filtering"
+    settings = SparseFilteringConfig
+    can_be_split = False  # its loss looks at all features of a token at once
 
     def sparsity(self, codes: Codes) -> Tensor:
         """Mean over tokens of || f~_b / ||f~_b||_2 ||_1, with f~_n = f_n / ||f_n||_2 over the batch."""

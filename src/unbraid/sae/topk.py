@@ -1,17 +1,18 @@
 """TopK (Gao et al. 2024, arXiv 2406.04093): the k largest pre-activations of each token, after a ReLU."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from unbraid.config import SAEConfig
+from unbraid.config import WithKConfig
 from unbraid.distributed.shard import among_top_k
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.selection import top_k
 from unbraid.sae.base import SAE
 from unbraid.sae.dead import explain_residual
+from unbraid.sae.registry import register
 
 
 def on_the_way(start: int, end: int, shape: str, share: float) -> float:
@@ -30,12 +31,21 @@ def on_the_way(start: int, end: int, shape: str, share: float) -> float:
     return start + (end - start) * (share if shape == "linear" else (1 - math.cos(math.pi * share)) / 2)
 
 
+class TopKConfig(WithKConfig):
+    """The k largest of each token."""
+
+    architecture: Literal["topk"] = "topk"
+
+
+@register
 class TopKSAE(SAE):
     """f keeps the k largest entries of relu(pre) in each row."""
 
-    architecture = "topk"
+    settings = TopKConfig
+    config: WithKConfig
+    written_as = {"sae_lens": "topk", "dictionary_learning": "AutoEncoderTopK", "sparsify": "topk"}  # noqa: RUF012
 
-    def __init__(self, config: SAEConfig, *args: Any):
+    def __init__(self, config: WithKConfig, *args: Any):
         self.training_k = float(config.k_start or config.k)
         super().__init__(config, *args)
 

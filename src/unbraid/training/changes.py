@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unbraid.config import RunConfig, validated
+from unbraid.config import RunConfig, overridden
 from unbraid.errors import CheckpointError, ConfigError, TrainingError
 from unbraid.files import write_whole
 from unbraid.json_files import parse_json, read_text
@@ -74,16 +74,13 @@ def changed(config: RunConfig, changes: Mapping[str, Any], where: str = "resume"
     Raises:
         ConfigError: a setting may not change in a run that goes on, does not exist, or cannot have that value.
     """
-    data = config.model_dump(mode="json")
-    for path, value in changes.items():
+    for path in changes:
         if path not in MAY_CHANGE:
             raise ConfigError(
                 f"{where}: {path} cannot change in a run that goes on; expected one of {', '.join(MAY_CHANGE)}; train "
                 "again into a new run folder for anything else"
             )
-        group, name = path.split(".")
-        data[group][name] = value
-    return validated(RunConfig, data, where)
+    return overridden(config, changes, where)[0]
 
 
 def words_of_resume(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:

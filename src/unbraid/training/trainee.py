@@ -172,8 +172,8 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
         TrainingError: the loss or its gradient is not finite; the weights are as they were.
     """
     sae, settings = trainee.sae, trainee.config
-    lambda1 = settings.sae.lambda1 * warm_up(step, settings.optimiser.sparsity_warmup_steps)
-    lambda2 = settings.decorrelation.lambda2 * warm_up(step, settings.optimiser.decorrelation_warmup_steps)
+    lambda1 = settings.sae.sparsity_weight * warm_up(step, settings.optimiser.sparsity_warmup_steps)
+    lambda2 = settings.decorrelation.weight * warm_up(step, settings.optimiser.decorrelation_warmup_steps)
 
     sae.begin_step(step, trainee.steps)
     dead_N = trainee.tokens_since_fired >= trainee.dead_after

@@ -1,0 +1,106 @@
+"""The settings every sparse autoencoder has; each architecture adds its own where it is defined, in `unbraid.sae`."""
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from unbraid.config.checks import Common, Condition, active_when, wrong
+from unbraid.config.kinds import Kinds, Registry
+
+if TYPE_CHECKING:
+    from unbraid.sae.base import SAE
+
+MOST_FEATURES = 1 << 26
+
+
+class SAEConfig(Kinds):
+    """One sparse autoencoder: its architecture, width and sparsity.
+
+    Calling it gives the class of the architecture named, with the settings that architecture reads:
+
+        >>> SAEConfig(architecture="topk", k=8, n_features=64)
+        TopKConfig(architecture='topk', n_features=64, dead_after_tokens=1000000, decoder_init_norm=None, k=8, ...)
+    """
+
+    group = "sae"
+    names_kind = "architecture"
+    default_kind = "relu"
+    registry: ClassVar["Registry[type[SAE]]"] = Registry("sae.architecture", "unbraid.sae")
+
+    if TYPE_CHECKING:  # any kind's settings
+
+        def __init__(self, **settings: Any) -> None: ...
+
+    architecture: Annotated[str, Common] = "relu"
+    """Which encoder and sparsity loss."""
+    n_features: Annotated[int, Common] = Field(default=16384, ge=2, le=MOST_FEATURES)
+    """Width N: number of features."""
+    dead_after_tokens: int | None = Field(default=None, ge=1)
+    """A feature that has not fired for this many training tokens counts as dead; none takes 1,000,000, and with a k
+    50 N / k, in which the mean feature fires 50 times, or a thousandth of the run if that is more."""
+    decoder_init_norm: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Encoder columns start as this multiple of the unit decoder rows; none takes the one that reconstructs best."""
+    aux_weight: float | None = Field(default=None, ge=0.0)
+    """Weight of the loss that revives dead features (topk family: explaining the residual; others: being pulled up to
+    their threshold); none takes 1 for the topk family and 1/32 for the others, 0 turns it off."""
+
+    @property
+    def revival_weight(self) -> float:
+        """`aux_weight`, or its default for this architecture."""
+        if self.aux_weight is not None:
+            return self.aux_weight
+        return 1.0 if self.has_k else 1 / 32
+
+    @property
+    def has_k(self) -> bool:
+        """Whether k says how sparse the codes are, and not lambda1."""
+        return isinstance(self, WithKConfig)
+
+    @property
+    def sparsity_weight(self) -> float:
+        """lambda1 of Eq. 1; zero where sparsity is structural."""
+        return self.lambda1 if isinstance(self, WeightedSAEConfig) else 0.0
+
+    @property
+    def sparsity_setting(self) -> tuple[str, float | int]:
+        """The setting that says how sparse codes are, and its value."""
+        return ("sae.k", self.k) if isinstance(self, WithKConfig) else ("sae.lambda1", self.sparsity_weight)
+
+
+class WeightedSAEConfig(SAEConfig):
+    """Architectures that become sparse by a loss."""
+
+    lambda1: Annotated[float, Common] = Field(default=0.04, ge=0.0)
+    """Weight of the sparsity loss, with E||x - mean||^2 = 1."""
+
+
+GIVEN = Condition(lambda value: value is not None, "given")
+NOT_ZERO = Condition(lambda value: value != 0, "none or above 0")
+
+
+class WithKConfig(SAEConfig):
+    """Architectures that keep a number of entries."""
+
+    k: Annotated[int, Common] = Field(default=64, ge=1)
+    """Active features per token."""
+    k_start: int | None = Field(default=None, ge=1)
+    """k falls from this to `k`; none keeps it at `k`."""
+    k_fall: Annotated[float, active_when(k_start=GIVEN)] = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the steps over which k falls, from the first one."""
+    k_shape: Annotated[Literal["linear", "geometric", "cosine"], active_when(k_start=GIVEN)] = "linear"
+    """How k falls: by equal steps, by equal ratios, or slowly at both ends."""
+    aux_k: Annotated[int | None, active_when(aux_weight=NOT_ZERO)] = Field(default=None, ge=0)
+    """Dead features used to explain the residual; none picks D/2, 0 turns it off."""
+    aux_weight: Annotated[float | None, active_when(aux_k=NOT_ZERO)] = Field(default=None, ge=0.0)
+    """Weight of the loss by which dead features explain the residual; none takes 1, 0 turns it off."""
+
+    @model_validator(mode="after")
+    def _no_more_than_there_are(self) -> "WithKConfig":
+        if self.k > self.n_features:
+            raise wrong(f"sae.k is {self.k} but sae.n_features only {self.n_features}; lower sae.k")
+        if self.k_start is not None and not self.k <= self.k_start <= self.n_features:
+            raise wrong(
+                f"sae.k_start is {self.k_start}; expected sae.k ({self.k}) to sae.n_features ({self.n_features}), "
+                "because k falls from it; change one of them"
+            )
+        return self
