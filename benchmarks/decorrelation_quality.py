@@ -26,7 +26,7 @@ from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.decorrelation.selection import live_pairs
 from unbraid.evaluation.geometry import max_cosines
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
-from unbraid.recipes import SPARING
+from unbraid.recipes import SPARING, SPARING_ROWS
 from unbraid.synthetic import build_world
 from unbraid.synthetic.learning import train_on_world
 
@@ -40,7 +40,7 @@ def decoder(device: str, steps: int) -> dict[str, Any]:
     Recall is measured at each selection and, for its age, on the last step before the next.
     """
     width = 8192
-    settings = {**SPARING, "space": "decoder"}
+    settings = dict(SPARING_ROWS)
     plain = trainee(width, device, DecorrelationConfig(lambda2=0.0))
     pushed = trainee(width, device, DecorrelationConfig(**settings))
     penalty = pushed.decorrelate
@@ -109,7 +109,7 @@ def seldom(device: str, seeds: int, steps: int) -> dict[str, Any]:
         "codes, every step": every_step,
         "codes, sparing": SPARING,
         "decoder, every step": {"space": "decoder", "fraction": 0.01},
-        "decoder, sparing": {"space": "decoder", "fraction": 0.01, **SPARING},
+        "decoder, sparing": {"fraction": 0.01, **SPARING_ROWS},
     }
     world = build_world("small", device)
     found: dict[str, dict[str, list[float]]] = {}

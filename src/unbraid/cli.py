@@ -26,6 +26,7 @@ from unbraid.errors import ConfigError, UnbraidError
 from unbraid.feature_model import commands as features
 from unbraid.flags import help_of, read_flags
 from unbraid.plugins import load_plugin
+from unbraid.presets import listed, with_preset
 from unbraid.recipes import RECIPES
 from unbraid.reporting.commands import compare, dashboard, export, search
 from unbraid.training.changes import words_of_resume
@@ -41,6 +42,8 @@ PLACES_THAT_CANNOT_BE_WRITTEN = {
 class _TrainOptions(Section):
     run: str | None = None
     """Run folder to make; runs/<recipe> by default."""
+    preset: str | None = None
+    """The method: paper, apart or best; `unbraid presets` says what each is."""
     dry_run: bool = False
     """Print the plan after all of its checks, and stop there."""
 
@@ -87,6 +90,8 @@ def _run_settings(command: str, arguments: list[str], own: type[Section]) -> tup
     base, by_hand = _recipe(recipe)
     if recipe.endswith(".json"):
         require_trust(merged(RunConfig, base, by_hand, recipe)[0], TRUST.removeprefix("--") in given.settings, recipe)
+    if given.own.get("preset") is not None:
+        base = with_preset(merged(RunConfig, base, {}, recipe)[0], given.own["preset"]).model_dump(exclude_unset=True)
     config, dropped = merged(RunConfig, base, by_hand | given.settings, f"{command} {recipe}")
     if given.wants_help:
         print(
@@ -229,6 +234,13 @@ def doctor(arguments: list[str]) -> None:
         sys.exit(1)
 
 
+def presets(arguments: list[str]) -> None:
+    """presets: the methods `--preset` chooses from."""
+    if arguments:
+        raise ConfigError(f"presets takes nothing; found {' '.join(arguments)[:80]!r}")
+    print(listed())
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "resume": resume,
@@ -247,6 +259,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "live": features.live,
     "synth": synth,
     "doctor": doctor,
+    "presets": presets,
 }
 
 
@@ -259,6 +272,8 @@ def usage() -> str:
     lines += [
         "",
         f"recipes: {', '.join(RECIPES)}",
+        "presets (--preset NAME chooses the method of any recipe):",
+        listed(),
         "`unbraid COMMAND --help` lists a command's options; --debug shows tracebacks; --plugin MODULE or --plugin",
         "file.py imports code of yours first, so that architectures and penalties it registers can be named.",
     ]

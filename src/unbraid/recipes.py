@@ -19,17 +19,12 @@ from unbraid.config import (
 WITH_TWIN = {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0.0}}
 """Each SAE beside a twin that differs in nothing but lambda2 = 0: a controlled comparison in one pass."""
 
-SPARING = {"window": 4, "refresh": 64, "interval": 4, "max_pairs_per_feature": 2, "scan_rows": 512}
-"""Decorrelation settings that cost a few per cent of a step: pairs chosen every 64 steps, on four batches (in decoder
-space from lists of neighbours that are as old), at most two a feature, penalised every fourth step with weight 4. In
-decoder space they give what every step gives, in code space they pull less; `docs/method.md` has the figures."""
+SPARING = {"window": 4, "refresh": 64, "interval": 4, "max_pairs_per_feature": 2}
+"""Decorrelation settings that cost a few per cent of a step in code space: pairs chosen every 64 steps, on four
+batches, at most two a feature, penalised every fourth step with weight 4; `docs/method.md` has the figures."""
 
-APART = {"space": "decoder", "fraction": 0.01}
-"""Decorrelation settings that docs/study.md found to help where the paper's code space hurts: the most overlapping 1 %
-of decoder rows pushed apart, at the default weight, best on Matryoshka SAEs. On the study's world ReLU, BatchTopK and
-JumpReLU SAEs gain more with `"push": "rarer"` and a floor of 0.2, which is 0.6 of chance level there (take 0.6 times
-sqrt(2 ln N / D) for your SAE); on a language model that has not been seen. The recipes keep the paper's form, because
-they are there to show it beside its twin; for features to use, train with these (`DecorrelationConfig(**APART)`)."""
+SPARING_ROWS = {"space": "decoder", "refresh": 64, "interval": 4, "max_pairs_per_feature": 2, "scan_rows": 512}
+"""The same in decoder space, from lists of neighbours that are as old; they give what every step gives."""
 
 
 def tiny() -> RunConfig:

@@ -105,6 +105,9 @@ def frontier(runs: list[Path | str]) -> list[Point]:
         Point(
             site=members[0].settings["site"],
             label=", ".join(
+                f"{key} {_shown(members[0].settings[key])}" for key in differing if key in members[0].settings
+            )
+            or "all alike",
                 f"{key} {_shown(members[0].settings.get(key))}" for key in differing if key in members[0].settings
             )
             or "all alike",
