@@ -1,4 +1,4 @@
-"""Every setting of every kind either changes what a run is or is refused, and the refusal names what would activate it."""
+"""Every setting of every kind changes what a run is or is refused, and the refusal names what would activate it."""
 
 import typing
 
