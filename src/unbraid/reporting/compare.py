@@ -108,9 +108,6 @@ def frontier(runs: list[Path | str]) -> list[Point]:
                 f"{key} {_shown(members[0].settings[key])}" for key in differing if key in members[0].settings
             )
             or "all alike",
-                f"{key} {_shown(members[0].settings.get(key))}" for key in differing if key in members[0].settings
-            )
-            or "all alike",
             seeds=len(members),
             metrics={
                 metric: _estimate([member.metrics[metric] for member in members])
