@@ -142,12 +142,6 @@ def check_text(config: RunConfig, source: ActivationSource) -> int | None:
     Raises:
         TextError: with the arithmetic of how many steps the text yields.
     """
-    if not source.has_held_out_rows():
-        raise TextError(
-            f"no held-out text: text.held_out_fraction = {config.text.held_out_fraction} of the documents gave no full "
-            f"context of {config.text.context_length} tokens; give more or shorter documents, or raise "
-            "text.held_out_fraction"
-        )
     needed = config.steps * config.training.batch_tokens
     found = source.count_rows(needed)
     if found is not None and found < needed:
@@ -156,6 +150,12 @@ def check_text(config: RunConfig, source: ActivationSource) -> int | None:
             f"the text is too small: it gives {found:,} token rows = {steps:,} steps of training.batch_tokens = "
             f"{config.training.batch_tokens:,}; the run needs {needed:,} rows for {config.steps:,} steps; give more "
             f"text, or lower training.tokens to {steps * config.training.batch_tokens:,}"
+        )
+    if not source.has_held_out_rows():
+        raise TextError(
+            f"no held-out text: text.held_out_fraction = {config.text.held_out_fraction} of the documents gave no full "
+            f"context of {config.text.context_length} tokens; give more or shorter documents, or raise "
+            "text.held_out_fraction"
         )
     return found
 

@@ -142,9 +142,9 @@ def test_wandb_that_cannot_start_says_how_to_work_offline(tmp_path: Path, monkey
         raise wandb.errors.UsageError("No API key configured")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    monkeypatch.setattr(run, "open_activations", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=r"No API key configured.*WANDB_MODE=offline"):
         unbraid.train(config("wandb"), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_an_interrupted_run_is_closed_as_failed(tmp_path: Path, monkeypatch):
