@@ -1,8 +1,11 @@
 """The examples in which something of one's own is handed in run and give what they promise."""
 
+import doctest
 import json
 import runpy
 from pathlib import Path
+
+import unbraid
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -39,3 +42,10 @@ def test_a_penalty_of_ones_own_changes_what_is_learnt_and_is_logged(tmp_path):
     with_it, without = line["resid_post.1_decorrelated"], line["resid_post.1_twin"]
     assert with_it["decorrelation"]["largest_cosine"] < without["decorrelation"]["largest_cosine"]
     assert with_it["penalty"] < without["penalty"]
+
+
+def test_the_example_of_fit_runs():
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder().find(unbraid.fit, "fit"):
+        runner.run(example)
+    assert runner.summarize(verbose=False) == (0, 5)
