@@ -33,6 +33,7 @@ from unbraid.config import (
     validated,
 )
 from unbraid.errors import ActivationError, CheckpointError, TextError, TrainingError, UnbraidError
+from unbraid.text.documents import TOO_LONG
 from unbraid.text.generated import GeneratedSource
 from unbraid.text.hub import HubSource
 from unbraid.training.checkpoint import list_checkpoints, read_checkpoint
@@ -359,7 +360,7 @@ def test_documents_that_cannot_be_used(tmp_path):
     text.max_skipped_fraction "n of the first m documents cannot be used" and the run stops | every other document"""
     finished = train_on_half_rubbish(tmp_path, 0.6)
     documents = finished.summary["documents"]
-    assert set(documents["skipped"]) == {"empty", "not text", "too large", "not UTF-8"}
+    assert set(documents["skipped"]) == {"empty", "not text", TOO_LONG, "not UTF-8"}
     assert 0 < documents["used"] <= documents["seen"] - sum(documents["skipped"].values())
     assert "some were left out" in run.warnings_of(finished.summary, finished.config)[0]
     shutil.rmtree(tmp_path / "run")
