@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from unbraid.progress import Progress, clock, default_console
+from unbraid.progress import Progress, Stages, clock, default_console
 
 
 @pytest.fixture
@@ -84,3 +84,14 @@ def test_nothing_is_shown_by_default_where_nobody_looks():
 
 def test_clock():
     assert [clock(7.9), clock(3_600.0), clock(7_387.2)] == ["0:07", "1:00:00", "2:03:07"]
+
+
+def test_stages_follow_one_another_and_each_says_when_it_is_over(now):
+    text = io.StringIO()
+    with Stages(Console(file=text, width=200)) as stages:
+        first = stages.add_task("held-out activations", total=4)
+        for _ in range(4):
+            stages.advance(first)
+        second = stages.add_task("first letters", total=None)
+        stages.update(second, completed=2, total=2)
+    assert lines_of(text) == ["held-out activations: 4 of 4 steps", "first letters: 2 of 2 steps"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unbraid import formats
-from unbraid.activations.rows import RowFilter
+from unbraid.activations.rows import ChunkSource, RowFilter
 from unbraid.activations.source import ActivationSource
 from unbraid.config import RunConfig
 from unbraid.distributed.ranks import Ranks
@@ -95,7 +95,7 @@ def _measure_and_export(
     }
 
 
-def held_out_rows(config: RunConfig, source: ActivationSource, trained_filter: RowFilter) -> Iterator[list[Tensor]]:
+def held_out_rows(config: RunConfig, source: ChunkSource, trained_filter: RowFilter) -> Iterator[list[Tensor]]:
     """Rows of held-out text, filtered by the norms training was filtered by, `held_out_tokens` in all."""
     rows_filter = RowFilter(config.buffer, config.sites, source.special_ids)
     rows_filter.limits = trained_filter.limits

@@ -89,7 +89,9 @@ class Progress:
         self._note()
         count = f"{self.done:,} of {self.total:,} {self.unit}" if self.total else f"{self.done:,} {self.unit}"
         pace = self._pace()
-        self._bar.update(self._task, completed=self.done, description=shown or f"{self.what}: {count}", rate=pace)
+        self._bar.update(
+            self._task, total=self.total, completed=self.done, description=shown or f"{self.what}: {count}", rate=pace
+        )
         self._speak("  ".join(filter(None, (f"{self.what}: {count}", pace, detail))), self.done == self.total)
 
     @property
@@ -140,3 +142,42 @@ def number(value: Any) -> str:
     if not isinstance(value, int | float):
         return "-"
     return f"{value:.1f}" if value >= 100 else f"{value:.3g}"
+
+
+class Stages:
+    """Several counts, one after the other. Use as a context manager.
+
+    Args:
+        console: where to write.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._now: Progress | None = None
+
+    def __enter__(self) -> "Stages":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def add_task(self, what: str, total: int | None, unit: str = "steps") -> Progress:
+        """Begin to count something; what was counted before is over."""
+        self.end()
+        self._now = Progress(self.console, what, total, unit)
+        return self._now.__enter__()
+
+    def advance(self, stage: Progress, units: int = 1) -> None:
+        """So many more are done."""
+        stage.update(stage.done + units)
+
+    def update(self, stage: Progress, completed: int | None = None, total: int | None = None) -> None:
+        """So many are done, or there are so many in all."""
+        stage.total = stage.total if total is None else total
+        stage.update(stage.done if completed is None else completed)
+
+    def end(self) -> None:
+        """What is being counted is over, complete or not."""
+        if self._now is not None:
+            self._now.__exit__()
+        self._now = None

@@ -226,3 +226,12 @@ def test_twins_start_from_the_same_weights(tmp_path):
     assert not torch.equal(trainees["resid_post.0_twin"]["W_dec"], trainees["resid_post.1_twin"]["W_dec"])
     weights = {name: tensor for name, tensor in trainees["resid_post.0_twin"].items() if not name.startswith("b_")}
     assert all(tensor.abs().sum() > 0 for tensor in weights.values())
+
+
+def test_a_feature_that_fires_counts_from_zero_again(tmp_path):
+    """After 24 steps of 32 rows the lively ones have a count of zero, and none counts more than all rows."""
+    trained = train(tmp_path / "run", make_config())
+    for trainee in trained.trainees:
+        assert trainee.tokens_since_fired.min() == 0
+        assert trainee.tokens_since_fired.max() <= 24 * 32
+        assert set((trainee.tokens_since_fired % 32).tolist()) == {0}

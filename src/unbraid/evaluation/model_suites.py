@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from unbraid.activations.live import LiveActivations
@@ -26,6 +25,7 @@ from unbraid.evaluation.probing import probe_task, summarise_probing, task_activ
 from unbraid.evaluation.sentence_encoder import SentenceEncoder
 from unbraid.evaluation.splice import preservation
 from unbraid.evaluation.subjects import Judged
+from unbraid.progress import Stages
 from unbraid.randomness import derive_seed
 from unbraid.sae import Codes
 
@@ -46,7 +46,7 @@ class ModelSuites:
     """
 
     def __init__(
-        self, run: RunConfig, judged: list[Judged], config: EvaluationConfig, device: torch.device, bar: Progress
+        self, run: RunConfig, judged: list[Judged], config: EvaluationConfig, device: torch.device, bar: Stages
     ):
         self.judged, self.config, self.device, self.bar = judged, config, device, bar
         task = bar.add_task(f"loading {run.model.name}", total=1)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from unbraid.config import EvaluationConfig
@@ -24,6 +23,7 @@ from unbraid.evaluation.ground_truth import evaluate_ground_truth
 from unbraid.evaluation.model_suites import REFERENCE_ROWS, ModelSuites
 from unbraid.evaluation.subjects import Judged, centre_where_needed, open_subjects
 from unbraid.evaluation.tables import evaluation_tables
+from unbraid.progress import Stages
 from unbraid.randomness import generator
 from unbraid.synthetic import build_world
 
@@ -105,7 +105,7 @@ class _Evaluation:
         }
         suites = [name for name in works if name in self.config.suites]
         on_text = [name for name in suites if name in ON_TEXT]
-        with Progress(console=self.console) as self.bar:
+        with Stages(self.console) as self.bar:
             if self.config.controls:
                 self._stage("controls", self._add_controls, suites)
             self._stage("held-out text", lambda: self.model.read_held_out(on_text), on_text)
@@ -134,8 +134,7 @@ class _Evaluation:
             work()
         except EvaluationError as problem:
             self.skipped |= dict.fromkeys(suites, str(problem))
-            for task in [task for task in self.bar.tasks if not task.finished]:
-                self.bar.remove_task(task.id)
+            self.bar.end()
         self.seconds[name] = round(time.perf_counter() - started, 1)
         outcome = "skipped" if set(suites) <= set(self.skipped) else "done"
         self.console.print(f"{name}: {outcome} in {self.seconds[name]} s", highlight=False, markup=False)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from unbraid.config import OptimiserConfig, SAEConfig, SynthConfig, VariantConfig
 from unbraid.device import pick_device
@@ -19,6 +18,7 @@ from unbraid.evaluation.geometry import max_cosines
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
 from unbraid.evaluation.tables import ground_truth_tables
 from unbraid.files import write_json
+from unbraid.progress import Stages
 from unbraid.randomness import generator
 from unbraid.synthetic import World, build_world
 from unbraid.synthetic.learning import train_on_world
@@ -62,7 +62,7 @@ def run_synth(
         highlight=False,
     )
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    with Progress(console=console) as bar:
+    with Stages(console) as bar:
         for seed in config.seeds:
             variants = [
                 _settings(config, architecture, seed, width, k, samples) for architecture in config.architectures
