@@ -69,8 +69,13 @@ class Run:
 
     @property
     def saes(self) -> dict[str, Any]:
-        """The finished SAEs by name, acting on raw activations; none while the run has not ended."""
-        return {name: formats.load(path) for name, path in self.folder.finished_saes().items()}
+        """The finished SAEs by name, acting on raw activations.
+
+        Raises:
+            TrainingError: the run is not complete.
+        """
+        names, folders = self.summary["saes"], self.folder.finished_saes()
+        return {name: formats.load(folders[name]) for name in names if name in folders}
 
 
 def train(
