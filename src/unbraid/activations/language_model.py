@@ -147,7 +147,8 @@ class LanguageModel:
         """In the `with` block, every pass of `model` calls `visits[site]` with the activations [C, T, W] of each site.
 
         What a visit returns takes the place of the activations, unless it is None. Sites are visited in the order in
-        which the model reaches them, and visits of one site in the order given. Gradients flow if they are on.
+        which the model reaches them, and visits of one site in the order given. Gradients flow if they are on. Some
+        models go on to change a tensor in place: clone what is kept.
 
         Example:
             >>> from unbraid.config import ModelConfig
@@ -204,7 +205,7 @@ class LanguageModel:
 
         def keep(i: int) -> Visit:
             def visit(x: Tensor) -> None:
-                captured[i] = self._checked(i, x, tokens)
+                captured[i] = self._checked(i, x, tokens).clone()  # Falcon adds to its MLP's output in place
                 if len(captured) == len(self.sites):
                     raise _DeepestSiteReached
 
@@ -216,7 +217,7 @@ class LanguageModel:
             with suppress(_DeepestSiteReached):
                 self._forward(tokens, mask)
         self._require_fired([site for i, site in enumerate(self.sites) if i not in captured])
-        return [captured[i].clone() for i in range(len(self.sites))]
+        return [captured[i] for i in range(len(self.sites))]
 
     def _spliced_logits(
         self, tokens: Tensor, mask: Tensor | None, site: Site | None, replace: Callable[[Tensor], Tensor] | None

@@ -1,0 +1,94 @@
+"""Write docs/sites.md: the kinds of sites, and which of them every family of models has, found by running each.
+
+python docs/sites.py          rewrites docs/sites.md
+python docs/sites.py --check  fails when it is out of date
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from generated import write_or_check
+from tests.support.model_families import FAMILIES, Findings, examine
+
+from unbraid.sites import KINDS, Site
+
+HEAD = """# Sites
+
+A site is where activations are read and, with features in hand, changed. `model.sites` takes any number of them; all
+are read in one pass that stops after the deepest.
+
+| site | what it is | SAELens' hook |
+|---|---|---|
+"""
+REST = """| `embed` | what the token embedding gives | `hook_embed` |
+| `module:PATH` | the output of any module, such as `module:model.layers.3.mlp.gate_proj` | the path |
+| `module:PATH:input` | its input | |
+
+SAELens' hook names are accepted wherever a site is asked for.
+
+```python
+from unbraid.activations.language_model import load_language_model
+from unbraid.config import ModelConfig
+
+lm = load_language_model(ModelConfig(name="random:gemma2", sites=["mlp_act.1", "blocks.1.hook_resid_mid"]))
+tokens = lm.tokenizer("bade gale tape", return_tensors="pt").input_ids
+neurons, middle = lm.activations(tokens)
+assert lm.widths == [128, 64]
+with lm.visiting({"resid_mid.1": lambda x: 0 * x}):  # what a visit returns is what the model goes on with
+    logits = lm.logits(tokens)
+```
+
+Names of modules say little: the same name stands for a norm behind attention in one family and for the norm before the
+MLP in another. So a model is tried on a few tokens when it is loaded. What attention and MLP add must add up to the
+block's change, a projection is the linear layer that gives what its sublayer gives, and a site that is not there is
+refused with the reason. The same trial refuses a model in which tokens see later tokens, unless `model.bidirectional`
+is true.
+
+## Families
+
+Tiny random models of each family. **yes**: every layer has the site, and its sums and changes were checked; numbers:
+only these layers have it; a letter: refused, for the reason below. The last column compares `resid_post` with the
+hidden states that the model itself reports, bit for bit, below the last layer (the last entry comes after the final
+norm).
+
+"""
+REASONS = {
+    "do not add up": (
+        "a",
+        "attention and MLP outputs do not add up to the change of the block (scaled or normed again)",
+    ),
+    "read the same input": ("b", "attention and MLP run side by side, so no stream lies between them"),
+    "in a linear layer": ("c", "the sublayer ends in no linear layer, as a mixture of experts does not"),
+    "output of a norm": ("d", "the MLP reads the stream itself; the norm stands behind it"),
+    "has none of": ("e", "the layer has no attention or no MLP"),
+}
+
+
+def page() -> str:
+    """The whole page."""
+    kinds = "".join(f"| `{name}.L` | {kind.meaning} | `{Site(name, 0).hook}` |\n" for name, kind in KINDS.items())
+    head = f"| family | {' | '.join(f'`{kind}`' for kind in KINDS)} | hidden states |\n|{'---|' * (len(KINDS) + 2)}\n"
+    rows = "".join(row(family, examine(family)) for family in FAMILIES)
+    notes = "".join(f"* **{letter}**: {meaning}.\n" for letter, meaning in REASONS.values())
+    return f"{HEAD}{kinds}{REST}{head}{rows}\n{notes}"
+
+
+def row(family: str, found: Findings) -> str:
+    """One family's line."""
+    cells = [cell(found, kind) for kind in KINDS]
+    return f"| {family} | {' | '.join(cells)} | {found.hidden} |\n"
+
+
+def cell(found: Findings, kind: str) -> str:
+    """Yes, the layers that have it, or the letter of the reason."""
+    layers = found.layers[kind]
+    if len(layers) == found.n_layers:
+        return "yes"
+    letter = next(letter for words, (letter, _) in REASONS.items() if words in found.reasons[kind])
+    return f"{', '.join(map(str, layers))}; {letter}" if layers else letter
+
+
+if __name__ == "__main__":
+    write_or_check("sites.md", page())
