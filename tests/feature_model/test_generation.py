@@ -136,3 +136,24 @@ def test_bos_is_never_written_twice():
     fm.tokenizer.chat_template = "{% for m in messages %}{{ '<bos>' + m['content'] }}{% endfor %}"
     chat = [{"role": "user", "content": "kate"}]
     assert fm.prompt(chat).tokens_BT.tolist() == fm.prompt("kate").tokens_BT.tolist()
+
+
+def test_positions_come_from_the_mask_or_the_cache_where_none_are_given():
+    from unbraid.feature_model.editing import SpanTracker
+
+    fm = random_feature_model()
+    ids = torch.tensor([[9, 9, 30, 31], [32, 33, 34, 35]])
+    padded = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    one = torch.ones(2, 1, dtype=torch.long)
+    for mask, expected, then in (
+        (padded, [[-1, -1, 0, 1], [0, 1, 2, 3]], [[2], [4]]),
+        (None, [[0, 1, 2, 3], [0, 1, 2, 3]], [[4], [4]]),
+    ):
+        tracker = SpanTracker(fm.hf_model, fm.special_ids)
+        with torch.no_grad(), tracker.following():
+            cache = fm.hf_model(ids, attention_mask=mask, use_cache=True).past_key_values
+            assert tracker.span.position_BT.tolist() == expected
+            longer = None if mask is None else torch.cat([mask, one], 1)
+            fm.hf_model(ids[:, :1], attention_mask=longer, past_key_values=cache, use_cache=True)
+        assert tracker.span.position_BT.tolist() == then
+        assert tracker.span.length_B.tolist() == ([2, 4] if mask is not None else [4, 4])

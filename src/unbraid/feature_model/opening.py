@@ -42,7 +42,7 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, say: Say |
     Raises:
         UnbraidError: there is no finished dictionary, or its model or site is unknown or not there.
     """
-    from unbraid.evaluation.subjects import open_subjects
+    from unbraid.evaluation.subjects import centre_where_needed, open_subjects
 
     path = Path(getattr(run, "path", run))
     place = pick_device(device)
@@ -53,6 +53,7 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, say: Say |
             "with model_name and hook_name; build FeatureModel(hf_model, tokenizer, {site: sae}) yourself"
         )
     source = LiveActivations(config, place)
+    centre_where_needed(subjects, source.model.model)
     sites = {one.name: str(config.sites[one.site]) for one in subjects}
     saes = {one.name: one.sae for one in subjects}
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
