@@ -174,7 +174,8 @@ def test_results_show_hostile_text_as_text_and_stay_small(fm):
         assert "\x1b" not in repr(result) and repr(result)
         json.loads(result.to_json())
         assert len(result.to_pandas()) >= 0
-    assert "[red]b[/red]" in repr(Table(["a"], [{"a": HOSTILE}]))
+    table = Table(["a"], [{"a": HOSTILE}], caption=HOSTILE, notes=(HOSTILE,))
+    assert "[red]b[/red]" in repr(table) and "<script" not in table._repr_html_()
 
 
 def test_a_table_beyond_the_limit_says_what_it_leaves_out():
