@@ -63,12 +63,12 @@ def test_the_base_install_has_no_logger_plot_server_or_notebook():
     assert len(PROJECT["dependencies"]) <= 21
 
 
-def test_every_logger_is_an_extra_and_all_holds_them():
+def test_every_logger_is_an_extra_and_all_holds_them_and_the_live_page():
     extras = PROJECT["optional-dependencies"]
     (everything,) = extras["all"]
     names = sorted(LOGGERS)
-    assert sorted(set(extras) - {"dev", "all"}) == names
-    assert sorted(everything.removeprefix("unbraid[").removesuffix("]").split(",")) == names
+    assert sorted(set(extras) - {"dev", "all", "live"}) == names
+    assert sorted(everything.removeprefix("unbraid[").removesuffix("]").split(",")) == sorted([*names, "live"])
     assert all(distribution(extras[name][0]) == name for name in names)
 
 
