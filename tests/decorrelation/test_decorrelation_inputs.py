@@ -91,6 +91,7 @@ def test_any_order_of_top_k_gives_the_same_penalty_and_gradient():
         {"values": torch.full((B, K), float("inf"))},
         {"values": torch.ones(B, K, dtype=torch.int64)},
         {"values": torch.ones(B)},
+        {"values": torch.ones(B, K).to(torch.float8_e4m3fn)},
         {"values": torch.ones(B, K, device="meta")},
         {"indices": torch.full((B, K), N)},
         {"indices": torch.full((B, K), -1)},
@@ -149,7 +150,13 @@ def test_decoder_rows_of_any_size_have_the_same_overlaps(scale):
 
 @pytest.mark.parametrize(
     "decoder",
-    [torch.ones(N), torch.ones(N + 1, 8), torch.ones(N, 8, dtype=torch.int64), torch.ones(N, 8).to("meta")],
+    [
+        torch.ones(N, 0),
+        torch.ones(N),
+        torch.ones(N + 1, 8),
+        torch.ones(N, 8, dtype=torch.int64),
+        torch.ones(N, 8).to("meta"),
+    ],
 )
 def test_decoders_that_do_not_fit_are_refused(decoder):
     with pytest.raises(CodesError) as caught:

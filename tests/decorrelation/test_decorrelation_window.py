@@ -187,6 +187,14 @@ def test_codes_of_another_width_are_refused_once_something_is_remembered():
         decorrelate(**batches(1, n_features=300)[0])
 
 
+def test_codes_of_another_width_are_refused_while_the_window_fills():
+    decorrelate = SelectiveDecorrelation(window=3)
+    decorrelate(**batches(1, n_features=300)[0])
+    for call in (decorrelate, decorrelate.advance):
+        with pytest.raises(CodesError, match="200 features, but the remembered batches are for 300"):
+            call(**batches(1)[0])
+
+
 def test_a_running_threshold_is_the_exponential_mean_of_what_it_saw():
     threshold = Threshold("running", tau=0.0, decay=0.9, floor=None)
     assert threshold(0.1, 0.2, 10, 10) == pytest.approx(0.3)

@@ -49,6 +49,8 @@ def require_decoder(decoder: Tensor | None, n_features: int | None, device: torc
         found = f"{decoder.dtype} of shape {tuple(decoder.shape)}" if isinstance(decoder, Tensor) else type(decoder)
         raise CodesError(f"decoder is {found}; expected floating point [N, D], a row a feature; pass W_dec")
     require_numbers(decoder, "decoder rows")
+    if decoder.numel() == 0:
+        raise CodesError(f"decoder has shape {tuple(decoder.shape)}; expected [N, D] with N and D >= 1; pass W_dec")
     if n_features is not None and decoder.shape[0] != n_features:
         raise CodesError(
             f"decoder has {decoder.shape[0]} rows, but the codes have {n_features} features; expected [N, D]; pass "

@@ -159,10 +159,14 @@ class RememberedSelection(ElasticState):
         self.counts[1] += 1
 
     def require_width(self, n_features: int) -> None:
-        """Raises `CodesError` when the state belongs to codes of another width."""
-        if self.known and int(self.counts[6]) != n_features:
+        """Take the width of the first codes; raises `CodesError` when later ones have another."""
+        width = int(self.counts[6])
+        if width == 0 and self.training:
+            self.counts[6] = n_features
+        elif width not in (0, n_features):
+            what = "selection is" if self.known else "batches are"
             raise CodesError(
-                f"codes have {n_features} features, but the remembered selection is for {int(self.counts[6])}; "
+                f"codes have {n_features} features, but the remembered {what} for {width}; "
                 "expected the same width on every call; use one SelectiveDecorrelation per SAE"
             )
 

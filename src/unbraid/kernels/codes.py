@@ -235,8 +235,10 @@ def require_matrix(tensor: Any, name: str, shape: str) -> None:
 
 def require_numbers(tensor: Tensor, name: str) -> None:
     """Raises `CodesError` unless these are real floating-point numbers with data."""
-    if not tensor.is_floating_point():
-        raise CodesError(f"{name} have dtype {tensor.dtype}; expected floating point; pass the encoder's output")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise CodesError(
+            f"{name} have dtype {tensor.dtype}; expected floating point of 16 bits or more; pass the encoder's output"
+        )
     if tensor.device.type == "meta":
         raise CodesError(f"{name} are on the meta device, without data; expected numbers; move the model to a device")
 
