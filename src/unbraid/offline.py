@@ -4,6 +4,9 @@ The hub's own client tries every file of a model again for half a minute; a mach
 at once.
 """
 
+import re
+from pathlib import Path
+
 TIMEOUT = 10.0
 """Seconds in which the hub must answer."""
 
@@ -17,5 +20,12 @@ def why_unreachable() -> str | None:
     except Exception as problem:  # the clients that the hub's library has used raise too many kinds to list
         if getattr(problem, "response", None) is not None:
             return None
+        if "Offline" in type(problem).__name__:
+            return "offline mode is on; unset HF_HUB_OFFLINE"
         return " ".join(str(problem).split())[:160] or type(problem).__name__
     return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name means a repository on the hub and no path on this machine."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()

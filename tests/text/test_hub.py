@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from unbraid.config import TextConfig
 from unbraid.errors import TextError
-from unbraid.text import open_source
+from unbraid.text import hub, open_source
 from unbraid.text.documents import BLOCK
 from unbraid.text.hub import PAUSES, HubSource
 
@@ -226,9 +227,19 @@ def test_what_is_wrong_with_a_data_set_is_said(dataset: Path) -> None:
         ({"column": "story"}, "no column 'story'; expected one of text; set text.column"),
         ({"split": "nope"}, "split 'nope'.*expected one that exists"),
         ({"dataset": str(dataset / "nowhere")}, "nowhere.*expected one that exists"),
-        ({"dataset": "no/such-data-set"}, "no/such-data-set.*expected one that exists"),
+        ({"dataset": "no/such-data-set"}, "no/such-data-set.*the hub cannot be reached .offline mode is on"),
     ):
         with pytest.raises(TextError, match=words):
             next(open_source(good.model_copy(update=change)).documents())
     with pytest.raises(TextError, match=r"set text.dataset"):
         open_source(TextConfig(source="hub"))
+
+
+def test_an_unreachable_hub_is_asked_once_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[None] = []
+    monkeypatch.setattr(hub, "why_unreachable", lambda: asked.append(None) or "Name or service not known")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("tried all the same"))
+    source = HubSource(CONFIG, pause=lambda seconds: pytest.fail("waited"))
+    with pytest.raises(TextError, match=r"'somewhere/something': the hub cannot be reached \(Name or ser"):
+        read(source)
+    assert len(asked) == 1

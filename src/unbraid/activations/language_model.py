@@ -19,15 +19,12 @@ from torch import Tensor, nn
 from unbraid.activations.block import BlockTrace, find_blocks
 from unbraid.activations.hooks import Place, Visit, visited
 from unbraid.activations.load import load_model_and_tokenizer
+from unbraid.activations.suitability import check_causal, check_vocabulary, trial_tokens
 from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
 from unbraid.sites import KINDS, Site, place_outside_blocks
 
 ResultT = TypeVar("ResultT")
-TRIAL_TOKENS = 8
-"""Length of the two contexts that a newly loaded model is tried on."""
-MOVED = {torch.float32: 1e-5, torch.float64: 1e-5}
-"""Relative change of earlier activations that counts as looking ahead; .03 in lower precision."""
 
 
 class _DeepestSiteReached(Exception):
@@ -49,6 +46,7 @@ class LanguageModel:
         model, tokenizer: the transformers objects.
         sites: what `activations` returns, in this order.
         widths: the width of each site.
+        vocabulary: token ids that the model knows.
         pass_contexts: contexts per pass; halved, with a warning, when memory runs out.
 
     Raises:
@@ -79,13 +77,13 @@ class LanguageModel:
         self.blocks = find_blocks(model)
         self._text_config = model.config.get_text_config()  # pyright: ignore
         self._places: dict[Site, Place] = {}
-        self._check_vocabulary()
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore
+        check_vocabulary(self.name, tokenizer, self.special_ids, self.vocabulary)
         self.widths = [0] * len(self.sites)
         self._find_places(self.sites)
-        trial = self._trial()
-        self.widths = [x.shape[-1] for x in trial]
+        self.widths = [x.shape[-1] for x in self._capture(trial_tokens(self.vocabulary), None)]
         if not bidirectional:
-            self._check_causal()
+            check_causal(self.name, self._last_output, self.vocabulary)
 
     @property
     def d_model(self) -> int:
@@ -205,7 +203,8 @@ class LanguageModel:
 
         def keep(i: int) -> Visit:
             def visit(x: Tensor) -> None:
-                captured[i] = self._checked(i, x, tokens).clone()  # Falcon adds to its MLP's output in place
+                with torch.inference_mode(False):  # Falcon adds to its MLP's output in place; a copy can be learnt from
+                    captured[i] = self._checked(i, x, tokens).clone()
                 if len(captured) == len(self.sites):
                     raise _DeepestSiteReached
 
@@ -312,23 +311,6 @@ class LanguageModel:
                 "module to run; change model.sites to one this model uses, such as resid_post of the same layer"
             )
 
-    def _check_vocabulary(self) -> None:
-        """Every token that the tokenizer can make of text must be in the embedding."""
-        weight = self.model.get_input_embeddings().weight  # pyright: ignore
-        self.vocabulary = int(weight.shape[0])
-        if not hasattr(self.tokenizer, "get_vocab"):
-            return
-        beyond = {index: token for token, index in self.tokenizer.get_vocab().items() if index >= self.vocabulary}
-        unread = {index for index, token in beyond.items() if token in self.tokenizer.all_special_tokens}
-        if set(beyond) - (unread - set(self.special_ids)):
-            first = min(beyond)
-            raise ModelError(
-                f"the tokenizer of {self.name} has {len(self.tokenizer):,} tokens and the model's embedding "
-                f"{self.vocabulary:,} rows: token {first} ({beyond[first]!r}) has none; expected no more tokens than "
-                "rows; use the tokenizer the model was trained with, or call model.resize_token_embeddings, train or "
-                "set the new rows, and save the model"
-            )
-
     def _find_places(self, sites: Sequence[Site]) -> None:
         """Look up where `sites` are; blocks are run once, on a few tokens, to see what their modules do."""
         new = [site for site in sites if site not in self._places]
@@ -345,7 +327,7 @@ class LanguageModel:
                 for trace in traces.values():
                     trace.listen(stack)
                 stack.enter_context(self._stopping_after(layers[-1]))
-                self._forward(self._trial_tokens())
+                self._forward(trial_tokens(self.vocabulary))
         for site in new:
             if site.layer is None:
                 self._places[site] = place_outside_blocks(site, self.model)
@@ -360,28 +342,8 @@ class LanguageModel:
         with suppress(_DeepestSiteReached), visited(Place("", self.blocks[layer], "output"), stop):
             yield
 
-    def _trial_tokens(self) -> Tensor:
-        return (7 + torch.arange(2 * TRIAL_TOKENS)).view(2, TRIAL_TOKENS) % self.vocabulary
-
-    def _trial(self) -> list[Tensor]:
-        return self._capture(self._trial_tokens(), None)
-
-    def _check_causal(self) -> None:
-        """Other tokens at the end must leave the last block's output at the beginning where it was."""
-        tokens = self._trial_tokens()
-        changed = tokens.clone()
-        half = TRIAL_TOKENS // 2
-        changed[:, half:] = (tokens[:, half:] + 5) % self.vocabulary
-        before, after = (self._last_output(which)[:, :half].double() for which in (tokens, changed))
-        moved = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)
-        if not float(moved.max()) <= MOVED.get(self.dtype, 0.03):
-            raise ModelError(
-                f"{self.name} looks ahead: other tokens at the end of a context change what stands before them (by "
-                f"{float(moved.max()):.0%}); expected a causal language model; set model.bidirectional to true to use "
-                "it as it is, or change model.name"
-            )
-
     def _last_output(self, tokens: Tensor) -> Tensor:
+        """What the last block gives."""
         kept: list[Tensor] = []
         with visited(Place("", self.blocks[-1], "output"), kept.append), self._stopping_after(self.n_layers - 1):
             self._forward(tokens)

@@ -15,7 +15,7 @@ from unbraid.activations.packaged_model import MODELS, packaged_model_folder
 from unbraid.activations.random_model import FAMILIES, random_model
 from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
-from unbraid.offline import why_unreachable
+from unbraid.offline import is_hub_id, why_unreachable
 
 PACKAGED = ", ".join(f"packaged:{name}" for name in MODELS)
 
@@ -40,7 +40,9 @@ def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Mod
         if config.name.endswith(".gguf"):
             return _gguf(config, Path(config.name).expanduser())
         local = Path(config.name).expanduser()
-        return _pretrained(config, str(local)) if local.is_dir() else _pretrained(config, config.name, on_hub=True)
+        if local.is_dir():
+            return _pretrained(config, str(local))
+        return _pretrained(config, config.name, on_hub=is_hub_id(config.name))
 
 
 def _pretrained(config: ModelConfig, name: str, on_hub: bool = False) -> tuple[nn.Module, Any]:

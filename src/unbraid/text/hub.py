@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from unbraid.config import TextConfig
 from unbraid.errors import TextError
+from unbraid.offline import is_hub_id, why_unreachable
 from unbraid.text.documents import BLOCK, Document, shuffled
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
@@ -79,6 +80,7 @@ class HubSource:
         self.expected = expected
         self.pause = pause
         self.patience = patience
+        self._reached = False
         self._bookmarks: OrderedDict[int, dict[str, Any]] = OrderedDict()
 
     @property
@@ -130,6 +132,12 @@ class HubSource:
         from datasets.utils import logging as chatter
 
         config = self.config
+        why = why_unreachable() if not self._reached and is_hub_id(config.dataset) else None
+        if why is not None:
+            raise TextError(
+                f"cannot read data set {config.dataset!r}: the hub cannot be reached ({why}); expected a network, or a "
+                "local folder in text.dataset; connect, or set text.source to packaged or files"
+            )
         level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
         chatter.set_verbosity_error()
         chatter.disable_progress_bar()
@@ -141,6 +149,7 @@ class HubSource:
             chatter.set_verbosity(level)
             if bars:
                 chatter.enable_progress_bar()
+        self._reached = True
         if stream.column_names is not None and config.column not in stream.column_names:
             raise TextError(
                 f"data set {config.dataset!r} has no column {config.column!r}; expected one of "
