@@ -18,6 +18,7 @@ from unbraid.activations.rows import RowFilter
 from unbraid.config import BufferConfig, ModelConfig, RunConfig, TextConfig
 from unbraid.errors import TextError
 from unbraid.text import Contexts, Document
+from unbraid.text.documents import TOO_LONG, usable
 from unbraid.text.tokens import DocumentTokenizer, tokenise
 
 RENDERED = "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
@@ -108,6 +109,13 @@ def test_a_chat_that_cannot_be_rendered_says_why() -> None:
         contexts([CHAT], tokenizer, train_on="assistant")
     with pytest.raises(TextError, match=r"text\.train_on is 'assistant' but a document is no chat"):
         contexts(["bade gale"], tokenizer, train_on="assistant")
+
+
+def test_messages_made_of_parts_are_chats_and_empty_ones_are_counted(smollm2: Any) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi there"}, {"type": "image"}]}]
+    assert usable(parts, 100) == (parts, "")
+    assert usable(parts, 5)[1] == TOO_LONG
+    assert usable([{"role": "user", "content": " "}], 100)[1] == "empty"
 
 
 ROWS = [[0, 5, 6, 7, 1], [8, 9], list(range(20, 33))]

@@ -98,7 +98,8 @@ def test_lines_that_are_not_json_or_not_utf8_are_handed_on_as_unusable(tmp_path:
 
 
 def test_an_empty_file_holds_no_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("")
+    for name in ("a.jsonl", "b.csv"):
+        (tmp_path / name).write_text("")
     assert texts_of(open_files(tmp_path)) == []
 
 

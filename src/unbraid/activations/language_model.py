@@ -246,8 +246,8 @@ class LanguageModel:
     def _forward(self, tokens: Tensor, mask: Tensor | None = None) -> Any:
         if int(tokens.max()) >= self.vocabulary:
             raise ModelError(
-                f"token id {int(tokens.max())} is beyond the {self.vocabulary} that {self.name} knows; expected the "
-                "tokenizer the model was trained with; change model.name"
+                f"token id {int(tokens.max())} is beyond the {self.vocabulary} that {self.name} knows; expected ids "
+                "of the tokenizer the model was trained with; change the data or model.name"
             )
         mask = torch.ones_like(tokens) if mask is None else mask
         with torch.inference_mode():

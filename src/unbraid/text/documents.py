@@ -130,7 +130,13 @@ def _usable_chat(value: list[Any] | tuple[Any, ...], max_characters: int) -> tup
     if not all(isinstance(item, Mapping) and isinstance(item.get("role"), str) for item in value):
         return "", "not text"
     messages = [{key: part for key, part in item.items() if part is not None} for item in value]
-    texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
-    if not texts:
-        return "", "empty"
-    return messages, _problem_of_text("".join(texts), max_characters)
+    text = "".join(text for message in messages for text in _texts(message.get("content")))
+    return messages, _problem_of_text(text, max_characters)
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """What a message says: a string, or parts of which some are text."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, list | tuple):
+        yield from (part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str))

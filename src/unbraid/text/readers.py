@@ -103,7 +103,9 @@ class Csv(Reader):
         """Up to 1024 rows each; `place` is the byte at which the first begins."""
         blocks: list[Block] = []
         with path.open("rb") as file:
-            header = next(_csv_rows(file), [])
+            header = next(_csv_rows(file), None)
+            if header is None:
+                return []
             _check_column([dict.fromkeys(header)], column, name)
             rows = _csv_rows(file)
             while True:
