@@ -111,7 +111,7 @@ def test_a_chat_that_cannot_be_rendered_says_why() -> None:
         contexts(["bade gale"], tokenizer, train_on="assistant")
 
 
-def test_messages_made_of_parts_are_chats_and_empty_ones_are_counted(smollm2: Any) -> None:
+def test_messages_made_of_parts_are_chats_and_empty_ones_are_counted() -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi there"}, {"type": "image"}]}]
     assert usable(parts, 100) == (parts, "")
     assert usable(parts, 5)[1] == TOO_LONG
