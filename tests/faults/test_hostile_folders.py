@@ -239,7 +239,8 @@ def test_what_others_leave_among_the_saes_is_no_sae(run: Path, tmp_path: Path, n
 
 def test_an_unfinished_run_has_no_saes_yet(tmp_path: Path):
     RunFolder.create(tmp_path / "run", short())
-    assert unbraid.Run(tmp_path / "run").saes == {}
+    with pytest.raises(TrainingError, match=r"is not complete .*unbraid resume"):
+        _ = unbraid.Run(tmp_path / "run").saes
 
 
 def test_a_start_that_failed_does_not_block_the_corrected_command(tmp_path: Path):
