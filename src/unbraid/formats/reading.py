@@ -22,6 +22,7 @@ from unbraid.json_files import is_count, is_number, read_json_object, read_text
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 ALIASES = {"float": "float32", "double": "float64", "half": "float16"}
+KINDS = {int: "a whole number of at least 1", float: "a number", str: "text", dict: "an object"}
 LARGEST_YAML = 1 << 16
 LARGEST_EXPANSION = 64
 """Weights do not compress; an archive that grows by more when opened is no archive of weights."""
@@ -195,7 +196,7 @@ def wanted(settings: dict[str, Any], name: str, kind: type | tuple[type, ...], w
         fits = False
     if not fits:
         raise FormatError(
-            f"{where}: {name} is {shown(value)}; expected {' or '.join(k.__name__ for k in kinds)}; add or correct it"
+            f"{where}: {name} is {shown(value)}; expected {' or '.join(KINDS[k] for k in kinds)}; add or correct it"
         )
     return value
 
@@ -301,5 +302,10 @@ def _from_numpy(array: np.ndarray, name: str) -> Tensor:
 
 
 def _reason(error: BaseException) -> str:
+    """What went wrong, without the readers' advice to open pickles after all."""
     message = str(error).strip()
+    if "weights_only" in message.lower() or "Weights only load failed" in message:
+        return "it is damaged, or holds more than tensors and plain containers"
+    if "allow_pickle" in message:
+        return "it is damaged, or a pickle"
     return message.splitlines()[0][:300] if message else type(error).__name__

@@ -200,6 +200,9 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     d_in, d_out = weights.tensors["W_enc"].shape[0], weights.tensors["W_dec"].shape[1]
     require_widths(config, {"d_in": d_in, "d_sae": weights.tensors["W_enc"].shape[1], "d_out": d_out}, where)
     require_dtype(config, where)
+    text(config, "device", where)
+    checked_metadata(_flat_metadata(config), where)
+    section(metadata, "unbraid", where)
     if weights.form is None:
         weights = restored(weights, metadata.get("unbraid"), "sae_lens", _architecture(config, where)[0], where)
     frequencies = folder / FREQUENCIES
@@ -248,9 +251,11 @@ def _architecture(config: dict[str, Any], where: str) -> tuple[str, int | None]:
     activation = text(config, "activation_fn_str", where) or text(config, "activation_fn", where) or "relu"
     if name == "standard" and activation == "topk":
         name = "topk"
+    arguments = section(config, "activation_fn_kwargs", where)
     if name in ("topk", "abstopk"):
-        arguments = section(config, "activation_fn_kwargs", where)
         return name, wanted({"k": config.get("k", arguments.get("k"))}, "k", int, where)
+    if config.get("k") is not None:
+        wanted(config, "k", int, where)
     require_settings({"activation_fn": activation}, {"activation_fn": "relu"}, where)
     if name not in READ_AS:
         raise FormatError(

@@ -89,6 +89,8 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     require_settings(config, {"activation": ("topk", "groupmax", None)}, where)
     transcode, skip = flag(config, "transcode", False, where), flag(config, "skip_connection", False, where)
     signed = flag(config, "signed", False, where)
+    for name in ("normalize_decoder", "multi_topk"):  # of training alone
+        flag(config, name, False, where)
     state = read_tensors(folder / WEIGHTS)
     names = NAMES | ({"W_skip": "W_skip"} if skip else {})
     require(state, tuple(names.values()), str(folder / WEIGHTS))

@@ -175,7 +175,9 @@ def _ce_loss_scores(run: Path) -> dict[str, float]:
     """By SAE, from the run's evaluation.json, where there is one."""
     saes = read_evaluation(run / "evaluation.json").get("saes", {})
     spliced = {name: sae.get("core", {}).get("model_performance_preservation") for name, sae in saes.items()}
-    return {name: found["ce_loss_score"] for name, found in spliced.items() if _has_number(found, "ce_loss_score")}
+    return {
+        name: float(found["ce_loss_score"]) for name, found in spliced.items() if _has_number(found, "ce_loss_score")
+    }
 
 
 def _has_number(found: Any, name: str) -> bool:
