@@ -48,7 +48,8 @@ def smollm2() -> Any:
 
 
 def config(length: int = 8, **settings: Any) -> TextConfig:
-    return TextConfig.model_validate({"context_length": length, "held_out_fraction": 0.0} | settings)
+    files = {"source": "files", "paths": ["chats.jsonl"]}
+    return TextConfig.model_validate(files | {"context_length": length, "held_out_fraction": 0.0} | settings)
 
 
 def contexts(items: list[Any], tokenizer: Any, **settings: Any) -> list[list[int]]:
