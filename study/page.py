@@ -126,6 +126,7 @@ READERS = {
     "budget": of_sweep,
     "hybrids": of_trial,
     "recipe": lambda line: (line["trial"]["world"], line["trial"]["method"], line["trial"]["seed"]),
+    "revival": of_trial,
     "real": lambda line: of_run(line["run"], line["sae"]),
     "noise": of_noise,
     "real-cost": lambda line: (line["architecture"], line["method"], 0),
@@ -148,7 +149,7 @@ def table(name: str, where: str) -> str:
     for label, found in here.items():
         none = here.get("none", {})
         cells = [cell(by_seed(found, metric), by_seed(none, metric), label) for metric in columns.values()]
-        seeds = len([seed for seed in found if seed < 10 or name in ("budget", "hybrids", "recipe")])
+        seeds = len([seed for seed in found if seed < 10 or name in ("budget", "hybrids", "recipe", "revival")])
         out.append(f"| {label} | {' | '.join(cells)} | {seeds} |")
     return "\n".join(out)
 

@@ -25,7 +25,7 @@ from trials import RESULTS, append, read
 import unbraid
 from unbraid.activations.cache import CachedActivations
 from unbraid.activations.rows import RowFilter
-from unbraid.config import EvaluationConfig, RunConfig
+from unbraid.config import EvaluationConfig, RunConfig, SAEConfig
 from unbraid.evaluation.geometry import composition_rate, max_cosines, seed_agreement
 from unbraid.evaluation.suites import run_suites
 from unbraid.randomness import generator
@@ -41,7 +41,7 @@ SUITES_OF_HEADLINE: list[Any] = ["probing", "absorption"]
 DECODER: dict[str, Any] = {"space": "decoder", "refresh": 16}
 RARER: dict[str, Any] = {"floor": 0.1, "push": "rarer"}
 METHODS: dict[str, dict[str, Any]] = {
-    "none": {"method": "none", "lambda2": 0.0},
+    "none": {"method": "none"},
     "codes": {"lambda2": 0.1},
     "decoder": {**DECODER, "fraction": 0.01, "lambda2": 0.1, "neighbours": 64},
     "decoder-strong": {**DECODER, "lambda2": 0.64},
@@ -89,12 +89,13 @@ def settings(cell: Cell, asked: argparse.Namespace) -> RunConfig:
         "seed": cell.seed,
         "cache": str(CACHE),
         "model": base.model.model_copy(update={"sites": [f"resid_post.{cell.layer}"]}),
-        "sae": base.sae.model_copy(
-            update={
+        "sae": SAEConfig.model_validate(
+            {
                 "architecture": cell.architecture,
                 "k": cell.k,
                 "n_features": asked.width,
                 "dead_after_tokens": 200_000,
+                "aux_weight": 1 / 32,  # What the table was made with.
             }
         ),
         "optimiser": base.optimiser.model_copy(update={"lr": 1e-3, "warmup_steps": 50, "sparsity_warmup_steps": 0}),

@@ -2,6 +2,7 @@
 
     python study/recipe.py small        # results/recipe.jsonl, test seeds 40 to 47
     python study/recipe.py medium
+    python study/recipe.py small --revival      # results/revival.jsonl: dead features as in version 0.1, and as now
 
 The recipe's constants are those its authors published for the full SynthSAEBench world (k from 3.2 times its end, five
 or six widths, inner levels at weight .5), scaled to the width of the SAE; nothing was chosen on the test seeds. Seeds
@@ -48,15 +49,26 @@ def trials(world: str, seed: int) -> list[Trial]:
     return [Trial("matryoshka", name, form, seed, world=world, sae=sae) for name, form, sae in methods]
 
 
+def revivals(world: str, seed: int) -> list[Trial]:
+    """Two architectures without a penalty, as dead features were revived at first and as they are now."""
+    return [
+        Trial(kind, name, NONE, seed, world=world, sae=sae)
+        for kind in ("batch_topk", "matryoshka")
+        for name, sae in (("none", None), ("revived", {}))
+    ]
+
+
 def main() -> None:
     """Bring the table up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=SHAPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=TEST_SEEDS)
-    parser.add_argument("--into", default="recipe", help="another file of results, for development")
+    parser.add_argument("--revival", action="store_true")
+    parser.add_argument("--into", default=None, help="another file of results, for development")
     asked = parser.parse_args()
+    table, chosen = ("revival", revivals) if asked.revival else ("recipe", trials)
     for seed in asked.seeds:
-        run(trials(asked.world, seed), asked.into)
+        run(chosen(asked.world, seed), asked.into or table)
 
 
 if __name__ == "__main__":

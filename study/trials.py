@@ -58,14 +58,18 @@ class Trial:
     def settings(self) -> VariantConfig:
         """What it trains with."""
         width, k = SHAPES[self.world]
+        sparsity = {"lambda1": self.lambda1} if self.lambda1 else {"k": k}
+        rising = {"sparsity_warmup_steps": self.steps // 5} if self.lambda1 else {}
+        penalty = {"method": "none"} if self.decorrelation == NONE else self.decorrelation
         return VariantConfig(
             seed=self.seed,
             sae=SAEConfig.model_validate(
-                {"architecture": self.architecture, "n_features": width, "k": k, "lambda1": self.lambda1}
+                {"architecture": self.architecture, "n_features": width}
+                | sparsity
                 | (FIRST_REVIVAL if self.sae is None else self.sae)
             ),
-            decorrelation=DecorrelationConfig.model_validate(self.decorrelation),
-            optimiser=OptimiserConfig(lr=self.lr, warmup_steps=self.steps // 20, sparsity_warmup_steps=self.steps // 5),
+            decorrelation=DecorrelationConfig.model_validate(penalty),
+            optimiser=OptimiserConfig(lr=self.lr, warmup_steps=self.steps // 20, **rising),
         )
 
 
