@@ -17,7 +17,7 @@ from unbraid.config import SAEConfig, validated
 from unbraid.config.overrides import merged
 from unbraid.errors import ConfigError, FormatError
 from unbraid.formats.imported import Form, ImportedSAE
-from unbraid.formats.reading import shown
+from unbraid.formats.reading import section, shown
 from unbraid.sae import SAE
 
 PER_FEATURE = {"b_enc", "threshold", "b_gate", "b_mag", "r_mag", "b_glu", "selection"}
@@ -225,8 +225,9 @@ def restored(weights: Weights, kept: Any, layout: str, label: str, where: str) -
     """
     if not isinstance(kept, dict) or "sae" not in kept:
         return weights
+    section(kept, "sae", f"{where}: unbraid")
     try:
-        config, _ = merged(SAEConfig, kept["sae"], {}, f"{where}: unbraid.sae")
+        config, _ = merged(SAEConfig, kept["sae"] or {}, {}, f"{where}: unbraid.sae")
     except ConfigError as error:
         raise FormatError(f"{error}; written by another version? delete the entry unbraid to read it plainly") from None
     n_features = weights.tensors["W_enc"].shape[1]
