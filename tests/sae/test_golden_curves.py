@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))  # also when run as a script
+from sae_settings import sae_settings
+
 from unbraid.config import DecorrelationConfig, OptimiserConfig, VariantConfig
 from unbraid.randomness import generator
 from unbraid.sae.build import ARCHITECTURES
