@@ -7,25 +7,30 @@ decorrelate = unbraid.SelectiveDecorrelation()   # the penalty, for a training l
 fm = unbraid.features("runs/demo")               # the model with a run's SAEs in it: read, steer, attribute
 """
 
-from unbraid import recipes
-from unbraid.config import DecorrelationConfig, OptimiserConfig, RunConfig, SAEConfig, VariantConfig
-from unbraid.decorrelation.penalty import SelectiveDecorrelation
-from unbraid.errors import UnbraidError
-from unbraid.feature_model import (
-    Ablate,
-    Clamp,
-    FeatureModel,
-    Patch,
-    Scale,
-    Splice,
-    Steer,
-    features,
-    logit,
-    match,
-)
-from unbraid.fitting import fit
-from unbraid.formats import load
-from unbraid.run import Run, resume, train
+from typing import TYPE_CHECKING
+
+from unbraid.lazy_names import imported_when_asked_for
+
+if TYPE_CHECKING:
+    from unbraid import recipes
+    from unbraid.config import DecorrelationConfig, OptimiserConfig, RunConfig, SAEConfig, VariantConfig
+    from unbraid.decorrelation.penalty import SelectiveDecorrelation
+    from unbraid.errors import UnbraidError
+    from unbraid.feature_model import (
+        Ablate,
+        Clamp,
+        FeatureModel,
+        Patch,
+        Scale,
+        Splice,
+        Steer,
+        features,
+        logit,
+        match,
+    )
+    from unbraid.fitting import fit
+    from unbraid.formats import load
+    from unbraid.run import Run, resume, train
 
 __all__ = [
     "Ablate",
@@ -53,3 +58,24 @@ __all__ = [
     "train",
 ]
 __version__ = "0.1.0"
+
+
+__getattr__ = imported_when_asked_for(
+    __name__,
+    {
+        "unbraid.recipes": ["recipes"],
+        "unbraid.config": ["DecorrelationConfig", "OptimiserConfig", "RunConfig", "SAEConfig", "VariantConfig"],
+        "unbraid.decorrelation.penalty": ["SelectiveDecorrelation"],
+        "unbraid.errors": ["UnbraidError"],
+        "unbraid.feature_model": [
+            *("Ablate", "Clamp", "FeatureModel", "Patch", "Scale", "Splice", "Steer", "features", "logit", "match"),
+        ],
+        "unbraid.fitting": ["fit"],
+        "unbraid.formats": ["load"],
+        "unbraid.run": ["Run", "resume", "train"],
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,6 +18,7 @@ import tyro
 from pydantic import ValidationError
 from rich.console import Console
 
+from unbraid import __version__
 from unbraid.config import EvaluationConfig, RunConfig, Section, SynthConfig, overridden, read_settings, require_trust
 from unbraid.config.checks import complaints
 from unbraid.config.overrides import merged
@@ -298,8 +299,13 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
+        return
+    if arguments[0] == "--version":
+        print(f"unbraid {__version__}")
         return
     warnings.showwarning = _show_warning
     name, *rest = arguments
@@ -308,7 +314,9 @@ def main(arguments: list[str] | None = None) -> None:
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
-            raise ConfigError(f"no command {name!r}; {hint}")
+            if name.startswith("-"):
+                raise ConfigError(f"unknown flag {name[:80]!r}; expected --help, --version or a command first; {hint}")
+            raise ConfigError(f"no command {name[:80]!r}; {hint}")
         try:
             COMMANDS[name](rest)
         except ValidationError as error:

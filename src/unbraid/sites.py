@@ -5,14 +5,9 @@ names are understood. `KINDS` is the only list of kinds: name, hook name and pla
 """
 
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import nn
-
-from unbraid.activations.block import BlockTrace
-from unbraid.activations.hooks import Place
-from unbraid.errors import ConfigError, ModelError
+from unbraid.errors import ConfigError
 
 
 class Kind(NamedTuple):
@@ -21,25 +16,25 @@ class Kind(NamedTuple):
     Attributes:
         meaning: what it is, for the docs.
         hook: TransformerLens' name for it inside `blocks.LAYER.`.
-        place: finds it in a block that has been run; takes the block's trace and the site's name.
+        place: the method of `BlockTrace` that finds it in a block that has been run, given the site's name.
     """
 
     meaning: str
     hook: str
-    place: Callable[[BlockTrace, str], Place]
+    place: str
 
 
 KINDS = {
-    "resid_pre": Kind("the residual stream before a block", "hook_resid_pre", BlockTrace.stream_in),
-    "resid_mid": Kind("between attention and MLP", "hook_resid_mid", BlockTrace.stream_between),
-    "resid_post": Kind("after a block", "hook_resid_post", BlockTrace.stream_out),
-    "attn_in": Kind("what attention reads, after the norm", "attn.hook_in", BlockTrace.attention_read),
-    "attn_z": Kind("all heads before the output projection", "attn.hook_z", BlockTrace.attention_heads),
-    "attn_out": Kind("what attention adds to the stream", "hook_attn_out", BlockTrace.attention_added),
-    "mlp_in": Kind("what the MLP reads, after the norm", "mlp.hook_in", BlockTrace.mlp_read),
-    "mlp_normed": Kind("the same before the norm's gain", "ln2.hook_normalized", BlockTrace.mlp_normed),
-    "mlp_act": Kind("the MLP's neurons", "mlp.hook_post", BlockTrace.mlp_neurons),
-    "mlp_out": Kind("what the MLP adds to the stream", "hook_mlp_out", BlockTrace.mlp_added),
+    "resid_pre": Kind("the residual stream before a block", "hook_resid_pre", "stream_in"),
+    "resid_mid": Kind("between attention and MLP", "hook_resid_mid", "stream_between"),
+    "resid_post": Kind("after a block", "hook_resid_post", "stream_out"),
+    "attn_in": Kind("what attention reads, after the norm", "attn.hook_in", "attention_read"),
+    "attn_z": Kind("all heads before the output projection", "attn.hook_z", "attention_heads"),
+    "attn_out": Kind("what attention adds to the stream", "hook_attn_out", "attention_added"),
+    "mlp_in": Kind("what the MLP reads, after the norm", "mlp.hook_in", "mlp_read"),
+    "mlp_normed": Kind("the same before the norm's gain", "ln2.hook_normalized", "mlp_normed"),
+    "mlp_act": Kind("the MLP's neurons", "mlp.hook_post", "mlp_neurons"),
+    "mlp_out": Kind("what the MLP adds to the stream", "hook_mlp_out", "mlp_added"),
 }
 OTHER_HOOKS = {"hook_mlp_in": "resid_mid", "attn.hook_attn_in": "attn_in"}
 """Further names that TransformerLens has for a kind."""
@@ -113,29 +108,3 @@ class Site(NamedTuple):
         if self.kind in (MODULE, HANDED_IN):
             return f"{self.kind}:{self.path}"
         return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
-
-
-def place_outside_blocks(site: Site, model: nn.Module) -> Place:
-    """Where a site without a layer is.
-
-    Raises:
-        ModelError: the model has no such module.
-    """
-    if site.kind == EMBED:
-        return Place(str(site), model.get_input_embeddings(), "output")  # pyright: ignore
-    path = site.path.removesuffix(":input")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        known = [name for name, _ in model.named_modules() if name.count(".") <= path.count(".") and name]
-        raise ModelError(
-            f"site {site}: {type(model).__name__} has no module {path!r}; expected one such as "
-            f"{', '.join(_closest(path, known))}; change model.sites"
-        ) from None
-    return Place(str(site), module, "input" if site.path.endswith(":input") else "output", frame=model)
-
-
-def _closest(path: str, known: list[str]) -> list[str]:
-    from difflib import get_close_matches
-
-    return get_close_matches(path, known, n=3, cutoff=0.3) or known[:3]

@@ -9,12 +9,14 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from unbraid.errors import ModelError
+from unbraid.sites import EMBED, Site
 
 Visit = Callable[[Tensor], Tensor | None]
 """Called with activations [C, T, W]; a returned tensor of the same shape replaces them, None leaves them."""
@@ -166,3 +168,27 @@ def _as_contexts(x: Tensor, frame: Tensor | None) -> Tensor:
     if frame is None or x.ndim != 2 or len(x) != frame.shape[0] * frame.shape[1]:
         return x
     return x.reshape(*frame.shape[:2], -1)
+
+
+def place_outside_blocks(site: Site, model: nn.Module) -> Place:
+    """Where a site without a layer is.
+
+    Raises:
+        ModelError: the model has no such module.
+    """
+    if site.kind == EMBED:
+        return Place(str(site), model.get_input_embeddings(), "output")  # pyright: ignore
+    path = site.path.removesuffix(":input")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        known = [name for name, _ in model.named_modules() if name.count(".") <= path.count(".") and name]
+        raise ModelError(
+            f"site {site}: {type(model).__name__} has no module {path!r}; expected one such as "
+            f"{', '.join(_closest(path, known))}; change model.sites"
+        ) from None
+    return Place(str(site), module, "input" if site.path.endswith(":input") else "output", frame=model)
+
+
+def _closest(path: str, known: list[str]) -> list[str]:
+    return get_close_matches(path, known, n=3, cutoff=0.3) or known[:3]

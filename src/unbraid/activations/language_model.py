@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unbraid.activations.block import BlockTrace, find_blocks
-from unbraid.activations.hooks import Place, Visit, visited
+from unbraid.activations.hooks import Place, Visit, place_outside_blocks, visited
 from unbraid.activations.load import load_model_and_tokenizer
 from unbraid.activations.suitability import check_causal, check_vocabulary, trial_tokens
 from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
-from unbraid.sites import KINDS, Site, place_outside_blocks
+from unbraid.sites import KINDS, Site
 
 ResultT = TypeVar("ResultT")
 
@@ -332,7 +332,7 @@ class LanguageModel:
             if site.layer is None:
                 self._places[site] = place_outside_blocks(site, self.model)
             else:
-                self._places[site] = KINDS[site.kind].place(traces[site.layer], str(site))
+                self._places[site] = getattr(traces[site.layer], KINDS[site.kind].place)(str(site))
 
     @contextmanager
     def _stopping_after(self, layer: int) -> Iterator[None]:

@@ -79,7 +79,7 @@ class Section(BaseModel):
     """A group of settings: frozen, strictly typed, documented by attribute docstrings, refusing what does nothing."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True
     )
     group: ClassVar[str] = ""
     """Where the group stands in a run's settings, for messages."""
