@@ -32,7 +32,7 @@ class Replay:
                 f"{what} is a {type(source).__name__}, which can be read only once, and a run reads it several times; "
                 f"expected a list, a data set, or a function that starts it anew; pass {what}=lambda: ..."
             )
-        self._start = source.state_dict() if self.saves_its_place else None
+        self._start = self.source.state_dict() if self.saves_its_place else None
 
     @property
     def resumes(self) -> str:
@@ -49,12 +49,12 @@ class Replay:
         first = start if state is not None and self.saves_its_place else 0
         if self.saves_its_place:
             self.source.load_state_dict(self._start if state is None else state)
-        iterator = iter(self.source() if callable(self.source) else self.source)
+        iterator = iter(self._opened())
         mode = _GradientMode()
         number = first
         try:
             while True:
-                before = self.source.state_dict() if self.saves_its_place else None  # pyright: ignore
+                before = self.source.state_dict() if self.saves_its_place else None
                 with mode:
                     item = next(iterator, _END)
                 if item is _END:
@@ -65,6 +65,9 @@ class Replay:
         finally:
             with mode:
                 getattr(iterator, "close", bool)()
+
+    def _opened(self) -> Any:
+        return self.source() if callable(self.source) else self.source
 
 
 _END = object()

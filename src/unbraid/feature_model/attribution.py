@@ -341,7 +341,8 @@ def attribute(fm: Any, prompt: Any, metric: Any, method: str, to: Any, sites: Se
     with torch.no_grad():
         for one in dictionaries:
             parts = parts_of(one, recorded, to)
-            base_TM = parts.y_TM - parts.written(*parts.change.indices(), parts.change.values())
+            rows, features = parts.change.indices()
+            base_TM = parts.y_TM - parts.written(rows, features, parts.change.values())
             without = float(metrics(recorded, one, base_TM[None], function)[0])
             if method == "gradient":
                 site = _first_order(parts, gradients[one.writes][0], without)

@@ -145,7 +145,7 @@ class Generation:
             def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
                 return torch.full((len(input_ids),), bool(stopped()), device=input_ids.device)
 
-        options = {"pad_token_id": self.fm.special_ids[0] if self.fm.special_ids else 0} | self.hf
+        options: dict[str, Any] = {"pad_token_id": self.fm.special_ids[0] if self.fm.special_ids else 0} | self.hf
         if stopped is not None:
             options["stopping_criteria"] = StoppingCriteriaList([*options.get("stopping_criteria", []), Stopped()])
         if streamer is not None:

@@ -3,9 +3,9 @@
 Everything is done with hooks that last for one call, on the model as transformers loaded it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class FeatureModel:
         *,
         sites: Mapping[str, str] | None = None,
         text: Any = None,
-        held_out: Any = None,
+        held_out: "HeldOut | Callable[[FeatureModel], HeldOut] | None" = None,
         twins: Mapping[str, str] | None = None,
         bos: bool | None = None,
     ):
@@ -236,6 +236,16 @@ class FeatureModel:
             self._words[name, index] = asking.few_words(self, Feature(self.dictionaries[name], index))
         return self._words[name, index]
 
+    @overload
+    def passed(
+        self, batch: Prompt, edits: Any, mask_BT: Tensor, at: Any, *, logits: Literal[True]
+    ) -> tuple[Reading, Tensor]: ...
+
+    @overload
+    def passed(
+        self, batch: Prompt, edits: Any, mask_BT: Tensor, at: Any, *, logits: Literal[False]
+    ) -> tuple[Reading, None]: ...
+
     @torch.no_grad()
     def passed(
         self, batch: Prompt, edits: Any, mask_BT: Tensor, at: Any, *, logits: bool
@@ -247,16 +257,16 @@ class FeatureModel:
         found = None
         with tracker.following(), hooked(hooks), suppress(StopPass):
             found = self.forward(batch)
-        silent = [name for name, reader in readers.items() if reader.codes is None]
+        codes = {name: reader.codes for name, reader in readers.items() if reader.codes is not None}
+        silent = [name for name in readers if name not in codes]
         if silent:
             raise FeatureError(f"{', '.join(silent)} never fired in a pass; expected sites whose modules run")
-        codes = {name: reader.codes for name, reader in readers.items()}
         error = {name: reader.error_BT for name, reader in readers.items()}
         norms = {name: reader.norm_BT for name, reader in readers.items()}
         texts = [self.texts(batch, row) for row in range(len(batch.tokens_BT))]
         reading = Reading(
             texts, batch.tokens_BT.cpu(), codes, error, norms, at, mask_BT.cpu(), batch.span, self.share, self.words
-        )  # pyright: ignore
+        )
         return reading, found
 
     def forward(self, batch: Prompt) -> Tensor:

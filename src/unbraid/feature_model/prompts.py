@@ -47,7 +47,7 @@ class PromptReader:
 
     def __init__(self, tokenizer: Any, bos: bool | None, special_ids: Sequence[int], device: torch.device):
         self.tokenizer, self.special_ids, self.device = tokenizer, tuple(special_ids), device
-        self.bos_id = None if tokenizer is None else tokenizer.bos_token_id
+        self.bos_id: int | None = None if tokenizer is None else tokenizer.bos_token_id
         if bos is None and tokenizer is not None and self.bos_id is not None:
             bos = tokenizer("a")["input_ids"][:1] == [self.bos_id]
         self.adds_bos = bool(bos) and self.bos_id is not None
@@ -101,8 +101,9 @@ class PromptReader:
         if self.tokenizer is None:
             raise FeatureError("a text was given but there is no tokenizer; expected token ids; or give the tokenizer")
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        start = [self.bos_id] if self.adds_bos and ids[:1] != [self.bos_id] else []
-        return start + ids
+        if self.bos_id is None or not self.adds_bos or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
 
     def _chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):

@@ -164,7 +164,7 @@ def read_run_state(path: Path) -> dict[str, Any]:
     _, state = read_checkpoint(path, lambda stem: False)
     kinds = {"step": int, "metrics_offset": int, "run": dict, "buffer": dict, "seconds": dict}
     odd = {name: state.get(name) for name, kind in kinds.items() if not isinstance(state.get(name), kind)}
-    seconds = state.get("seconds")
+    seconds = {} if odd else state["seconds"]
     if not odd and (set(seconds) != {"buffer", "training"} or not all(map(is_number, seconds.values()))):
         odd["seconds"] = seconds
     if not odd and not all(isinstance(state["run"].get(name), dict) for name in ("settings", "source")):
