@@ -142,12 +142,6 @@ class _Resume:
     trust_remote_code: Trust = False
 
 
-@dataclasses.dataclass
-class _RunFolder:
-    run: tyro.conf.Positional[Path]
-    """A run folder."""
-
-
 def resume(arguments: list[str]) -> None:
     """resume DIR [--training.tokens N] [--optimiser.lr X] ...: go on with an interrupted run, exactly where its last
     checkpoint stands; only what makes no other run of it may change."""
@@ -159,12 +153,20 @@ def resume(arguments: list[str]) -> None:
     run.resume(options.run, changes=changes, trust_remote_code=options.trust_remote_code, console=console)
 
 
+@dataclasses.dataclass
+class _Figure:
+    run: tyro.conf.Positional[Path]
+    """A run folder."""
+    paper: bool = False
+    """Draw the paper's four panels, into figures/figure1-paper.png and .svg."""
+
+
 def figure(arguments: list[str]) -> None:
-    """figure DIR: draw Figure 1 of a run from its metrics."""
-    options = tyro.cli(_RunFolder, args=arguments, prog="unbraid figure")
+    """figure DIR [--paper]: draw Figure 1 of a run from its metrics."""
+    options = tyro.cli(_Figure, args=arguments, prog="unbraid figure")
     from unbraid.reporting.figures import draw_training
 
-    for path in draw_training(options.run):
+    for path in draw_training(options.run, paper=options.paper):
         console.print(str(path), highlight=False)
 
 

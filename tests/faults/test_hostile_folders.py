@@ -206,6 +206,7 @@ def test_a_damaged_summary_ends_in_a_message(run: Path, tmp_path: Path, text: st
 def test_a_damaged_log_ends_in_a_message(run: Path, text: str):
     (run / "metrics.jsonl").write_text(text, errors="surrogateescape")
     ends_in_a_message(["figure", str(run)])
+    ends_in_a_message(["figure", str(run), "--paper"])
 
 
 CONFIGS = {
@@ -338,3 +339,10 @@ def test_a_port_that_cannot_be_is_a_message(run: Path, port: int):
     (run / "report" / "index.html").write_text("")
     with pytest.raises(UnbraidError, match="expected 0 to 65535"):
         serve(run / "report" / "index.html", port)
+
+
+@pytest.mark.parametrize("project", ["../../x", "/tmp/x", "a/b", ".."])
+def test_a_project_of_a_logger_leads_nowhere_else(run: Path, project: str):
+    edit(run / "config.json", lambda data: data["training"].update(log_project=project))
+    with pytest.raises(ConfigError, match="cannot name a project"):
+        unbraid.Run(run).config  # noqa: B018

@@ -10,7 +10,7 @@ from sae_samples import make_sae
 from stand_in_hub import stand_in_hub
 
 from unbraid import formats
-from unbraid.errors import FormatError
+from unbraid.errors import FormatError, UnbraidError
 from unbraid.formats.hub import from_hub, push_to_hub
 
 NAMES = ("resid_post.3_decorrelated", "resid_post.3_twin")
@@ -92,3 +92,37 @@ def test_a_refusal_a_missing_repository_and_offline_mode_end_in_one_message(hub,
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FormatError, match="offline"):
         from_hub("me/saes", endpoint=hub.endpoint, cache=tmp_path)
+
+
+def test_what_goes_up_says_nothing_of_where_things_lie_on_this_machine(hub, run: Path, tmp_path: Path):
+    local = tmp_path / "private" / "model"
+    local.mkdir(parents=True)
+    settings = {
+        "cache": "~/cache",
+        "model": {"name": str(local)},
+        "text": {"paths": ["../mine/a.txt", "C:\\Users\\me\\b.txt"]},
+    }
+    (run / "config.json").write_text(json.dumps(settings | {"text_column": "text", "hub": "google/gemma-2-2b"}))
+    for name in NAMES:
+        config = json.loads((run / "saes" / name / "cfg.json").read_text())
+        config["metadata"]["model_name"] = str(local)
+        (run / "saes" / name / "cfg.json").write_text(json.dumps(config))
+    push_to_hub(run, "me/saes", endpoint=hub.endpoint)
+    files = hub.repositories["me/saes"]
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    assert json.loads(files["config.json"]) == {
+        "cache": "cache",
+        "model": {"name": "model"},
+        "text": {"paths": ["a.txt", "b.txt"]},
+        "text_column": "text",
+        "hub": "google/gemma-2-2b",
+    }
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "figures/figure1.png", "figures", f"saes/{NAMES[0]}"])
+def test_nothing_goes_up_through_a_link(hub, run: Path, tmp_path: Path, name: str):
+    (run / name).rename(tmp_path / "private")
+    (run / name).symlink_to(tmp_path / "private")
+    with pytest.raises(UnbraidError, match="symbolic link"):
+        push_to_hub(run, "me/saes", endpoint=hub.endpoint)
+    assert not hub.repositories.get("me/saes")

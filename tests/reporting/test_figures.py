@@ -27,6 +27,9 @@ def record(step: int, site: int, lambda2: float, noise: random.Random) -> dict:
         "tau": mean + std,
         "correlation_mean": mean,
         "correlation_std": std,
+        "correlation_top": 0.3 + mean,
+        "l0": 40.0 + 30 * math.exp(-step / 40) + site,
+        "r2": 0.9 - math.exp(-step / 30) - 0.01 * site,
     }
 
 
@@ -39,7 +42,7 @@ def write_log(run: Path, steps: int = 200, every: int = 5, sites=SITES, measured
             for variant, lambda2 in (("decorrelated", 0.1), ("twin", 0.0)):
                 saes[f"{site}_{variant}"] = record(step, at, lambda2, noise)
                 if not measured:
-                    for name in ("tau", "correlation_mean", "correlation_std"):
+                    for name in ("tau", "correlation_mean", "correlation_std", "correlation_top", "r2"):
                         saes[f"{site}_{variant}"][name] = None
         lines.append(json.dumps({"step": step, "tokens": step * 512, "lr": 1e-3, "saes": saes}))
     run.mkdir(parents=True, exist_ok=True)
@@ -72,11 +75,12 @@ def test_the_png_has_the_resolution_print_asks_for(tmp_path: Path):
         assert round(image.info["dpi"][0]) == 300
 
 
-def test_no_text_overlaps_another_or_leaves_the_figure(tmp_path: Path):
+@pytest.mark.parametrize("paper", [False, True])
+def test_no_text_overlaps_another_or_leaves_the_figure(tmp_path: Path, paper: bool):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    figure = training_figure(TrainingLog.read(write_log(tmp_path) / "metrics.jsonl"))
+    figure = training_figure(TrainingLog.read(write_log(tmp_path) / "metrics.jsonl"), paper=paper)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     boxes = [
@@ -112,7 +116,7 @@ def _out_of_range_labels(axes) -> set[str]:
 
 
 def test_sites_and_the_twin_are_named(tmp_path: Path):
-    words = texts(training_figure(TrainingLog.read(write_log(tmp_path) / "metrics.jsonl")))
+    words = texts(training_figure(TrainingLog.read(write_log(tmp_path) / "metrics.jsonl"), paper=True))
     for expected in (
         "resid_post 2",
         "resid_post 8",
@@ -124,8 +128,23 @@ def test_sites_and_the_twin_are_named(tmp_path: Path):
 
 
 def test_what_was_not_measured_is_said_and_not_drawn(tmp_path: Path):
-    figure = training_figure(TrainingLog.read(write_log(tmp_path, measured=False) / "metrics.jsonl"))
-    assert texts(figure).count("not measured in this run") == 1 + len(SITES)
+    log = TrainingLog.read(write_log(tmp_path, measured=False) / "metrics.jsonl")
+    assert texts(training_figure(log, paper=True)).count("not measured in this run") == 1 + len(SITES)
+    assert texts(training_figure(log)).count("not measured in this run") == 3
+
+
+def test_the_figure_shows_what_a_penalty_does_and_what_it_costs_and_the_papers_panels_on_request(tmp_path: Path):
+    run = write_log(tmp_path)
+    titles = [axes.get_title(loc="left") for axes in training_figure(TrainingLog.read(run / "metrics.jsonl")).axes]
+    assert [title for title in titles if title] == [
+        r"(a) adaptive threshold $\tau$",
+        "(b) correlation of the most correlated pairs",
+        "(c) L0",
+        r"$R^2$",
+        "(d) loss",
+    ]
+    assert [path.name for path in draw_training(run)] == ["figure1.png", "figure1.svg"]
+    assert [path.name for path in draw_training(run, paper=True)] == ["figure1-paper.png", "figure1-paper.svg"]
 
 
 def test_a_failed_update_shows_in_its_panel(tmp_path: Path):
@@ -134,7 +153,7 @@ def test_a_failed_update_shows_in_its_panel(tmp_path: Path):
     for line in lines[10:]:
         line["saes"]["resid_post.2_twin"]["updates"] -= 7
     (run / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    words = texts(training_figure(TrainingLog.read(run / "metrics.jsonl")))
+    words = texts(training_figure(TrainingLog.read(run / "metrics.jsonl"), paper=True))
     assert "all 6 SAEs" not in words
 
 

@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -23,6 +25,15 @@ def test_only_the_newest_checkpoints_are_kept_in_order_of_steps(tmp_path):
     for step in (9, 10, 100):
         write_checkpoint(tmp_path, step, tensors(), {}, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_10", "step_100"]
+
+
+def test_a_checkpoint_has_the_permissions_any_new_file_gets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = write_checkpoint(tmp_path / "checkpoints", 1, tensors(), {}, keep=2)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "empty manifest"])

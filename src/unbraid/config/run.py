@@ -36,6 +36,7 @@ from unbraid.config.decorrelation import DecorrelationConfig
 from unbraid.config.overrides import flattened, merge, merged
 from unbraid.config.sae import SAEConfig
 from unbraid.errors import ConfigError
+from unbraid.files import is_folder_name
 from unbraid.json_files import read_json_object
 from unbraid.sites import Site
 
@@ -213,6 +214,16 @@ class TrainingConfig(Section):
     feature_shards: int | None = Field(default=None, ge=1)
     """Under `torchrun`: over how many ranks each SAE's features are split (at most; it must divide their number); none
     splits no further than needed to give every rank an SAE."""
+
+    @field_validator("log_project")
+    @classmethod
+    def _project_is_a_name(cls, name: str) -> str:
+        if not is_folder_name(name):
+            raise wrong(
+                f"training.log_project = {name!r} cannot name a project; expected a name without slashes, since "
+                "loggers keep files under it; change it"
+            )
+        return name
 
 
 def _checked_variants(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

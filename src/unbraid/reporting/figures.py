@@ -1,4 +1,4 @@
-"""Figure 1 of a run: tau, the correlation distribution, successful updates and loss, drawn from its `metrics.jsonl`.
+"""Figure 1 of a run, drawn from its `metrics.jsonl`: tau, top correlation, L0 and R^2, loss; or the paper's panels.
 
 Made for print: the text width of a one-column paper (5.5 in), nothing below 6.5 pt, and readable in grey, because a
 site is told by lightness and marker as well as by colour, and a variant by its dashes. matplotlib is imported only when
@@ -59,8 +59,12 @@ STYLE: Any = {
 }
 
 
-def draw_training(run: Path | str) -> list[Path]:
+def draw_training(run: Path | str, *, paper: bool = False) -> list[Path]:
     """Draw Figure 1 of the run in folder `run` into `figures/figure1.png` and `figures/figure1.svg`; returns the paths.
+
+    Args:
+        run: a run folder.
+        paper: draw the four panels of the paper instead, into `figures/figure1-paper.png` and `.svg`.
 
     Raises:
         TrainingError: the run has no metrics, or they are damaged.
@@ -68,12 +72,18 @@ def draw_training(run: Path | str) -> list[Path]:
     """
     run = Path(run)
     refuse_links(run)
-    figure = training_figure(TrainingLog.read(run / "metrics.jsonl"))
-    return save_figure(figure, run / "figures" / "figure1")
+    figure = training_figure(TrainingLog.read(run / "metrics.jsonl"), paper=paper)
+    return save_figure(figure, run / "figures" / ("figure1-paper" if paper else "figure1"))
 
 
-def training_figure(log: TrainingLog) -> "Figure":
-    """Figure 1 as a matplotlib figure, for notebooks and further editing."""
+def training_figure(log: TrainingLog, *, paper: bool = False) -> "Figure":
+    """Figure 1 as a matplotlib figure, for notebooks and further editing.
+
+    Args:
+        log: of the run.
+        paper: the panels of the paper: tau, mean and spread of the correlations, successful updates, loss. Otherwise
+            what a reader asks of a run with a twin: tau, the top correlation, L0 and R^2, loss.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -84,8 +94,12 @@ def training_figure(log: TrainingLog) -> "Figure":
             2, 2, left=0.085, right=0.975, bottom=0.095, top=0.845, wspace=0.26, hspace=0.52, height_ratios=(1, 1)
         )
         _threshold_panel(figure.add_subplot(grid[0, 0]), log, looks)
-        _correlation_panel(figure, grid[0, 1], log, looks)
-        _updates_panel(figure.add_subplot(grid[1, 0]), log, looks)
+        if paper:
+            _correlation_panel(figure, grid[0, 1], log, looks)
+            _updates_panel(figure.add_subplot(grid[1, 0]), log, looks)
+        else:
+            _top_panel(figure.add_subplot(grid[0, 1]), log, looks)
+            _sparsity_panel(figure, grid[1, 0], log, looks)
         _loss_panel(figure.add_subplot(grid[1, 1]), log, looks)
         _legend(figure, log, looks)
     return figure
@@ -207,6 +221,25 @@ def _correlation_panel(figure: "Figure", place: Any, log: TrainingLog, looks: di
         first = first or axes
     if first is not None and highest > 0:
         first.set_ylim(lowest * 1.05, highest * 1.18)
+
+
+def _top_panel(axes: "Axes", log: TrainingLog, looks: dict[str, dict[str, Any]]) -> None:
+    axes.set_title("(b) correlation of the most correlated pairs")
+    if not _lines(axes, log, looks, "correlation_top"):
+        _not_measured(axes)
+
+
+def _sparsity_panel(figure: "Figure", place: Any, log: TrainingLog, looks: dict[str, dict[str, Any]]) -> None:
+    """L0 and R^2 side by side: a penalty is judged at equal L0, by what it costs in R^2."""
+    cells = place.subgridspec(1, 2, wspace=0.42)
+    for column, (quantity, title) in enumerate((("l0", "(c) L0"), ("r2", r"$R^2$"))):
+        axes = figure.add_subplot(cells[0, column])
+        axes.set_title(title)
+        if not _lines(axes, log, looks, quantity):
+            _not_measured(axes)
+        axes.set_xticks([0, float(log.step[-1])])
+        axes.xaxis.get_majorticklabels()[0].set_horizontalalignment("left")
+        axes.xaxis.get_majorticklabels()[-1].set_horizontalalignment("right")
 
 
 def _updates_panel(axes: "Axes", log: TrainingLog, looks: dict[str, dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import CheckpointError
-from unbraid.files import checksum, discard, free_bytes, sync
+from unbraid.files import checksum, discard, follow_umask, free_bytes, sync
 from unbraid.json_files import is_count, is_number, read_json_object
 
 FORMAT_VERSION = 2
@@ -74,6 +74,7 @@ def write_checkpoint(
         if ranks.first:
             own_files.append(partial / "state.json")
             own_files[-1].write_text(json.dumps(state), encoding="utf-8")
+        follow_umask(*own_files)
         for path in own_files:
             sync(path)
         checksums = ranks.united({path.name: checksum(path) for path in sorted(own_files)})

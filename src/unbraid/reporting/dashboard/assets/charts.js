@@ -86,15 +86,15 @@ unbraid.charts = (() => {
 
   function bars(counts, largest) {
     const svg = h("svg", {viewBox: "0 0 300 120", role: "img", "aria-label": "how often each strength of this feature occurs"});
-    const top = Math.max(...counts.map((count) => Math.log1p(count)), 1), wide = 290 / counts.length;
+    const top = Math.max(...counts, 1), wide = 290 / counts.length;
     counts.forEach((count, bin) => {
-      const tall = (Math.log1p(count) / top) * 88;
+      const tall = count ? Math.max(1, (count / top) * 88) : 0;
       const bar = h("rect", {x: 5 + bin * wide, y: 96 - tall, width: wide - 1, height: tall, fill: "rgb(var(--one))"},
         h("title", {}, `${number(largest * bin / counts.length)} to ${number(largest * (bin + 1) / counts.length)}: ${number(count)} tokens`));
       svg.append(bar);
     });
     svg.append(h("line", {class: "axis", x1: 5, x2: 295, y1: 96, y2: 96}), h("text", {x: 5, y: 112}, "0"),
-      h("text", {x: 295, y: 112, "text-anchor": "end"}, number(largest)), h("text", {x: 150, y: 112, "text-anchor": "middle"}, "code (counts on a log scale)"));
+      h("text", {x: 295, y: 112, "text-anchor": "end"}, number(largest)), h("text", {x: 150, y: 112, "text-anchor": "middle"}, "code where it fires"), h("text", {x: 295, y: 12, "text-anchor": "end"}, `tallest bar: ${number(top)} tokens`));
     return h("div", {class: "chart"}, svg);
   }
 

@@ -114,7 +114,7 @@
     document.getElementById("main").addEventListener("shown", draw, {once: true});
     arrange();
     return h("div", {}, h("h1", {}, `Features of ${run.saes[index].name}`),
-      h("div", {class: "bar"}, search, h("label", {for: "alive"}, alive, " only those that fire"), count), head, rows);
+      h("div", {class: "bar"}, search, h("label", {for: "alive"}, alive, " only those that fire"), count), h("div", {class: "table"}, head, rows));
   });
 
   function tokens(title, list, name) {

@@ -6,6 +6,9 @@
   const read = (row, at) => Object.fromEntries([["at", at], ...FIELDS.map((name, k) => [name, row[k]])]);
   const weakest = (pair) => (pair.matchI === null ? null : Math.min(pair.matchI, pair.matchJ));
 
+  /* Three decimals with a sign; what rounds to nothing is 0.000 without one. */
+  const change = (pair) => { const text = (pair.correlation - pair.twinCorrelation).toFixed(3); return Number(text) === 0 ? "0.000" : text.replace("-", "−"); };
+
   page(/^\/(\d+)\/pairs$/, "Pairs", async (match, query) => {
     const index = Number(match[1]), run = unbraid.run(), sae = run.saes[index], all = (await load(`${index}/pairs`)).map(read);
     const twin = sae.twin === null ? null : run.saes[sae.twin];
@@ -13,7 +16,7 @@
       ["together", "together", (p) => number(p.together)], ["fires", "each fires", (p) => `${number(p.firesI)} · ${number(p.firesJ)}`, (p) => Math.min(p.firesI, p.firesJ)],
       ["cosine", "decoder cos", (p) => number(p.cosine)]];
     if (twin) columns.push(["twinCorrelation", "in the twin", (p) => number(p.twinCorrelation)],
-      ["change", "change", (p) => (p.correlation - p.twinCorrelation).toFixed(3), (p) => p.correlation - p.twinCorrelation], ["match", "match", (p) => number(weakest(p)), weakest]);
+      ["change", "change", (p) => change(p), (p) => p.correlation - p.twinCorrelation], ["match", "match", (p) => number(weakest(p)), weakest]);
     const state = {sort: query.get("sort") || "correlation", down: query.get("down") !== "0", q: query.get("q") || ""};
     const head = h("tr", {}), body = h("tbody", {}), count = h("span", {class: "quiet", role: "status"});
     const search = h("input", {type: "search", placeholder: "feature number", "aria-label": "search pairs by feature number", value: state.q});
