@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ class HostileTokenizer:
 class HostileSource:
     """Contexts whose every token tries something, with random activations."""
 
-    d_model, context_length, batch_contexts = D, T, 24
+    widths, context_length, batch_contexts = [D], T, 24
+    identity: ClassVar[dict[str, str]] = {"model": "hostile"}
     special_ids = frozenset[int]()
 
     def __init__(self, config: RunConfig):

@@ -138,7 +138,7 @@ def test_the_figure_shows_what_a_penalty_does_and_what_it_costs_and_the_papers_p
     titles = [axes.get_title(loc="left") for axes in training_figure(TrainingLog.read(run / "metrics.jsonl")).axes]
     assert [title for title in titles if title] == [
         r"(a) adaptive threshold $\tau$",
-        "(b) correlation of the most correlated pairs",
+        "(b) top correlation of pairs",
         "(c) L0",
         r"$R^2$",
         "(d) loss",

@@ -224,9 +224,18 @@ def _correlation_panel(figure: "Figure", place: Any, log: TrainingLog, looks: di
 
 
 def _top_panel(axes: "Axes", log: TrainingLog, looks: dict[str, dict[str, Any]]) -> None:
-    axes.set_title("(b) correlation of the most correlated pairs")
-    if not _lines(axes, log, looks, "correlation_top"):
+    axes.set_title("(b) top correlation of pairs")
+    if _lines(axes, log, looks, "correlation_top"):
+        _ticks_in_view(axes)
+    else:
         _not_measured(axes)
+
+
+def _ticks_in_view(axes: "Axes") -> None:
+    """Only the ticks between the limits, and the limits as they are."""
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])
+    axes.set_ylim(low, high)
 
 
 def _sparsity_panel(figure: "Figure", place: Any, log: TrainingLog, looks: dict[str, dict[str, Any]]) -> None:
@@ -235,7 +244,9 @@ def _sparsity_panel(figure: "Figure", place: Any, log: TrainingLog, looks: dict[
     for column, (quantity, title) in enumerate((("l0", "(c) L0"), ("r2", r"$R^2$"))):
         axes = figure.add_subplot(cells[0, column])
         axes.set_title(title)
-        if not _lines(axes, log, looks, quantity):
+        if _lines(axes, log, looks, quantity):
+            _ticks_in_view(axes)
+        else:
             _not_measured(axes)
         axes.set_xticks([0, float(log.step[-1])])
         axes.xaxis.get_majorticklabels()[0].set_horizontalalignment("left")

@@ -128,6 +128,16 @@
       : h("p", {class: "quiet"}, "none on these tokens"));
   }
 
+  /* Contexts under headings that say how strong the code is at their peak, against the largest code of the feature. */
+  const BANDS = [[0.75, "75 to 100 % of the largest code"], [0.5, "50 to 75 %"], [0.25, "25 to 50 %"], [0, "below 25 %"]];
+  function banded(contexts, largest) {
+    const band = (item) => BANDS.findIndex(([least]) => Math.max(...item.codes[0]) >= least * largest);
+    return BANDS.flatMap(([, name], at) => {
+      const here = contexts.filter((item) => band(item) === at);
+      return here.length ? [h("h3", {}, name), ...here.map((item) => context(item, [largest]))] : [];
+    });
+  }
+
   page(/^\/(\d+)\/feature\/(\d+)$/, "Features", async (match) => {
     const index = Number(match[1]), feature = Number(match[2]), run = unbraid.run(), sae = run.saes[index];
     if (feature >= sae.features) throw new Error(`feature ${feature} of ${sae.features}`);
@@ -145,6 +155,6 @@
         tokens("Tokens it raises", data.raised, "no unembedding"), tokens("Tokens it lowers", data.lowered, "no unembedding"),
         others("Most correlated codes", index, data.partners, (other) => `#/${index}/feature/${other}`),
         others("Nearest decoder rows", index, data.neighbours, (other) => `#/${index}/feature/${other}`)),
-      h("h2", {}, "Where it fires most"), h("section", {class: "card"}, data.contexts.length ? data.contexts.map((item) => context(item, [largest])) : h("p", {class: "quiet"}, "nowhere on these tokens")));
+      h("h2", {}, "Where it fires"), h("section", {class: "card"}, data.contexts.length ? banded(data.contexts, largest) : h("p", {class: "quiet"}, "nowhere on these tokens")));
   });
 })();

@@ -17,7 +17,7 @@
       ["cosine", "decoder cos", (p) => number(p.cosine)]];
     if (twin) columns.push(["twinCorrelation", "in the twin", (p) => number(p.twinCorrelation)],
       ["change", "change", (p) => change(p), (p) => p.correlation - p.twinCorrelation], ["match", "match", (p) => number(weakest(p)), weakest]);
-    const state = {sort: query.get("sort") || "correlation", down: query.get("down") !== "0", q: query.get("q") || ""};
+    const state = {sort: query.get("sort") || (twin ? "change" : "correlation"), down: query.has("down") ? query.get("down") !== "0" : !twin, q: query.get("q") || ""};
     const head = h("tr", {}), body = h("tbody", {}), count = h("span", {class: "quiet", role: "status"});
     const search = h("input", {type: "search", placeholder: "feature number", "aria-label": "search pairs by feature number", value: state.q});
     function arrange() {
