@@ -22,14 +22,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from support.timing import Times, arguments, progress, record, take_turns
-from support.training import B, K, N, activations, endless, step, trainee
+from support.training import B, K, N, activations, endless, step, trainer
 from torch import Tensor
 
 from unbraid.config import DecorrelationConfig
 from unbraid.decorrelation.penalty import SelectiveDecorrelation
 from unbraid.kernels.codes import Codes
 from unbraid.recipes import SPARING
-from unbraid.training.trainee import Trainee
+from unbraid.training.sae_trainer import SAETrainer
 
 WIDTHS = [2**n for n in range(12, 19)]
 ORACLE_WIDTHS = [1024, 2048, 4096]
@@ -113,7 +113,7 @@ def scaling(device: str, turns: int) -> dict[str, Any]:
 
 def step_call(n_features: int, device: str) -> Callable[[], None]:
     """One training step without a penalty."""
-    trained = trainee(n_features, device, DecorrelationConfig(lambda2=0.0))
+    trained = trainer(n_features, device, DecorrelationConfig(lambda2=0.0))
     stream = endless(activations(2, device))
     return lambda: step(trained, *next(stream))
 
@@ -143,8 +143,8 @@ def overhead(device: str, turns: int) -> dict[str, Any]:
         plain, pushed = Times(), Times()
         kinds = []
         for _ in range(2):
-            one = trainee(N, device, DecorrelationConfig(lambda2=0.0))
-            other = trainee(N, device, config)
+            one = trainer(N, device, DecorrelationConfig(lambda2=0.0))
+            other = trainer(N, device, config)
             for number in range(max(turns, 4 * interval) + 1):
                 x_BD = batches[number % len(batches)]
                 plain.take(partial(step, one, number, x_BD), device)
@@ -166,7 +166,7 @@ def overhead(device: str, turns: int) -> dict[str, Any]:
     return rows
 
 
-def kind_of_step(trained: Trainee, number: int) -> str:
+def kind_of_step(trained: SAETrainer, number: int) -> str:
     """What the penalty did on the step just taken."""
     penalty = trained.decorrelate
     assert isinstance(penalty, SelectiveDecorrelation)

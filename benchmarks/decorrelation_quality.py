@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from support.timing import Times, arguments, record
-from support.training import B, N, activations, endless, step, trainee
+from support.training import B, N, activations, endless, step, trainer
 from torch import Tensor
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
@@ -41,8 +41,8 @@ def decoder(device: str, steps: int) -> dict[str, Any]:
     """
     width = 8192
     settings = dict(SPARING_ROWS)
-    plain = trainee(width, device, DecorrelationConfig(lambda2=0.0))
-    pushed = trainee(width, device, DecorrelationConfig(**settings))
+    plain = trainer(width, device, DecorrelationConfig(lambda2=0.0))
+    pushed = trainer(width, device, DecorrelationConfig(**settings))
     penalty = pushed.decorrelate
     assert isinstance(penalty, SelectiveDecorrelation) and penalty.selection is not None
     lap = width // pushed.config.decorrelation.scan_rows

@@ -31,7 +31,7 @@ from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.randomness import generator
 from unbraid.sae import Codes
 from unbraid.training.normalisation import Normalisation
-from unbraid.training.trainee import new_trainee, train_step
+from unbraid.training.sae_trainer import new_trainer, train_step
 
 CPU = torch.device("cpu")
 HERE = Job(rows=512, width=256, n_features=32_768, k=32)
@@ -48,7 +48,7 @@ def steps_of(ranks: Ranks, job: Job, steps: int) -> dict[str, Any]:
         "decorrelation": {"lambda2": 0.1, "max_pairs_per_feature": 1},
     }
     config = RunConfig.model_validate(settings)
-    trainee = new_trainee(config, 0, "", Normalisation.none(job.width), CPU, Mesh(ranks, ranks))
+    trainer = new_trainer(config, 0, "", Normalisation.none(job.width), CPU, Mesh(ranks, ranks))
     rows = torch.randn(steps + 2, job.rows, job.width, generator=generator(0, "rows")) / job.width**0.5
     seconds, before = [], ranks.payload.copy()
     for step, x_BD in enumerate(rows):
@@ -57,7 +57,7 @@ def steps_of(ranks: Ranks, job: Job, steps: int) -> dict[str, Any]:
         ranks.wait()
         before["sum"] += 8 if ranks.size > 1 else 0
         began = time.perf_counter()
-        train_step(trainee, x_BD, step, 1e-4, log=False)
+        train_step(trainer, x_BD, step, 1e-4, log=False)
         seconds.append(time.perf_counter() - began)
     payload = {kind: n // steps for kind, n in (ranks.payload - before).items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

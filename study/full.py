@@ -21,7 +21,7 @@ from unbraid.evaluation.geometry import max_cosines
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
 from unbraid.synthetic import World, build_world
 from unbraid.synthetic.learning import as_trained, train_on_world
-from unbraid.training.trainee import Trainee
+from unbraid.training.sae_trainer import SAETrainer
 
 RUNS = RESULTS.parent / "runs"
 BATCH, JUDGED_SAMPLES = 1024, 65_536
@@ -60,20 +60,20 @@ def variant(label: str, steps: int, seed: int) -> VariantConfig:
     )
 
 
-def judging(labels: list[str], world: World, steps: int, seed: int) -> Callable[[int, list[Trainee]], None]:
+def judging(labels: list[str], world: World, steps: int, seed: int) -> Callable[[int, list[SAETrainer]], None]:
     """After a step that is a milestone, adds the lines that are not there yet."""
     milestones = {min(samples // BATCH, steps) for samples in (*MILESTONES, steps * BATCH)}
 
-    def judge(step: int, trainees: list[Trainee]) -> None:
+    def judge(step: int, trainers: list[SAETrainer]) -> None:
         if step % 50 == 0:
             print(f"step {step:,} of {steps:,}", flush=True)
         if step not in milestones:
             return
-        for label, trainee in zip(labels, trainees, strict=True):
+        for label, trainer in zip(labels, trainers, strict=True):
             trial = {"method": label, "seed": seed, "samples": step * BATCH, "planned": steps * BATCH}
             if trial in [line["trial"] for line in read("full")]:
                 continue
-            sae = as_trained(trainee)
+            sae = as_trained(trainer)
             metrics = evaluate_ground_truth(sae, world, JUDGED_SAMPLES).to_dict()
             metrics["mean_max_decoder_cosine"] = float(max_cosines(sae.W_dec).double().mean())
             append(RESULTS / "full.jsonl", {"trial": trial, "metrics": metrics})

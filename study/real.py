@@ -32,7 +32,7 @@ from unbraid.randomness import generator
 from unbraid.recipes import smollm2
 from unbraid.run import fill_cache
 from unbraid.training.normalisation import Normalisation
-from unbraid.training.trainee import new_trainee, train_step
+from unbraid.training.sae_trainer import new_trainer, train_step
 
 HERE = Path(__file__).parent
 CACHE, RUNS = HERE / "cache", HERE / "runs"
@@ -218,12 +218,12 @@ def cost(asked: argparse.Namespace) -> None:
         rows = rows_of(config, TIMED_ON)
         normalise = Normalisation.of(rows)
         batches = normalise(rows).split(1024)
-        trainees = {method: new_trainee(config, 0, method, normalise, torch.device("cpu")) for method in METHODS}
+        trainers = {method: new_trainer(config, 0, method, normalise, torch.device("cpu")) for method in METHODS}
         taken: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
         for step in range(WARM_STEPS + TIMED_STEPS):
-            for method, trainee in trainees.items():
+            for method, trainer in trainers.items():
                 wall, cpu = time.perf_counter(), time.process_time()
-                train_step(trainee, batches[step % len(batches)], step, 1e-3, log=False)
+                train_step(trainer, batches[step % len(batches)], step, 1e-3, log=False)
                 if step >= WARM_STEPS:
                     taken[method].append((time.perf_counter() - wall, time.process_time() - cpu))
         for method, times in taken.items():

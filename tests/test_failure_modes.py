@@ -19,7 +19,7 @@ from unbraid.randomness import generator
 from unbraid.sae import build
 from unbraid.training.checkpoint import list_checkpoints, read_checkpoint
 from unbraid.training.normalisation import Normalisation
-from unbraid.training.trainee import new_trainee, train_step
+from unbraid.training.sae_trainer import new_trainer, train_step
 
 
 def changed(config: RunConfig, **settings: object) -> RunConfig:
@@ -95,17 +95,17 @@ def test_every_site_and_variant_has_a_file_of_its_own(tiny):
 def test_the_loss_is_equations_one_to_four_by_hand():
     """Squared error summed over D, averaged over tokens; lambda1 L1; lambda2 R with every pair counted once."""
     config = changed(recipes.tiny(), optimiser__warmup_steps=0)
-    trainee = new_trainee(config, 0, "decorrelated", Normalisation.none(16), torch.device("cpu"))
+    trainer = new_trainer(config, 0, "decorrelated", Normalisation.none(16), torch.device("cpu"))
     x_BD = torch.randn(64, 16, generator=generator(0, "x"))
-    f_BN = trainee.sae.encode(x_BD).detach().double()
-    error_BD = x_BD.double() - f_BN @ trainee.sae.W_dec.detach().double() - trainee.sae.b_dec.detach().double()
+    f_BN = trainer.sae.encode(x_BD).detach().double()
+    error_BD = x_BD.double() - f_BN @ trainer.sae.W_dec.detach().double() - trainer.sae.b_dec.detach().double()
     unit_BN = f_BN / f_BN.norm(dim=0)
     correlations = torch.cat([(unit_BN[:, i] @ unit_BN[:, i + 1 :]) for i in range(127)])
     tau = correlations.mean() + correlations.std(correction=0)
     selected = round(1e-3 * len(correlations))
     penalty = (correlations.topk(selected).values - tau).relu().sum() / selected
     expected = error_BD.square().sum(1).mean() + 0.04 * f_BN.sum(1).mean() + 0.1 * penalty
-    record = train_step(trainee, x_BD, 0, 1e-3, log=True)
+    record = train_step(trainer, x_BD, 0, 1e-3, log=True)
     assert record is not None
     assert record["tau"] == pytest.approx(float(tau), rel=1e-5)
     assert record["penalty"] == pytest.approx(float(penalty), rel=1e-5)

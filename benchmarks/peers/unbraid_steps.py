@@ -8,7 +8,7 @@ from feed import Feed, bias_for_l0, settings_from_arguments
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
 from unbraid.sae import Codes
 from unbraid.training.normalisation import Normalisation
-from unbraid.training.trainee import train_step, untrained
+from unbraid.training.sae_trainer import train_step, trainer_from_settings
 
 settings = settings_from_arguments()
 config = VariantConfig(
@@ -31,8 +31,10 @@ def score(x):
 
 
 feed = Feed(settings, score)
-trainee = untrained("benchmark", 0, config, config.seed, Normalisation.none(settings["d_in"]), torch.device("cpu"))
-sae = trainee.sae
+trainer = trainer_from_settings(
+    "benchmark", 0, config, config.seed, Normalisation.none(settings["d_in"]), torch.device("cpu")
+)
+sae = trainer.sae
 with torch.no_grad():
     sae.b_dec.copy_(feed.batches[0].mean(0))
 if settings["l0"]:
@@ -43,5 +45,5 @@ if settings["path"] != "auto":
     forward = sae.training_forward
     sae.training_forward = lambda x, dead, chance: forward(x, dead, chance, path=settings["path"])
 for step, x in zip(itertools.count(), feed, strict=False):
-    trainee.tokens_since_fired[: settings["dead"]] = trainee.dead_after
-    train_step(trainee, x, step, settings["lr"], log=False)
+    trainer.tokens_since_fired[: settings["dead"]] = trainer.dead_after
+    train_step(trainer, x, step, settings["lr"], log=False)

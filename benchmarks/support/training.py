@@ -7,13 +7,13 @@ from torch import Tensor
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
 from unbraid.training.normalisation import Normalisation
-from unbraid.training.trainee import Trainee, train_step, untrained
+from unbraid.training.sae_trainer import SAETrainer, train_step, trainer_from_settings
 
 B, D, K = 2048, 576, 64
 N = 16_384
 
 
-def trainee(n_features: int, device: str, decorrelation: DecorrelationConfig) -> Trainee:
+def trainer(n_features: int, device: str, decorrelation: DecorrelationConfig) -> SAETrainer:
     """A TopK SAE with its optimiser and penalty, as a run builds them."""
     settings = VariantConfig(
         seed=0,
@@ -21,7 +21,7 @@ def trainee(n_features: int, device: str, decorrelation: DecorrelationConfig) ->
         optimiser=OptimiserConfig(warmup_steps=0),
         decorrelation=decorrelation,
     )
-    return untrained("topk", 0, settings, 0, Normalisation.none(D), torch.device(device))
+    return trainer_from_settings("topk", 0, settings, 0, Normalisation.none(D), torch.device(device))
 
 
 def activations(count: int, device: str, seed: int = 0) -> list[Tensor]:
@@ -45,6 +45,6 @@ def endless(batches: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
         step += 1
 
 
-def step(trained: Trainee, number: int, x_BD: Tensor) -> None:
+def step(trained: SAETrainer, number: int, x_BD: Tensor) -> None:
     """One training step."""
     train_step(trained, x_BD, number, trained.config.optimiser.lr, log=False)

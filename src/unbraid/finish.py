@@ -19,8 +19,8 @@ from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.files import write_json
 from unbraid.training.loop import Trained
 from unbraid.training.run_folder import RunFolder
+from unbraid.training.sae_trainer import SAETrainer
 from unbraid.training.stopping import finite
-from unbraid.training.trainee import Trainee
 
 
 def finish(
@@ -36,8 +36,8 @@ def finish(
 
     held_out = list(held_out_rows(config, source, trained.buffer.filter))
     measured = {
-        trainee.name: _measure_and_export(folder, config, source, trained, trainee, held_out, device)
-        for trainee in trained.trainees
+        trainer.name: _measure_and_export(folder, config, source, trained, trainer, held_out, device)
+        for trainer in trained.trainers
     }
     measured = everyone.united(measured)
     assert trained.buffer.position is not None
@@ -67,31 +67,31 @@ def _measure_and_export(
     config: RunConfig,
     source: ActivationSource,
     trained: Trained,
-    trainee: Trainee,
+    trainer: SAETrainer,
     held_out: list[list[Tensor]],
     device: torch.device,
 ) -> dict[str, Any]:
     """One SAE's entry of the summary; its folder is written. Measured in training units, exported for raw ones."""
-    rows = (trainee.normalise(batch[trainee.site].to(device, torch.float32)) for batch in held_out)
-    metrics: HeldOutMetrics = held_out_metrics(trainee.sae, rows, config.decorrelation.fraction)
+    rows = (trainer.normalise(batch[trainer.site].to(device, torch.float32)) for batch in held_out)
+    metrics: HeldOutMetrics = held_out_metrics(trainer.sae, rows, config.decorrelation.fraction)
     seconds = trained.seconds["buffer"] + trained.seconds["training"]
-    dead_N = trainee.tokens_since_fired >= trainee.dead_after
-    site = config.sites[trainee.site]
+    dead_N = trainer.tokens_since_fired >= trainer.dead_after
+    site = config.sites[trainer.site]
     metadata = {
         "model_name": source.model_name,
         "hook_name": site.hook,
         "hook_layer": site.layer or 0,
         "context_size": config.text.context_length,
         "prepend_bos": source.prepends_bos,
-        "training_tokens": trainee.updates * config.training.batch_tokens,
+        "training_tokens": trainer.updates * config.training.batch_tokens,
     }
-    trainee.sae.fold(trainee.normalise.mean_D, trainee.normalise.scale)
-    formats.save(trainee.sae, folder.saes / trainee.name, metadata=metadata, frequency_N=metrics.frequency_N)
+    trainer.sae.fold(trainer.normalise.mean_D, trainer.normalise.scale)
+    formats.save(trainer.sae, folder.saes / trainer.name, metadata=metadata, frequency_N=metrics.frequency_N)
     return metrics.as_dict() | {
-        "updates_per_second": trainee.updates / seconds if seconds else None,
+        "updates_per_second": trainer.updates / seconds if seconds else None,
         "dead_fraction": float(dead_N.double().mean()),
-        "steps": {"planned": config.steps, "executed": trainee.updates},
-        "scale": trainee.normalise.scale,
+        "steps": {"planned": config.steps, "executed": trainer.updates},
+        "scale": trainer.normalise.scale,
     }
 
 

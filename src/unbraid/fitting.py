@@ -25,7 +25,7 @@ from unbraid.sae import SAE
 from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.own_penalty import as_module
-from unbraid.training.trainee import untrained
+from unbraid.training.sae_trainer import trainer_from_settings
 
 MOST_CONTEXTS = 2048
 Dictionary = VariantConfig | SAEConfig
@@ -90,8 +90,8 @@ def fit(
     )
     buffer.fill()
     own = None if penalty is None else as_module(penalty)
-    trainees = [
-        untrained(
+    trainers = [
+        trainer_from_settings(
             name if len(source.sites) == 1 else f"{site.folder}_{name}",
             number,
             settings,
@@ -106,10 +106,10 @@ def fit(
         for name, settings in variants.items()
     ]
     logged = (lambda step: step % log_every == 0 or step == steps) if callback is not None else (lambda step: False)
-    train_steps(trainees, buffer.next_batch, steps, logged=logged, after_step=callback)
-    for trainee in trainees:
-        trainee.sae.fold(trainee.normalise.mean_D, trainee.normalise.scale)
-    return {trainee.name: trainee.sae.requires_grad_(False) for trainee in trainees}
+    train_steps(trainers, buffer.next_batch, steps, logged=logged, after_step=callback)
+    for trainer in trainers:
+        trainer.sae.fold(trainer.normalise.mean_D, trainer.normalise.scale)
+    return {trainer.name: trainer.sae.requires_grad_(False) for trainer in trainers}
 
 
 def _complete(settings: Dictionary, seed: int) -> VariantConfig:

@@ -19,7 +19,7 @@ from unbraid.errors import ConfigError, TextError, TrainingError
 from unbraid.files import free_bytes
 from unbraid.progress import clock
 from unbraid.training.normalisation import Normalisation
-from unbraid.training.trainee import new_trainee, train_step
+from unbraid.training.sae_trainer import new_trainer, train_step
 
 WEIGHT_COPIES = 4
 """In memory: weights, their gradients, and Adam's two moments."""
@@ -197,10 +197,10 @@ def _seconds_of_a_step(
 ) -> float:
     x_RD = rows_RD.to(device, torch.float32)
     x_BD = x_RD.repeat(math.ceil(config.training.batch_tokens / len(x_RD)), 1)[: config.training.batch_tokens]
-    trainee = new_trainee(config, site, variant, Normalisation.of(x_RD), device)
+    trainer = new_trainer(config, site, variant, Normalisation.of(x_RD), device)
     for step in range(2):
         began = time.perf_counter()
-        train_step(trainee, trainee.normalise(x_BD), step, trainee.config.optimiser.lr, log=False)
+        train_step(trainer, trainer.normalise(x_BD), step, trainer.config.optimiser.lr, log=False)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return time.perf_counter() - began

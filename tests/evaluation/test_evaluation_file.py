@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from unbraid.config.measuring import SUITES
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.evaluation_file import EvaluationFile, read_evaluation
-from unbraid.evaluation.subjects import Judged
+from unbraid.evaluation.subjects import EvaluatedSAE
 
 
 def test_two_evaluations_at_once_both_end_up_in_the_file(tmp_path: Path):
     sae = make_sae("topk")
-    judged = [Judged("x", 0, sae, features={"density": torch.ones(3)})]
-    one, two = EvaluationFile(tmp_path, judged), EvaluationFile(tmp_path, judged)
-    other = [Judged("x", 0, sae, features={"norm": torch.zeros(3)})]
-    for file, suite, whose in ((one, "core", judged), (two, "probing", other)):
+    subjects = [EvaluatedSAE("x", 0, sae, features={"density": torch.ones(3)})]
+    one, two = EvaluationFile(tmp_path, subjects), EvaluationFile(tmp_path, subjects)
+    other = [EvaluatedSAE("x", 0, sae, features={"norm": torch.zeros(3)})]
+    for file, suite, whose in ((one, "core", subjects), (two, "probing", other)):
         report = {"settings": {suite: {}}, "saes": {"x": {"site": None, suite: {"a": 1}}}}
         file.write(report | {"controls": {}, "skipped": {}, "seconds": {}}, whose)
     found = json.loads((tmp_path / "evaluation.json").read_text())
@@ -29,11 +29,11 @@ def test_two_evaluations_at_once_both_end_up_in_the_file(tmp_path: Path):
 
 
 def test_evaluations_of_many_threads_lose_nothing(tmp_path: Path):
-    judged = [Judged("x", 0, make_sae("topk"))]
+    subjects = [EvaluatedSAE("x", 0, make_sae("topk"))]
 
     def write(suite: str) -> None:
         report = {"settings": {suite: {}}, "saes": {"x": {"site": None, suite: {}}}, "controls": {}}
-        EvaluationFile(tmp_path, judged).write(report | {"skipped": {}, "seconds": {}}, judged)
+        EvaluationFile(tmp_path, subjects).write(report | {"skipped": {}, "seconds": {}}, subjects)
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(write, SUITES))
@@ -46,4 +46,4 @@ def test_a_file_that_is_no_evaluation_is_refused_before_anything_is_measured(tmp
     with pytest.raises(EvaluationError, match=r"evaluation\.json.*move it away"):
         read_evaluation(tmp_path / "evaluation.json")
     with pytest.raises(EvaluationError, match="move it away"):
-        EvaluationFile(tmp_path, [Judged("x", 0, make_sae("topk"))])
+        EvaluationFile(tmp_path, [EvaluatedSAE("x", 0, make_sae("topk"))])

@@ -130,17 +130,17 @@ def test_weights_that_write_centred_are_followed_where_the_model_cannot_tell(fam
     metadata = LLAMA | {"model_name": f"random:{family}", "model_from_pretrained_kwargs": kwargs}
     folder = sae_folder(tmp_path / "sae", **metadata)
     report = run_suites(folder, QUICK)
-    (judged,), run = open_subjects(folder, QUICK, torch.device("cpu"))
+    (subject,), run = open_subjects(folder, QUICK, torch.device("cpu"))
     from unbraid.activations.live import LiveActivations
 
     source = LiveActivations(run, torch.device("cpu"))
-    centre_where_needed([judged], source.model.model)
-    assert isinstance(judged.sae, CentredInput) == (family == "gpt2")
+    centre_where_needed([subject], source.model.model)
+    assert isinstance(subject.sae, CentredInput) == (family == "gpt2")
     x = next(source.chunks(None)).activations[0]
     mean = x.mean(-1, keepdim=True) if family == "gpt2" else torch.zeros(())
     plain = formats.load(folder)
-    torch.testing.assert_close(judged.sae.encode(x), plain.encode(x - mean))
-    torch.testing.assert_close(judged.sae.decode(judged.sae.encode(x)), plain(x - mean) + mean)
+    torch.testing.assert_close(subject.sae.encode(x), plain.encode(x - mean))
+    torch.testing.assert_close(subject.sae.decode(subject.sae.encode(x)), plain(x - mean) + mean)
     assert 0 < report["saes"]["sae"]["core"]["sparsity"]["l0"] <= 8
 
 

@@ -66,7 +66,7 @@ def train(folder: Path, source: FakeSource | None = None, config: RunConfig | No
     config = config or small()
     run_folder = RunFolder(folder) if (folder / "config.json").exists() else RunFolder.create(folder, config)
     trained = train_saes(run_folder, config, source or FakeSource(200, d_model=16), CPU, Silent())
-    return dict(trained.trainees[0].sae.state_dict())
+    return dict(trained.trainers[0].sae.state_dict())
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ from unbraid.config import DecorrelationConfig, OptimiserConfig, VariantConfig
 from unbraid.randomness import generator
 from unbraid.sae.build import ARCHITECTURES
 from unbraid.training.normalisation import Normalisation
-from unbraid.training.trainee import train_step, untrained
+from unbraid.training.sae_trainer import train_step, trainer_from_settings
 
 FOLDER = Path(__file__).parent / "golden"
 D, N, K, B, STEPS, TRUE_FEATURES = 32, 128, 6, 256, 120, 64
@@ -69,10 +69,12 @@ def curve(case: str) -> dict[str, list[float]]:
         decorrelation=DecorrelationConfig(method="none"),
         optimiser=OptimiserConfig(warmup_steps=0),
     )
-    trainee = untrained(case, 0, settings, 0, Normalisation.none(D), torch.device("cpu"), steps=STEPS, tokens=STEPS * B)
+    trainer = trainer_from_settings(
+        case, 0, settings, 0, Normalisation.none(D), torch.device("cpu"), steps=STEPS, tokens=STEPS * B
+    )
     curves: dict[str, list[float]] = {name: [] for name in CURVES}
     for step, x_BD in enumerate(batches()):
-        record = train_step(trainee, x_BD, step, 2e-3, log=step % 10 == 9)
+        record = train_step(trainer, x_BD, step, 2e-3, log=step % 10 == 9)
         if record is not None:
             for name, values in curves.items():
                 values.append(round(record[name], 6))

@@ -131,7 +131,7 @@ def test_a_training_killed_between_orderings_with_k_falling_ends_with_the_same_b
         seed=1, sae=SAEConfig(**RECIPE), decorrelation=penalty, optimiser=OptimiserConfig(lr=3e-3, warmup_steps=2)
     )
 
-    def killed(done: int, trainees: list) -> None:
+    def killed(done: int, trainers: list) -> None:
         if done == 9:
             raise Killed
 

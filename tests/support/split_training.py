@@ -23,8 +23,8 @@ from unbraid.sae import Codes, base
 from unbraid.training.loop import train_saes
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.run_folder import RunFolder
+from unbraid.training.sae_trainer import new_trainer, train_step, trainer_from_settings
 from unbraid.training.stopping import TrainingInterrupted
-from unbraid.training.trainee import new_trainee, train_step, untrained
 
 D, ROWS = 12, 48
 LOGGED = ("loss", "sparsity", "grad_norm", "dead_fraction")
@@ -55,14 +55,14 @@ def train_split(ranks: Ranks, settings: dict[str, Any], steps: int, path: str, d
     kind, told = getattr(torch, dtype), {}
     shard = Shard(variant.sae.n_features, ranks)
     with _default(kind), _forced(path):
-        trainee = untrained("split", 0, variant, 0, Normalisation.none(D), torch.device("cpu"), shard)
+        trainer = trainer_from_settings("split", 0, variant, 0, Normalisation.none(D), torch.device("cpu"), shard)
         with torch.no_grad():
-            trainee.sae.b_dec += 0.01
+            trainer.sae.b_dec += 0.01
         for step in range(steps):
-            record = train_step(trainee, batch_of(step, kind), step, 3e-3, log=True)
+            record = train_step(trainer, batch_of(step, kind), step, 3e-3, log=True)
             assert record is not None and record["path"] == path
             told[f"step {step}"] = np.array([record[name] for name in LOGGED])
-    sae = trainee.sae
+    sae = trainer.sae
     weights = {name: whole(ranks, name, tensor, sae.shared) for name, tensor in sae.state_dict().items()}
     return weights | told
 
@@ -178,7 +178,7 @@ def train_run(ranks: Ranks, folder: str, config: RunConfig, steps: int | None = 
             return {"pairs": pairs}
     weights = {
         f"{t.name}.{name}": tensor.detach().numpy()
-        for t in trained.trainees
+        for t in trained.trainers
         for name, tensor in t.sae.state_dict().items()
     }
     return {"weights": weights, "pairs": pairs, "payload": dict(mesh.shards.payload)}
@@ -198,13 +198,13 @@ def payload_of_a_step(ranks: Ranks, settings: dict[str, Any], rows: int) -> dict
     """Bytes handed over in one step that is not logged, and the active entries of each rank in it."""
     config = run_config(settings, {"each": {}})
     mesh = Mesh(ranks, ranks)
-    trainee = new_trainee(config, 0, "each", Normalisation.none(SPLIT["D"]), torch.device("cpu"), mesh)
+    trainer = new_trainer(config, 0, "each", Normalisation.none(SPLIT["D"]), torch.device("cpu"), mesh)
     x_BD = torch.randn(rows, SPLIT["D"], generator=generator(1, "rows"))
-    train_step(trainee, x_BD, 0, 1e-3, log=False)
-    codes = trainee.sae.training_forward(x_BD).codes
+    train_step(trainer, x_BD, 0, 1e-3, log=False)
+    codes = trainer.sae.training_forward(x_BD).codes
     active = codes.values.numel() if isinstance(codes, Codes) else int((codes > 0).sum())
     before = ranks.payload.copy()
-    train_step(trainee, x_BD, 1, 1e-3, log=False)
+    train_step(trainer, x_BD, 1, 1e-3, log=False)
     return {"payload": dict(ranks.payload - before), "active": active}
 
 

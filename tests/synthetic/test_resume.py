@@ -25,7 +25,7 @@ def variants() -> list[VariantConfig]:
 
 
 def trained(folder: Path | None, kill_after: int = 0) -> list[SAE]:
-    def on_step(done: int, trainees: list) -> None:
+    def on_step(done: int, trainers: list) -> None:
         if done == kill_after:
             raise Killed
 

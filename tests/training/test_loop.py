@@ -15,8 +15,8 @@ from unbraid.training.checkpoint import list_checkpoints, read_checkpoint
 from unbraid.training.loop import Trained, train_saes
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.run_folder import RunFolder
+from unbraid.training.sae_trainer import new_trainer
 from unbraid.training.stopping import TrainingInterrupted
-from unbraid.training.trainee import new_trainee
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def train(folder: Path, config: RunConfig, source: FakeSource | None = None, **s
 
 
 def weights(trained: Trained) -> dict[str, torch.Tensor]:
-    return {f"{t.name}.{name}": tensor for t in trained.trainees for name, tensor in t.sae.state_dict().items()}
+    return {f"{t.name}.{name}": tensor for t in trained.trainers for name, tensor in t.sae.state_dict().items()}
 
 
 def assert_same_bytes(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -63,12 +63,12 @@ def test_the_loop_executes_every_planned_step_and_learns(tmp_path):
     trained = train(tmp_path / "run", make_config(60))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, *range(5, 61, 5)]
-    for trainee in trained.trainees:
-        assert trainee.updates == 60
-        first, last = lines[0]["saes"][trainee.name], lines[-1]["saes"][trainee.name]
+    for trainer in trained.trainers:
+        assert trainer.updates == 60
+        first, last = lines[0]["saes"][trainer.name], lines[-1]["saes"][trainer.name]
         assert last["loss"] < 0.9 * first["loss"]
         assert 0 < last["l0"] < 32
-        assert torch.allclose(trainee.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
+        assert torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
 
 
 def test_two_runs_of_one_seed_end_with_the_same_bytes(tmp_path):
@@ -173,30 +173,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path
     class Poison(Silent):
         def step(self, step, record):
             if step == 6:
-                seen["bias"] = trainee_bias()
+                seen["bias"] = trainer_bias()
 
     bias = {}
 
-    def trainee_bias():
+    def trainer_bias():
         bias["before"] = bias["sae"].b_dec.detach().clone()
         bias["sae"].b_dec.data[0] = float("nan")
         return True
 
     from unbraid.training import loop
 
-    original = loop.new_trainee
+    original = loop.new_trainer
 
     def remember(*args):
-        trainee = original(*args)
-        bias["sae"] = trainee.sae
-        return trainee
+        trainer = original(*args)
+        bias["sae"] = trainer.sae
+        return trainer
 
-    loop.new_trainee, restore = remember, original
+    loop.new_trainer, restore = remember, original
     try:
         with pytest.raises(TrainingError, match=r"loss of resid_post\.\d became nan at step 7.*lower optimiser.lr"):
             train_saes(RunFolder.create(tmp_path / "run", config), config, make_source(), CPU, Poison())
     finally:
-        loop.new_trainee = restore
+        loop.new_trainer = restore
 
 
 def test_activations_are_centred_then_scaled_so_that_their_mean_square_norm_is_one(tmp_path):
@@ -204,14 +204,14 @@ def test_activations_are_centred_then_scaled_so_that_their_mean_square_norm_is_o
     trained = train(tmp_path / "run", config)
     buffer = ActivationBuffer(make_source(), config.buffer, 32, 0, planned_rows=64)
     buffer.fill()
-    units = trained.trainees[0].normalise(buffer.rows()[0])
+    units = trained.trainers[0].normalise(buffer.rows()[0])
     assert float(units.square().sum(1).mean()) == pytest.approx(1, abs=1e-5)
     assert float(units.mean(0).norm()) < 1e-5
 
 
 def test_the_decoder_bias_starts_at_zero_in_training_units(tmp_path):
     trained = train(tmp_path / "run", make_config(steps=1))
-    moved = max(float(trainee.sae.b_dec.detach().abs().max()) for trainee in trained.trainees)
+    moved = max(float(trainer.sae.b_dec.detach().abs().max()) for trainer in trained.trainers)
     assert moved <= 1.01e-2 / 4  # one step of Adam at the warm-up's first learning rate, from zero
 
 
@@ -219,19 +219,19 @@ def test_twins_start_from_the_same_weights(tmp_path):
     config = make_config()
     width = Normalisation.none(16)
     places = [(site, variant) for site in (0, 1) for variant in config.variants]
-    made = [new_trainee(config, site, variant, width, CPU) for site, variant in places]
-    trainees = {trainee.name: trainee.sae.state_dict() for trainee in made}
-    for name, tensor in trainees["resid_post.0_decorrelated"].items():
-        assert torch.equal(tensor, trainees["resid_post.0_twin"][name])
-    assert not torch.equal(trainees["resid_post.0_twin"]["W_dec"], trainees["resid_post.1_twin"]["W_dec"])
-    weights = {name: tensor for name, tensor in trainees["resid_post.0_twin"].items() if not name.startswith("b_")}
+    made = [new_trainer(config, site, variant, width, CPU) for site, variant in places]
+    trainers = {trainer.name: trainer.sae.state_dict() for trainer in made}
+    for name, tensor in trainers["resid_post.0_decorrelated"].items():
+        assert torch.equal(tensor, trainers["resid_post.0_twin"][name])
+    assert not torch.equal(trainers["resid_post.0_twin"]["W_dec"], trainers["resid_post.1_twin"]["W_dec"])
+    weights = {name: tensor for name, tensor in trainers["resid_post.0_twin"].items() if not name.startswith("b_")}
     assert all(tensor.abs().sum() > 0 for tensor in weights.values())
 
 
 def test_a_feature_that_fires_counts_from_zero_again(tmp_path):
     """After 24 steps of 32 rows the lively ones have a count of zero, and none counts more than all rows."""
     trained = train(tmp_path / "run", make_config())
-    for trainee in trained.trainees:
-        assert trainee.tokens_since_fired.min() == 0
-        assert trainee.tokens_since_fired.max() <= 24 * 32
-        assert set((trainee.tokens_since_fired % 32).tolist()) == {0}
+    for trainer in trained.trainers:
+        assert trainer.tokens_since_fired.min() == 0
+        assert trainer.tokens_since_fired.max() <= 24 * 32
+        assert set((trainer.tokens_since_fired % 32).tolist()) == {0}

@@ -72,10 +72,10 @@ def r2_of_a_run(folder, offset: float, architecture: str) -> float:
     )
     source = OffsetSource(offset)
     trained = train_saes(RunFolder.create(folder, config), config, source, CPU, Silent())
-    (trainee,) = trained.trainees
-    trainee.sae.fold(trainee.normalise.mean_D, trainee.normalise.scale)
+    (trainer,) = trained.trainers
+    trainer.sae.fold(trainer.normalise.mean_D, trainer.normalise.scale)
     rows = torch.cat([chunk.activations[0].flatten(0, 1) for chunk in source.chunks()])
-    return exported_r2(trainee.sae, rows)
+    return exported_r2(trainer.sae, rows)
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("batch_topk", "jumprelu", "gated")]

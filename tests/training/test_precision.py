@@ -28,7 +28,7 @@ def trained_weights(folder, precision: str) -> dict[str, torch.Tensor]:
     )
     source = FakeSource(400, d_model=16, n_sites=1)
     trained = train_saes(RunFolder.create(folder, config), config, source, torch.device("cpu"), Silent())
-    return trained.trainees[0].tensors()
+    return trained.trainers[0].tensors()
 
 
 def test_bfloat16_products_change_the_weights_by_rounding_and_leave_them_and_adam_in_float32(tmp_path):

@@ -49,7 +49,7 @@ def train(folder, source=None, stop=None):
 
 
 def weights(trained) -> dict[str, torch.Tensor]:
-    return {f"{t.name}.{name}": tensor for t in trained.trainees for name, tensor in t.sae.state_dict().items()}
+    return {f"{t.name}.{name}": tensor for t in trained.trainers for name, tensor in t.sae.state_dict().items()}
 
 
 def assert_same(first, second) -> None:
@@ -131,10 +131,10 @@ def test_an_sae_that_made_a_step_in_which_its_neighbour_failed_does_not_repeat_i
     whole = train(tmp_path / "whole")
     step_of = fit.train_step
 
-    def failing(trainee, x_BD, step, *rest):
-        if step == 7 and trainee.name.endswith("_b"):
+    def failing(trainer, x_BD, step, *rest):
+        if step == 7 and trainer.name.endswith("_b"):
             raise TrainingError("broken")
-        return step_of(trainee, x_BD, step, *rest)
+        return step_of(trainer, x_BD, step, *rest)
 
     with monkeypatch.context() as broken, pytest.raises(TrainingError, match="broken; the run stands after step 7"):
         broken.setattr(fit, "train_step", failing)

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from unbraid.config import SpellingConfig
 from unbraid.errors import EvaluationError
-from unbraid.evaluation.faces import Autoencoder, decoder_rows
 from unbraid.evaluation.intervals import mean_interval
 from unbraid.evaluation.probes import Probe, f1_score, fit_probe
 from unbraid.evaluation.prompts import cached_activations, prompt_batches
+from unbraid.evaluation.protocols import Autoencoder, decoder_rows
 from unbraid.randomness import generator
 
 QUESTION = " has the first letter:"

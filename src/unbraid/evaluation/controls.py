@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from unbraid.evaluation.faces import Autoencoder, decoder_rows
+from unbraid.evaluation.protocols import Autoencoder, decoder_rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.explained import ExplainedVariance
-from unbraid.evaluation.faces import Autoencoder, decoder_rows, encoder_bias, encoder_columns
 from unbraid.evaluation.geometry import max_cosines
+from unbraid.evaluation.protocols import Autoencoder, decoder_rows, encoder_bias, encoder_columns
 
 SMALLEST_NORM = 1e-4  # SAEBench divides by 1 instead of by norms below this
 GROUP_CONTEXTS = 16

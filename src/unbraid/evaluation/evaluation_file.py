@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unbraid.config.measuring import SUITES
 from unbraid.errors import EvaluationError
-from unbraid.evaluation.subjects import Judged
+from unbraid.evaluation.subjects import EvaluatedSAE
 from unbraid.files import held, write_json, write_whole
 from unbraid.json_files import read_json_object
 
@@ -29,20 +29,20 @@ class EvaluationFile:
 
     Args:
         folder: holds evaluation.json and evaluation_features.safetensors.
-        judged: the SAEs this evaluation is about.
+        subjects: the SAEs this evaluation is about.
 
     Raises:
         EvaluationError: there is an evaluation.json that cannot be read.
     """
 
-    def __init__(self, folder: Path, judged: Sequence[Judged]):
+    def __init__(self, folder: Path, subjects: Sequence[EvaluatedSAE]):
         self.folder = folder
         self.path, self.features_path = folder / "evaluation.json", folder / "evaluation_features.safetensors"
-        self.weights = _checksum(judged)
+        self.weights = _checksum(subjects)
         self.earlier: Report = {}
         read_evaluation(self.path)
 
-    def write(self, report: Report, judged: Sequence[Judged]) -> tuple[Report, list[str]]:
+    def write(self, report: Report, subjects: Sequence[EvaluatedSAE]) -> tuple[Report, list[str]]:
         """Write `report` with the earlier suites that were not run again; returns what was written and their names.
 
         What is there is read only now and held until it is written, so that evaluations at the same time, each of its
@@ -55,7 +55,7 @@ class EvaluationFile:
             with held(self.folder, wait=60.0):
                 found = read_evaluation(self.path)
                 self.earlier = found if found.get("weights") == self.weights else {}
-                return self._merge(report, judged)
+                return self._merge(report, subjects)
         except BlockingIOError:
             raise EvaluationError(
                 f"{str(self.folder)!r} is held by another process; expected training or another evaluation there to "
@@ -66,7 +66,7 @@ class EvaluationFile:
                 f"cannot write {str(self.path)!r}: {problem.strerror or problem}; expected a writable folder with room"
             ) from problem
 
-    def _merge(self, report: Report, judged: Sequence[Judged]) -> tuple[Report, list[str]]:
+    def _merge(self, report: Report, subjects: Sequence[EvaluatedSAE]) -> tuple[Report, list[str]]:
         earlier = self.earlier.get("settings", {}).keys() - report["settings"].keys()
         kept = [suite for suite in SUITES if suite in earlier]
         for kind in ("saes", "controls"):
@@ -82,11 +82,11 @@ class EvaluationFile:
             report[table] = self.earlier.get(table, {}) | report[table]
         report = _plain(report | {"weights": self.weights})
         write_json(self.path, report)
-        self._write_features(judged)
+        self._write_features(subjects)
         return report, kept
 
-    def _write_features(self, judged: Sequence[Judged]) -> None:
-        features = {f"{one.name}.{key}": x.contiguous() for one in judged for key, x in one.features.items()}
+    def _write_features(self, subjects: Sequence[EvaluatedSAE]) -> None:
+        features = {f"{one.name}.{key}": x.contiguous() for one in subjects for key, x in one.features.items()}
         if features:
             features = self._earlier_features() | features
             write_whole(self.features_path, lambda partial: save_file(features, partial))
@@ -134,9 +134,9 @@ def _problem(report: Report) -> str | None:
     return None
 
 
-def _checksum(judged: Sequence[Judged]) -> str:
+def _checksum(subjects: Sequence[EvaluatedSAE]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for one in judged:
+    for one in subjects:
         digest.update(one.name.encode())
         for name, tensor in one.sae.state_dict().items():
             content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -16,9 +16,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from unbraid.evaluation.explained import ExplainedVariance
-from unbraid.evaluation.faces import Autoencoder, decoder_rows
 from unbraid.evaluation.mixing import Mixing, mixing
 from unbraid.evaluation.pairs import stack_codes
+from unbraid.evaluation.protocols import Autoencoder, decoder_rows
 from unbraid.kernels.codes import Codes
 from unbraid.randomness import generator
 from unbraid.synthetic.world import World

@@ -24,7 +24,7 @@ from unbraid.evaluation.pairs import stack_codes
 from unbraid.evaluation.probing import probe_task, summarise_probing, task_activations
 from unbraid.evaluation.sentence_encoder import SentenceEncoder
 from unbraid.evaluation.splice import preservation
-from unbraid.evaluation.subjects import Judged
+from unbraid.evaluation.subjects import EvaluatedSAE
 from unbraid.progress import Stages
 from unbraid.randomness import derive_seed
 from unbraid.sae import Codes
@@ -35,20 +35,20 @@ ON_CODES = ("correlation", "contexts")
 
 
 class ModelSuites:
-    """Measures SAEs on the model and text of `run`; every method leaves what it found in the reports of `judged`.
+    """Measures SAEs on the model and text of `run`; every method leaves what it found in the reports of `subjects`.
 
     Args:
         run: model, sites and text.
-        judged: SAEs and controls; controls may be added before the first suite.
+        subjects: SAEs and controls; controls may be added before the first suite.
         config: sizes.
         device: where everything runs.
         bar: shows how far it is.
     """
 
     def __init__(
-        self, run: RunConfig, judged: list[Judged], config: EvaluationConfig, device: torch.device, bar: Stages
+        self, run: RunConfig, subjects: list[EvaluatedSAE], config: EvaluationConfig, device: torch.device, bar: Stages
     ):
-        self.judged, self.config, self.device, self.bar = judged, config, device, bar
+        self.subjects, self.config, self.device, self.bar = subjects, config, device, bar
         task = bar.add_task(f"loading {run.model.name}", total=1)
         self.source = LiveActivations(run, device)
         self.filter = RowFilter(run.buffer, self.source.sites, self.source.special_ids)
@@ -78,19 +78,19 @@ class ModelSuites:
             EvaluationError: there is no held-out text.
         """
         meters = []
-        for judged in self.judged:
-            with_codes = bool(set(suites) & set(ON_CODES)) and judged.has_own_features
-            meters.append((judged, CoreMeter(judged.sae, on_codes=_keep_codes(judged) if with_codes else None)))
+        for subject in self.subjects:
+            with_codes = bool(set(suites) & set(ON_CODES)) and subject.has_own_features
+            meters.append((subject, CoreMeter(subject.sae, on_codes=_keep_codes(subject) if with_codes else None)))
         for chunk, keep_CT in self._held_out_chunks():
             self.held_out += zip(chunk.tokens_BT, keep_CT, strict=True)
             activations = [x_CTD.float() for x_CTD in chunk.activations]
-            for judged, meter in meters:
-                meter.add(activations[judged.site], keep_CT.to(self.device))
+            for subject, meter in meters:
+                meter.add(activations[subject.site], keep_CT.to(self.device))
         self.contexts = self.held_out[: self.config.splice_contexts]
-        for judged, meter in meters:
+        for subject, meter in meters:
             core = meter.result()
             if "core" in suites:
-                judged.report["core"], judged.features = core.categories, core.features
+                subject.report["core"], subject.features = core.categories, core.features
 
     def _held_out_chunks(self) -> Iterator[tuple[Chunk, Tensor]]:
         """Held-out chunks, `config.tokens` in whole contexts, and which of their tokens count."""
@@ -122,33 +122,33 @@ class ModelSuites:
                 self.bar.advance(task)
 
         saes: dict[Any, dict[str, Any]] = {}
-        for judged in self.judged:
-            saes.setdefault(self.source.sites[judged.site], {})[judged.name] = judged.sae
+        for subject in self.subjects:
+            saes.setdefault(self.source.sites[subject.site], {})[subject.name] = subject.sae
         found = preservation(self.source.model, saes, counted(), self.config.seed)
-        for judged in self.judged:
-            core = judged.report["core"]
-            for category, metrics in found[judged.name].items():
+        for subject in self.subjects:
+            core = subject.report["core"]
+            for category, metrics in found[subject.name].items():
                 core[category] = core.get(category, {}) | metrics
 
     def correlation(self) -> None:
         """The paper's correlation reduction, on the codes that `read_held_out` kept."""
-        with_codes = [judged for judged in self.judged if judged.codes]
+        with_codes = [subject for subject in self.subjects if subject.codes]
         task = self.bar.add_task("correlation", total=len(with_codes))
         measured: dict[str | None, CorrelationMeasured] = {}
-        for judged in with_codes:
-            measured[judged.name] = measure_correlation(
-                judged.codes,
-                judged.codes[0].n_features,
+        for subject in with_codes:
+            measured[subject.name] = measure_correlation(
+                subject.codes,
+                subject.codes[0].n_features,
                 fraction=self.config.fraction,
                 block_tokens=self.source.context_length,
-                replicates=self.config.replicates if judged.control is None else 0,
+                replicates=self.config.replicates if subject.control is None else 0,
                 seed=self.config.seed,
             )
             self.bar.advance(task)
-        for judged in with_codes:
-            judged.report["correlation"] = measured[judged.name].report
-            if judged.twin in measured:
-                judged.report["correlation"]["reduction"] = measured[judged.name].reduction(measured[judged.twin])
+        for subject in with_codes:
+            subject.report["correlation"] = measured[subject.name].report
+            if subject.twin in measured:
+                subject.report["correlation"]["reduction"] = measured[subject.name].reduction(measured[subject.twin])
 
     def context_scores(self) -> None:
         """Whether the contexts of a feature belong together, on the codes that `read_held_out` kept.
@@ -166,11 +166,11 @@ class ModelSuites:
         ).numpy()
         random_rows = np.random.default_rng(self.config.seed).permutation(len(place_R2))[:RANDOM_CONTEXTS]
         random_texts = [self._window(*place_R2[row].tolist()) for row in random_rows]
-        with_codes = [judged for judged in self.judged if judged.codes]
+        with_codes = [subject for subject in self.subjects if subject.codes]
         task = self.bar.add_task("contexts", total=len(with_codes))
-        for judged in with_codes:
-            rng = np.random.default_rng(derive_seed(self.config.seed, "contexts", judged.name))
-            by_feature = stack_codes(judged.codes, judged.codes[0].n_features).tocsc()
+        for subject in with_codes:
+            rng = np.random.default_rng(derive_seed(self.config.seed, "contexts", subject.name))
+            by_feature = stack_codes(subject.codes, subject.codes[0].n_features).tocsc()
             own: list[list[str]] = []
             for feature in rng.permutation(by_feature.shape[1]):
                 part = slice(by_feature.indptr[feature], by_feature.indptr[feature + 1])
@@ -179,7 +179,7 @@ class ModelSuites:
                     own.append([self._window(*place_R2[row].tolist()) for row in rows])
                 if len(own) == self.config.context_features:
                     break
-            judged.report["contexts"] = context_scores(own, random_texts, encoder, self.config.seed)
+            subject.report["contexts"] = context_scores(own, random_texts, encoder, self.config.seed)
             self.bar.advance(task)
 
     def _window(self, context: int, position: int) -> str:
@@ -189,19 +189,19 @@ class ModelSuites:
     def probing(self) -> None:
         """k-sparse probes on labelled text."""
         settings = self.config.probing
-        probed = [judged for judged in self.judged if judged.has_own_features]
-        scores = {judged.name: {} for judged in probed}
+        probed = [subject for subject in self.subjects if subject.has_own_features]
+        scores = {subject.name: {} for subject in probed}
         task = self.bar.add_task("probing tasks", total=len(settings.tasks))
         for file in settings.tasks:
             activations, labels = task_activations(self.source.model, file, settings)
             for site, x_BD in enumerate(activations):
-                here = {judged.name: judged.sae for judged in probed if judged.site == site}
+                here = {subject.name: subject.sae for subject in probed if subject.site == site}
                 found = probe_task(here, x_BD.to(self.device), labels, settings.train)
                 for name in here:
                     scores[name][file] = {"activations": found["activations"], name: found[name]}
             self.bar.advance(task)
-        for judged in probed:
-            judged.report["probing"] = summarise_probing(scores[judged.name], judged.name, self.config.seed)
+        for subject in probed:
+            subject.report["probing"] = summarise_probing(scores[subject.name], subject.name, self.config.seed)
 
     def absorption(self) -> dict[str, str]:
         """First-letter absorption; returns site -> reason for the sites where no letters can be read.
@@ -218,7 +218,7 @@ class ModelSuites:
         )
         refused = {}
         for site, where in enumerate(self.source.sites):
-            here = [judged for judged in self.judged if judged.site == site]
+            here = [subject for subject in self.subjects if subject.site == site]
             if not here:
                 continue
             try:
@@ -227,16 +227,16 @@ class ModelSuites:
                 refused[str(where)] = str(problem)
                 continue
             task = self.bar.add_task(f"absorption at {where}", total=len(here))
-            for judged in here:
-                judged.report["absorption"] = absorption_scores(letters, judged.sae, self.config.seed)
+            for subject in here:
+                subject.report["absorption"] = absorption_scores(letters, subject.sae, self.config.seed)
                 self.bar.advance(task)
         return refused
 
 
-def _keep_codes(judged: Judged) -> Callable[[Tensor], None]:
+def _keep_codes(subject: EvaluatedSAE) -> Callable[[Tensor], None]:
     def keep(f_BN: Tensor) -> None:
         codes = Codes.from_dense(f_BN.cpu())
         # A bare copy: the original remembers its sorted pattern, several times its size.
-        judged.codes.append(Codes.unchecked(codes.offsets, codes.indices, codes.values, codes.n_features))
+        subject.codes.append(Codes.unchecked(codes.offsets, codes.indices, codes.values, codes.n_features))
 
     return keep

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from unbraid.config import ProbingConfig
 from unbraid.errors import EvaluationError
-from unbraid.evaluation.faces import Autoencoder
 from unbraid.evaluation.intervals import mean_interval
 from unbraid.evaluation.probes import Score, fit_probe, score_probe, top_columns
 from unbraid.evaluation.prompts import cached_activations
+from unbraid.evaluation.protocols import Autoencoder
 from unbraid.text.packaged import INSTALL, LONGEST_FIELD, find_packaged_corpus
 
 KS = (1, 2, 5)

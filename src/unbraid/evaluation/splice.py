@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import EvaluationError
-from unbraid.evaluation.faces import Autoencoder
 from unbraid.evaluation.intervals import bootstrap_interval
+from unbraid.evaluation.protocols import Autoencoder
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""What is judged: the SAEs of a run or one SAE folder, with the language model and held-out text they belong to.
+"""What is evaluated: the SAEs of a run or one SAE folder, with the language model and held-out text they belong to.
 
 A run says everything itself, also about a single one of its SAEs. Another SAE folder, in any layout, says at most which
 model and site it was trained on; the rest comes from the settings of the evaluation.
@@ -20,7 +20,7 @@ from unbraid.training.run_folder import RunFolder
 
 
 @dataclass(eq=False)
-class Judged:
+class EvaluatedSAE:
     """An SAE or a control, and what has been found about it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Judged:
 
 def open_subjects(
     path: Path, config: EvaluationConfig, device: torch.device, trust_remote_code: bool = False
-) -> tuple[list[Judged], RunConfig | None]:
+) -> tuple[list[EvaluatedSAE], RunConfig | None]:
     """The SAEs at `path`, and the settings under which their activations can be had again, None where unknown.
 
     Args:
@@ -77,9 +77,9 @@ def open_subjects(
     return _of_folder(path, config, device)
 
 
-def centre_where_needed(judged: list[Judged], model: nn.Module) -> None:
+def centre_where_needed(subjects: list[EvaluatedSAE], model: nn.Module) -> None:
     """SAEs made for activations without their mean get them so, where the model is one that cannot see the mean."""
-    for one in judged:
+    for one in subjects:
         if one.centred and has_layer_norm(model):
             one.sae, one.centred = CentredInput(one.sae), False
 
@@ -88,9 +88,9 @@ def _is_run(path: Path) -> bool:
     return (path / "config.json").is_file() and ((path / "saes").is_dir() or (path / "checkpoints").is_dir())
 
 
-def _of_run(folder: RunFolder, only: str | None, device: torch.device) -> tuple[list[Judged], RunConfig]:
+def _of_run(folder: RunFolder, only: str | None, device: torch.device) -> tuple[list[EvaluatedSAE], RunConfig]:
     path, run = folder.path, folder.config
-    judged, twins = [], run.twins
+    subjects, twins = [], run.twins
     for index, site in enumerate(run.sites):
         for variant in run.variants:
             name = run.sae_name(site, variant)
@@ -101,20 +101,22 @@ def _of_run(folder: RunFolder, only: str | None, device: torch.device) -> tuple[
                     f"{path} holds no finished SAE {name!r}; expected saes/{name}; end the run with "
                     f"`unbraid resume {path}`"
                 )
-            judged.append(Judged(name, index, formats.load(path / "saes" / name).to(device), twins.get(name)))
-    return judged, run
+            subjects.append(EvaluatedSAE(name, index, formats.load(path / "saes" / name).to(device), twins.get(name)))
+    return subjects, run
 
 
-def _of_folder(path: Path, config: EvaluationConfig, device: torch.device) -> tuple[list[Judged], RunConfig | None]:
+def _of_folder(
+    path: Path, config: EvaluationConfig, device: torch.device
+) -> tuple[list[EvaluatedSAE], RunConfig | None]:
     try:
         found = formats.open_folder(path)
     except FormatError as problem:
         raise FormatError(f"nothing to evaluate: no run folder (config.json beside saes/), and {problem}") from None
-    judged = Judged((path.parent if path.is_file() else path).resolve().name, 0, found.sae.to(device))
+    subject = EvaluatedSAE((path.parent if path.is_file() else path).resolve().name, 0, found.sae.to(device))
     try:
         run = origin(found.metadata, config)
     except EvaluationError as problem:
-        judged.unknown = str(problem)
-        return [judged], None
-    judged.centred = is_centred(found.metadata, run.sites[0])
-    return [judged], run
+        subject.unknown = str(problem)
+        return [subject], None
+    subject.centred = is_centred(found.metadata, run.sites[0])
+    return [subject], run

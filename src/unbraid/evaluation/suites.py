@@ -21,7 +21,7 @@ from unbraid.evaluation.evaluation_file import EvaluationFile, Report
 from unbraid.evaluation.geometry import composition_rate, max_cosines, seed_agreement
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
 from unbraid.evaluation.model_suites import REFERENCE_ROWS, ModelSuites
-from unbraid.evaluation.subjects import Judged, centre_where_needed, open_subjects
+from unbraid.evaluation.subjects import EvaluatedSAE, centre_where_needed, open_subjects
 from unbraid.evaluation.tables import evaluation_tables
 from unbraid.progress import Stages
 from unbraid.randomness import generator
@@ -60,11 +60,11 @@ def run_suites(
     path, config, console = Path(path), config or EvaluationConfig(), console or Console(quiet=True)
     out = out or (path.parent if path.is_file() else path)
     evaluation = _Evaluation(path, config, console, trust_remote_code)
-    file = EvaluationFile(out, evaluation.judged)
+    file = EvaluationFile(out, evaluation.subjects)
     report = evaluation.run()
     for part in evaluation_tables(report):
         console.print(part, highlight=False, markup=False)
-    report, kept = file.write(report, evaluation.judged)
+    report, kept = file.write(report, evaluation.subjects)
     console.print(f"\ndone: everything in {file.path}", highlight=False, markup=False)
     if kept:
         console.print(f"kept there from an earlier evaluation: {', '.join(kept)}", highlight=False, markup=False)
@@ -76,7 +76,7 @@ class _Evaluation:
         self.path, self.config, self.console = path, config, console
         self.device = pick_device(config.device)
         self.world = None if config.world is None else build_world(config.world, self.device)
-        self.judged, self.run_config = open_subjects(path, config, self.device, trust_remote_code)
+        self.subjects, self.run_config = open_subjects(path, config, self.device, trust_remote_code)
         self.skipped: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
 
@@ -88,9 +88,11 @@ class _Evaluation:
             EvaluationError: nothing says which model.
         """
         if self.run_config is None:
-            raise EvaluationError(self.judged[0].unknown or "nothing says which model the SAEs belong to; give --model")
-        suites = ModelSuites(self.run_config, self.judged, self.config, self.device, self.bar)
-        centre_where_needed(self.judged, suites.source.model.model)
+            raise EvaluationError(
+                self.subjects[0].unknown or "nothing says which model the SAEs belong to; give --model"
+            )
+        suites = ModelSuites(self.run_config, self.subjects, self.config, self.device, self.bar)
+        centre_where_needed(self.subjects, suites.source.model.model)
         return suites
 
     def run(self) -> Report:
@@ -118,8 +120,10 @@ class _Evaluation:
             "path": str(self.path),
             "model": None if self.run_config is None else self.run_config.model.name,
             "settings": dict.fromkeys(suites, self.config.model_dump(mode="json", exclude={"suites"})),
-            "saes": {judged.name: self._entry(judged) for judged in self.judged if judged.control is None},
-            "controls": {judged.name: self._entry(judged) for judged in self.judged if judged.control is not None},
+            "saes": {subject.name: self._entry(subject) for subject in self.subjects if subject.control is None},
+            "controls": {
+                subject.name: self._entry(subject) for subject in self.subjects if subject.control is not None
+            },
             "skipped": self.skipped,
             "seconds": self.seconds,
         }
@@ -142,21 +146,23 @@ class _Evaluation:
     def _add_controls(self) -> None:
         """For each site, what has learned nothing, at the sparsity of the site's first SAE."""
         rows = self._reference_rows()
-        first = {judged.site: judged for judged in reversed(self.judged)}
-        for site, judged in sorted(first.items()):
+        first = {subject.site: subject for subject in reversed(self.subjects)}
+        for site, subject in sorted(first.items()):
             chance = generator(self.config.seed, "controls", site)
-            if rows is None:  # nothing but directions is judged
-                controls = {"random": random_control(judged.sae, torch.zeros(1, judged.sae.d_in), 1.0, chance)}
+            if rows is None:  # nothing but directions is evaluated
+                controls = {"random": random_control(subject.sae, torch.zeros(1, subject.sae.d_in), 1.0, chance)}
             else:
-                controls = controls_of(judged.sae, rows[site], chance)
-            where = self._site_name(site) or judged.name
-            self.judged += [Judged(f"{where}: {name}", site, sae, control=name) for name, sae in controls.items()]
+                controls = controls_of(subject.sae, rows[site], chance)
+            where = self._site_name(site) or subject.name
+            self.subjects += [
+                EvaluatedSAE(f"{where}: {name}", site, sae, control=name) for name, sae in controls.items()
+            ]
 
     def _reference_rows(self) -> list[Tensor] | None:
         """Activations that controls are fitted to, one tensor a site, where any are read."""
         if self.run_config is not None and set(self.config.suites) & {*ON_TEXT, *ON_PROMPTS}:
             return self.model.reference_rows()
-        if self.world is not None and self.world.d_model == self.judged[0].sae.d_in:
+        if self.world is not None and self.world.d_model == self.subjects[0].sae.d_in:
             chance = generator(self.config.seed, "controls", device=self.device)
             return [self.world.sample(REFERENCE_ROWS, chance)[0]]
         return None
@@ -164,26 +170,26 @@ class _Evaluation:
     def _site_name(self, site: int) -> str | None:
         return None if self.run_config is None else str(self.run_config.sites[site])
 
-    def _entry(self, judged: Judged) -> Report:
-        return {"site": self._site_name(judged.site)} | judged.report
+    def _entry(self, subject: EvaluatedSAE) -> Report:
+        return {"site": self._site_name(subject.site)} | subject.report
 
     def _absorption(self) -> None:
         refused = self.model.absorption()
         self.skipped |= {f"absorption at {site}": reason for site, reason in refused.items()}
 
     def _geometry(self) -> None:
-        judged_here = [judged for judged in self.judged if judged.has_own_features]
-        task = self.bar.add_task("geometry", total=len(judged_here))
-        for judged in judged_here:
-            W_dec = judged.sae.W_dec.detach().float()
-            judged.report["geometry"] = {
+        subjects_here = [subject for subject in self.subjects if subject.has_own_features]
+        task = self.bar.add_task("geometry", total=len(subjects_here))
+        for subject in subjects_here:
+            W_dec = subject.sae.W_dec.detach().float()
+            subject.report["geometry"] = {
                 "mean_max_decoder_cosine": max_cosines(W_dec).double().mean().item(),
                 "composition_rate": composition_rate(W_dec, self.config.meta_steps, self.config.seed),
                 "composition_steps": self.config.meta_steps,
                 "agreement": {
                     other.name: seed_agreement(W_dec, other.sae.W_dec.detach())
-                    for other in judged_here
-                    if other is not judged and _comparable(judged, other)
+                    for other in subjects_here
+                    if other is not subject and _comparable(subject, other)
                 },
             }
             self.bar.advance(task)
@@ -191,18 +197,18 @@ class _Evaluation:
     def _ground_truth(self) -> None:
         if self.world is None:
             raise EvaluationError("no synthetic world was named; give --world for SAEs trained on one")
-        if self.world.d_model != self.judged[0].sae.d_in:
+        if self.world.d_model != self.subjects[0].sae.d_in:
             raise EvaluationError(
-                f"world {self.config.world!r} is {self.world.d_model} wide, the SAE {self.judged[0].sae.d_in}; name "
+                f"world {self.config.world!r} is {self.world.d_model} wide, the SAE {self.subjects[0].sae.d_in}; name "
                 "the world the SAE was trained on"
             )
-        task = self.bar.add_task("ground truth", total=len(self.judged))
-        for judged in self.judged:
-            found = evaluate_ground_truth(judged.sae, self.world, self.config.world_samples, self.config.seed)
-            judged.report["ground-truth"] = found.to_dict()
+        task = self.bar.add_task("ground truth", total=len(self.subjects))
+        for subject in self.subjects:
+            found = evaluate_ground_truth(subject.sae, self.world, self.config.world_samples, self.config.seed)
+            subject.report["ground-truth"] = found.to_dict()
             self.bar.advance(task)
 
 
-def _comparable(judged: Judged, other: Judged) -> bool:
-    widths = judged.sae.W_dec.shape[0], other.sae.W_dec.shape[0]
-    return judged.site == other.site and other.control is None and max(widths) <= WIDEST_AGREEMENT
+def _comparable(subject: EvaluatedSAE, other: EvaluatedSAE) -> bool:
+    widths = subject.sae.W_dec.shape[0], other.sae.W_dec.shape[0]
+    return subject.site == other.site and other.control is None and max(widths) <= WIDEST_AGREEMENT

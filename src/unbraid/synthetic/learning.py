@@ -20,7 +20,7 @@ from unbraid.synthetic.world import World, WorldStream
 from unbraid.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
 from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
-from unbraid.training.trainee import Trainee, untrained
+from unbraid.training.sae_trainer import SAETrainer, trainer_from_settings
 
 SCALE_SAMPLES = 16_384
 CHECKPOINTS_KEPT = 1
@@ -31,7 +31,7 @@ def train_on_world(
     variants: Sequence[VariantConfig],
     samples: int,
     batch: int = 1024,
-    on_step: Callable[[int, list[Trainee]], None] | None = None,
+    on_step: Callable[[int, list[SAETrainer]], None] | None = None,
     penalties: Sequence[nn.Module | None] | None = None,
     checkpoints: Path | None = None,
     checkpoint_every: int = 1000,
@@ -69,28 +69,30 @@ def train_on_world(
     seed = derive_seed(seeds.pop(), "world")
     x_BD, _ = world.sample(SCALE_SAMPLES, generator(seed, "scale", device=world.device))
     normalise = Normalisation.of(x_BD, "the world's samples")
-    trainees = [
-        untrained(settings.sae.architecture, 0, settings, seed, normalise, world.device, None, penalty, steps, samples)
+    trainers = [
+        trainer_from_settings(
+            settings.sae.architecture, 0, settings, seed, normalise, world.device, None, penalty, steps, samples
+        )
         for settings, penalty in zip(variants, penalties or [None] * len(variants), strict=True)
     ]
     stream = world.batches(batch, generator(seed, "samples", device=world.device))
     identity = _identity(world, variants, samples, batch)
-    done = _restore(checkpoints, identity, trainees, stream) if checkpoints is not None else 0
+    done = _restore(checkpoints, identity, trainers, stream) if checkpoints is not None else 0
 
     def after_step(step: int, _: Records | None) -> None:
         if on_step is not None:
-            on_step(step, trainees)
+            on_step(step, trainers)
         if checkpoints is not None and (step == steps or step % checkpoint_every == 0):
-            _save(checkpoints, step, identity, trainees, stream)
+            _save(checkpoints, step, identity, trainers, stream)
 
-    train_steps(trainees, lambda: [next(stream)], steps, done=done, after_step=after_step)
-    return [as_trained(trainee) for trainee in trainees]
+    train_steps(trainers, lambda: [next(stream)], steps, done=done, after_step=after_step)
+    return [as_trained(trainer) for trainer in trainers]
 
 
-def as_trained(trainee: Trainee) -> SAE:
+def as_trained(trainer: SAETrainer) -> SAE:
     """A copy of the SAE as it is now, acting on raw activations."""
-    sae = copy.deepcopy(trainee.sae).requires_grad_(False)
-    sae.fold(trainee.normalise.mean_D, trainee.normalise.scale)
+    sae = copy.deepcopy(trainer.sae).requires_grad_(False)
+    sae.fold(trainer.normalise.mean_D, trainer.normalise.scale)
     return sae
 
 
@@ -101,13 +103,13 @@ def _identity(world: World, variants: Sequence[VariantConfig], samples: int, bat
     return hashlib.sha256("\n".join(settings).encode() + directions).hexdigest()
 
 
-def _save(folder: Path, step: int, identity: str, trainees: list[Trainee], stream: WorldStream) -> None:
-    groups = {f"sae-{number}": trainee.tensors() for number, trainee in enumerate(trainees)}
+def _save(folder: Path, step: int, identity: str, trainers: list[SAETrainer], stream: WorldStream) -> None:
+    groups = {f"sae-{number}": trainer.tensors() for number, trainer in enumerate(trainers)}
     groups["stream"] = stream.state_dict()
     write_checkpoint(folder, step, groups, {"step": step, "identity": identity}, CHECKPOINTS_KEPT)
 
 
-def _restore(folder: Path, identity: str, trainees: list[Trainee], stream: WorldStream) -> int:
+def _restore(folder: Path, identity: str, trainers: list[SAETrainer], stream: WorldStream) -> int:
     saved = list_checkpoints(folder)
     if not saved:
         return 0
@@ -117,7 +119,7 @@ def _restore(folder: Path, identity: str, trainees: list[Trainee], stream: World
             f"{str(folder)!r} holds checkpoints of a training with other settings; expected those of this one; choose "
             "another folder, or delete that one to start again"
         )
-    for number, trainee in enumerate(trainees):
-        trainee.load_tensors(tensors[f"sae-{number}"])
+    for number, trainer in enumerate(trainers):
+        trainer.load_tensors(tensors[f"sae-{number}"])
     stream.load_state_dict(tensors["stream"])
     return state["step"]

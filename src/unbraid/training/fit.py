@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from unbraid.errors import RowsUsedUp
+from unbraid.training.sae_trainer import SAETrainer, train_step
 from unbraid.training.schedules import learning_rate
-from unbraid.training.trainee import Trainee, train_step
 
 Records = dict[str, dict[str, Any] | None]
 """SAE name -> its line of metrics."""
@@ -23,7 +23,7 @@ def no_step(_: int) -> bool:
 
 
 def train_steps(
-    trainees: Sequence[Trainee],
+    trainers: Sequence[SAETrainer],
     next_batch: Callable[[], list[Tensor]],
     steps: int,
     *,
@@ -34,7 +34,7 @@ def train_steps(
     """Train until step `steps`, or as far as the rows last; returns the steps executed, those already `done` included.
 
     Args:
-        trainees: what learns; each changes nothing about the others.
+        trainers: the SAEs to train; none affects another.
         next_batch: raw activations of the next step, one [B, D] tensor per site.
         steps: steps planned; learning rates are for this number.
         done: steps made before.
@@ -54,10 +54,10 @@ def train_steps(
             return step
         log = logged(step + 1)
         records: Records = {}
-        for trainee in trainees:
-            if trainee.updates <= step:  # One that made this step before a neighbour failed in it does not repeat it.
-                lr = learning_rate(trainee.config.optimiser, step, steps)
-                records[trainee.name] = train_step(trainee, trainee.normalise(batch[trainee.site]), step, lr, log)
+        for trainer in trainers:
+            if trainer.updates <= step:  # One that made this step before a neighbour failed in it does not repeat it.
+                lr = learning_rate(trainer.config.optimiser, step, steps)
+                records[trainer.name] = train_step(trainer, trainer.normalise(batch[trainer.site]), step, lr, log)
         if after_step is not None:
             after_step(step + 1, records if log else None)
     return steps

@@ -1,6 +1,6 @@
 """A run around the training loop: its buffer and log, its checkpoints, and how it stops.
 
-Among many ranks every one runs this on the same batches, with the trainees of its cell and its slice of each; the first
+Among many ranks every one runs this on the same batches, with the trainers of its cell and its slice of each; the first
 rank writes the logs. Alone, none of the exchanges happens.
 """
 
@@ -33,10 +33,10 @@ from unbraid.training.checkpoint import (
 from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.own_penalty import name_of
-from unbraid.training.pieces import join, overlaps, piece_stem
 from unbraid.training.run_folder import JsonLines, RunFolder
+from unbraid.training.sae_trainer import SAETrainer, new_trainer
+from unbraid.training.sharded_checkpoint import join, overlaps, piece_stem
 from unbraid.training.stopping import TrainingInterrupted, finite
-from unbraid.training.trainee import Trainee, new_trainee
 
 
 @runtime_checkable
@@ -54,13 +54,13 @@ class Progress(Protocol):
 
 @dataclass
 class Trained:
-    """What the loop leaves behind: the trainees this rank answers for, whole, and how they were fed.
+    """What the loop leaves behind: the trainers of this rank, whole, and how they were fed.
 
     Attributes:
         steps: steps executed; fewer than planned when the text ended early.
     """
 
-    trainees: list[Trainee]
+    trainers: list[SAETrainer]
     buffer: ActivationBuffer
     steps: int
     seconds: dict[str, float] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def train_saes(
         progress: told of every step.
         should_stop: asked between steps and while the buffer is filled.
         mesh: who trains what.
-        penalty: a penalty of one's own in the place of the settings'; every trainee gets a copy.
+        penalty: a penalty of one's own in the place of the settings'; every SAE gets a copy.
 
     Raises:
         TrainingInterrupted: `should_stop` said so; a checkpoint was written first.
@@ -105,8 +105,8 @@ def train_saes(
     if mesh.shards.size > 1:  # The first rank of each cell puts its SAEs together, to be measured and exported.
         whole = dataclasses.replace(mesh, shards=ALONE)
         last = list_checkpoints(folder.checkpoints)[-1]
-        run.trainees = run.restored(last, whole) if mesh.shards.first else []
-    return Trained(run.trainees, run.buffer, run.done, run.seconds)
+        run.trainers = run.restored(last, whole) if mesh.shards.first else []
+    return Trained(run.trainers, run.buffer, run.done, run.seconds)
 
 
 class _Session:
@@ -147,22 +147,22 @@ class _Session:
         )
         saved = list_checkpoints(folder.checkpoints)
         if saved:
-            self.trainees = self.restored(saved[-1], mesh)
+            self.trainers = self.restored(saved[-1], mesh)
             state = read_run_state(saved[-1])
             self.done, self.seconds, offset = state["step"], state["seconds"], state["metrics_offset"]
         else:
-            self.trainees = []
+            self.trainers = []
         self.metrics = JsonLines(folder.metrics, offset, self.everyone)
         self.timing = JsonLines(folder.timing, ranks=self.everyone)
 
     def train(self) -> None:
         """From where the run stands to its end."""
-        if not self.trainees and self.done == 0:
+        if not self.trainers and self.done == 0:
             self.buffer.fill()
-            self.trainees = self.started()
+            self.trainers = self.started()
         try:
             self.done = train_steps(
-                self.trainees,
+                self.trainers,
                 self.next_batch,
                 self.config.steps,
                 done=self.done,
@@ -233,42 +233,42 @@ class _Session:
             "buffer": buffer_data,
             "seconds": self.seconds,
         }
-        groups = {piece_stem(f"sae-{t.name}", t.shard): t.tensors() for t in self.trainees}
+        groups = {piece_stem(f"sae-{t.name}", t.shard): t.tensors() for t in self.trainers}
         if self.everyone.first:
             groups["buffer"] = tensors
         keep = keep or self.config.training.keep_checkpoints
         write_checkpoint(self.folder.checkpoints, self.done, groups, state, keep, self.everyone)
 
-    def started(self) -> list[Trainee]:
-        """New trainees, with mean and scale taken from the rows of the first fill."""
+    def started(self) -> list[SAETrainer]:
+        """New trainers, with mean and scale taken from the rows of the first fill."""
         rows = zip(self.config.sites, self.buffer.rows(), strict=True)
         return self._new([Normalisation.of(rows_RD, str(site)) for site, rows_RD in rows], self.mesh)
 
-    def restored(self, path: Path, mesh: Mesh) -> list[Trainee]:
-        """The trainees of a checkpoint; the buffer goes back to it as well."""
+    def restored(self, path: Path, mesh: Mesh) -> list[SAETrainer]:
+        """The trainers of a checkpoint; the buffer goes back to it as well."""
         state = read_run_state(path)
         require_same_run(path, state["run"], self.first_settings, self.identity)
-        trainees = self._new([Normalisation.none(width) for width in self.source.widths], mesh)
-        stems = {f"sae-{trainee.name}": trainee for trainee in trainees}
+        trainers = self._new([Normalisation.none(width) for width in self.source.widths], mesh)
+        stems = {f"sae-{trainer.name}": trainer for trainer in trainers}
 
         def wanted(file: str) -> bool:
-            return file == "buffer" or any(overlaps(stem, file, trainee.shard) for stem, trainee in stems.items())
+            return file == "buffer" or any(overlaps(stem, file, trainer.shard) for stem, trainer in stems.items())
 
         tensors, _ = read_checkpoint(path, wanted)
         try:
             self.buffer.load_state(tensors["buffer"], state["buffer"])
-            for stem, trainee in stems.items():
-                trainee.load_tensors(join(tensors, stem, trainee.shard, trainee.sae.shared))
+            for stem, trainer in stems.items():
+                trainer.load_tensors(join(tensors, stem, trainer.shard, trainer.sae.shared))
         except torch.OutOfMemoryError:
             raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, TrainingError) as error:
             raise CheckpointError(damaged(path, f"{type(error).__name__}: {str(error)[:200]}")) from error
-        return trainees
+        return trainers
 
-    def _new(self, normalise: Sequence[Normalisation], mesh: Mesh) -> list[Trainee]:
+    def _new(self, normalise: Sequence[Normalisation], mesh: Mesh) -> list[SAETrainer]:
         places = itertools.product(range(len(self.config.sites)), self.config.variants)
         here = [place for number, place in enumerate(places) if mesh.trains(number)]
         return [
-            new_trainee(self.config, site, variant, normalise[site], self.device, mesh, self.penalty)
+            new_trainer(self.config, site, variant, normalise[site], self.device, mesh, self.penalty)
             for site, variant in here
         ]

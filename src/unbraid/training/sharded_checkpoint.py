@@ -1,8 +1,8 @@
-"""How a split SAE lies in a checkpoint: one file a slice of its features, joined and cut anew by whoever reads it.
+"""Checkpoints of an SAE that is split by features over ranks: one file per slice.
 
-A run written by 4 ranks goes on with 2, 1 or 6: a reader takes the files that overlap its own slice, joins the rows of
-what is split by features and keeps its own; what every rank holds is in every file. An SAE that is not split is its own
-only piece.
+A run written by 4 ranks can resume with 2, 1 or 6. A reader takes the files that overlap its own slice, joins the rows
+of the tensors that are split by features and keeps its own rows. Tensors that every rank holds are in every file. An
+SAE that is not split has one file.
 """
 
 import re
@@ -60,7 +60,7 @@ def _rows(tensor: Tensor, piece: str, shard: Shard) -> Tensor:
 
 
 def _split(name: str, tensor: Tensor, shared: tuple[str, ...]) -> bool:
-    """Whether a trainee's tensor has a row a feature."""
+    """Whether a trainer's tensor has a row a feature."""
     group, _, rest = name.partition(".")
     if group in ("sae", "optimiser"):
         return tensor.ndim > 0 and rest.partition(".")[0] not in shared

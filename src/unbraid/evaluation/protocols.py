@@ -1,6 +1,7 @@
 """What an evaluation needs of an SAE: `encode` and `decode`, plus weights where a metric is about weights.
 
-Nothing here asks for unbraid's own classes: an SAE of another library, or ten lines in a notebook, is judged the same.
+Nothing here asks for unbraid's own classes: an SAE of another library, or ten lines in a notebook, is evaluated in the
+same way.
 """
 
 from typing import Protocol, runtime_checkable

@@ -1,8 +1,8 @@
 """One SAE in training: its state, its first weights, and the step that changes them.
 
-Each SAE of a run (a *trainee*) has its own parameters, optimiser, decorrelation state and generators, all derived from
-the seed and its settings, never from its neighbours: trained beside others it ends with the same bytes as trained
-alone. Split by features over ranks, a trainee is one slice, and its step exchanges what the slices must agree on.
+Each SAE of a run has a trainer with its own parameters, optimiser, decorrelation state and generators, all derived from
+the seed and its settings, never from other SAEs: trained beside others it ends with the same bytes as trained
+alone. Split by features over ranks, a trainer holds one slice and exchanges in each step what the slices must agree on.
 """
 
 import copy
@@ -31,8 +31,8 @@ from unbraid.training.schedules import warm_up
 
 
 @dataclass
-class Trainee:
-    """One SAE in training.
+class SAETrainer:
+    """An SAE in training and everything that its steps need.
 
     Attributes:
         name: folder and metric name.
@@ -63,7 +63,7 @@ class Trainee:
         return self.sae.shard
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint must hold of this trainee, under flat names."""
+        """Everything a checkpoint must hold of this trainer, under flat names."""
         groups = {
             "sae": self.sae.state_dict() | {name: getattr(self.sae, name) for name in self.sae.training_buffers},
             "optimiser": self.optimiser.state_tensors(),
@@ -101,7 +101,7 @@ class Trainee:
         self.normalise = Normalisation(own["mean"].to(self.tokens_since_fired.device), float(own["scale"]))
 
 
-def new_trainee(
+def new_trainer(
     config: RunConfig,
     site: int,
     variant: str,
@@ -109,8 +109,8 @@ def new_trainee(
     device: torch.device,
     mesh: Mesh = SINGLE,
     penalty: nn.Module | None = None,
-) -> Trainee:
-    """A trainee before its first step, or the slice of it that lives on this rank.
+) -> SAETrainer:
+    """The trainer of one SAE of a run before its first step, with the slice of features that this rank holds.
 
     Args:
         config: the run.
@@ -124,10 +124,10 @@ def new_trainee(
     settings, place = config.variant(variant), config.sites[site]
     name, seed = config.sae_name(place, variant), derive_seed(settings.seed, str(place))
     shard, tokens = mesh.shard(settings.sae.n_features), config.training.tokens
-    return untrained(name, site, settings, seed, normalise, device, shard, penalty, config.steps, tokens)
+    return trainer_from_settings(name, site, settings, seed, normalise, device, shard, penalty, config.steps, tokens)
 
 
-def untrained(
+def trainer_from_settings(
     name: str,
     site: int,
     settings: VariantConfig,
@@ -138,8 +138,8 @@ def untrained(
     penalty: nn.Module | None = None,
     steps: int = 0,
     tokens: int = 0,
-) -> Trainee:
-    """A trainee of these settings before its first step, all of its randomness from `seed`; see `new_trainee`.
+) -> SAETrainer:
+    """A trainer of these settings before its first step; all of its randomness comes from `seed`; see `new_trainer`.
 
     `steps` and `tokens` are those of the whole training: what falls over time and which features are dead depend on
     them.
@@ -150,7 +150,7 @@ def untrained(
         penalty = build_decorrelation(*own)
     else:
         penalty = copy.deepcopy(penalty)
-    return Trainee(
+    return SAETrainer(
         name=name,
         site=site,
         config=settings,
@@ -165,24 +165,24 @@ def untrained(
     )
 
 
-def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) -> dict[str, Any] | None:
+def train_step(trainer: SAETrainer, x_BD: Tensor, step: int, lr: float, log: bool) -> dict[str, Any] | None:
     """One update of one SAE: forward, Eq. 1, backward, Adam, unit rows; its line of metrics when `log`.
 
     Raises:
         TrainingError: the loss or its gradient is not finite; the weights are as they were.
     """
-    sae, settings = trainee.sae, trainee.config
+    sae, settings = trainer.sae, trainer.config
     lambda1 = settings.sae.sparsity_weight * warm_up(step, settings.optimiser.sparsity_warmup_steps)
     lambda2 = settings.decorrelation.weight * warm_up(step, settings.optimiser.decorrelation_warmup_steps)
 
-    sae.begin_step(step, trainee.steps)
-    dead_N = trainee.tokens_since_fired >= trainee.dead_after
+    sae.begin_step(step, trainer.steps)
+    dead_N = trainer.tokens_since_fired >= trainer.dead_after
     with encoder_autocast(settings.optimiser.precision, x_BD.device):
-        out = sae.training_forward(x_BD, dead_N, trainee.generator)
+        out = sae.training_forward(x_BD, dead_N, trainer.generator)
     loss = out.reconstruction + lambda1 * out.sparsity + out.auxiliary
     if not loss.isfinite():
         raise TrainingError(
-            f"the loss of {trainee.name} became {loss.item()} at step {step + 1}; expected a finite number; its "
+            f"the loss of {trainer.name} became {loss.item()} at step {step + 1}; expected a finite number; its "
             "weights are as after the last good step; lower optimiser.lr, set optimiser.clip_norm, or lower "
             "decorrelation.lambda2"
         )
@@ -190,25 +190,25 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
     dense, sparse = (None, out.codes) if isinstance(out.codes, Codes) else (out.codes, None)
     if lambda2 > 0 or log:
         with torch.set_grad_enabled(lambda2 > 0):
-            penalty, stats = trainee.decorrelate(dense, codes=sparse, decoder=sae.W_dec)
+            penalty, stats = trainer.decorrelate(dense, codes=sparse, decoder=sae.W_dec)
     else:  # What a penalty remembers must not depend on how often it is logged.
-        advance = trainee.decorrelate.advance if isinstance(trainee.decorrelate, Penalty) else trainee.decorrelate
+        advance = trainer.decorrelate.advance if isinstance(trainer.decorrelate, Penalty) else trainer.decorrelate
         with torch.no_grad():
             advance(dense, codes=sparse, decoder=sae.W_dec)
     if penalty is not None and lambda2 > 0:
         loss = loss + lambda2 * penalty
-    trainee.optimiser.zero_grad()
+    trainer.optimiser.zero_grad()
     loss.backward()
-    gradient_norm = trainee.optimiser.step(lr)
-    trainee.updates += 1
-    _note_firing(trainee, out.codes, len(x_BD))
+    gradient_norm = trainer.optimiser.step(lr)
+    trainer.updates += 1
+    _note_firing(trainer, out.codes, len(x_BD))
     if not log:
         return None
     with torch.no_grad():
-        ranks = trainee.shard.ranks
+        ranks = trainer.shard.ranks
         variance = (x_BD - x_BD.mean(0)).double().square().sum()
         active = out.codes.values.numel() if isinstance(out.codes, Codes) else int((out.codes != 0).sum())
-        dead = int((trainee.tokens_since_fired >= trainee.dead_after).sum())
+        dead = int((trainer.tokens_since_fired >= trainer.dead_after).sum())
         active, dead = ranks.total(active, dead)
         record = {
             "loss": loss.item(),
@@ -218,9 +218,9 @@ def train_step(trainee: Trainee, x_BD: Tensor, step: int, lr: float, log: bool) 
             "penalty": penalty.item() if penalty is not None and getattr(stats, "penalised", True) else None,
             "l0": active / len(x_BD),
             "r2": 1 - ((x_BD - out.x_hat_BD).double().square().sum() / variance).item() if variance > 0 else None,
-            "dead_fraction": dead / trainee.shard.n_features,
+            "dead_fraction": dead / trainer.shard.n_features,
             "grad_norm": float(gradient_norm),
-            "updates": trainee.updates,
+            "updates": trainer.updates,
             "path": out.path,
             "lr": lr,
             "lambda1": lambda1,
@@ -253,11 +253,11 @@ def numbers_of(stats: Any) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _note_firing(trainee: Trainee, codes: Codes | Tensor, tokens: int) -> None:
-    fired_N = torch.zeros_like(trainee.tokens_since_fired, dtype=torch.bool)
+def _note_firing(trainer: SAETrainer, codes: Codes | Tensor, tokens: int) -> None:
+    fired_N = torch.zeros_like(trainer.tokens_since_fired, dtype=torch.bool)
     if isinstance(codes, Codes):
         fired_N[codes.indices] = True
     else:
         fired_N = codes.amax(0) > 0
-    trainee.tokens_since_fired += tokens
-    trainee.tokens_since_fired[fired_N] = 0
+    trainer.tokens_since_fired += tokens
+    trainer.tokens_since_fired[fired_N] = 0
