@@ -33,6 +33,15 @@ from unbraid.synthetic.learning import train_on_world
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from made_codes import planted_codes
 
+SELDOM: dict[str, dict[str, Any]] = {
+    "no penalty": {"lambda2": 0.0},
+    "codes, every step": {"window": SPARING["window"]},
+    "codes, sparing": SPARING,
+    "decoder, every step": {"space": "decoder", "fraction": 0.01},
+    "decoder, sparing": {"fraction": 0.01, **SPARING_ROWS},
+}
+"""Penalties whose selections are judged on a known world."""
+
 
 def decoder(device: str, steps: int) -> dict[str, Any]:
     """Recall of the true top pairs of decoder rows while a TopK SAE trains at N = 8192, and what a step costs.
@@ -103,14 +112,6 @@ def planted(device: str) -> dict[str, Any]:
 
 def seldom(device: str, seeds: int, steps: int) -> dict[str, Any]:
     """Whether selecting and penalising seldom gives what doing so every step gives: an SAE on a world that is known."""
-    every_step = {"window": SPARING["window"]}
-    forms = {
-        "no penalty": {"lambda2": 0.0},
-        "codes, every step": every_step,
-        "codes, sparing": SPARING,
-        "decoder, every step": {"space": "decoder", "fraction": 0.01},
-        "decoder, sparing": {"fraction": 0.01, **SPARING_ROWS},
-    }
     world = build_world("small", device)
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(seeds):
@@ -121,9 +122,9 @@ def seldom(device: str, seeds: int, steps: int) -> dict[str, Any]:
                 optimiser=OptimiserConfig(lr=2e-3, warmup_steps=steps // 20),
                 decorrelation=DecorrelationConfig(**changes),
             )
-            for changes in forms.values()
+            for changes in SELDOM.values()
         ]
-        for name, sae in zip(forms, train_on_world(world, variants, steps * 1024), strict=True):
+        for name, sae in zip(SELDOM, train_on_world(world, variants, steps * 1024), strict=True):
             judged = evaluate_ground_truth(sae, world, 65_536).to_dict()
             x_BD, _ = world.sample(16_384, torch.Generator(device).manual_seed(seed))
             _, stats = SelectiveDecorrelation()(sae.encode(x_BD))

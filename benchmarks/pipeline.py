@@ -26,7 +26,7 @@ from peers.turns import Contender
 
 from unbraid import recipes
 from unbraid.activations.packaged_model import packaged_model_folder
-from unbraid.config import RunConfig, validated
+from unbraid.config import RunConfig, SAEConfig, overridden
 from unbraid.text import open_source
 
 HERE = Path(__file__).parent
@@ -34,12 +34,13 @@ ROOT = HERE.parent
 UNBRAID, SAE_LENS = HERE / "peers" / "unbraid_pipeline.py", HERE / "peers" / "sae_lens_pipeline.py"
 DEMO = recipes.demo()
 WHOLE = "three sites x 2"
-CUT_FROM_IT = ["deepest site x 1", "three sites, no penalty"]
+CACHED = f"{WHOLE}, from a cache"
+CUT_FROM_IT = ["deepest site x 1", WHOLE, "three sites, no penalty"]
 DECORRELATED, TWIN = ({name: DEMO.variants[name]} for name in ("decorrelated", "twin"))
 CASES = {
     "deepest site x 1": {"sites": ["resid_post.8"], "variants": DECORRELATED},
     WHOLE: {},
-    "three sites x 2, from a cache": {"cached": True},
+    CACHED: {"cached": True},
     "three sites, no penalty": {"variants": TWIN},
     "sae-lens, layer 2": {"layers": [2]},
     "sae-lens, layer 5": {"layers": [5]},
@@ -48,7 +49,7 @@ CASES = {
 }
 """Ours are changes to the demo; sae-lens's are the layers it reads."""
 COMPARISONS = {
-    "sharing": ["deepest site x 1", WHOLE, "three sites x 2, from a cache"],
+    "sharing": ["deepest site x 1", WHOLE, CACHED],
     "sae-lens": [name for name in CASES if "sae-lens" in name or name == "three sites, no penalty"],
 }
 THREE_RUNS = [f"sae-lens, layer {layer}" for layer in (2, 5, 8)]
@@ -59,13 +60,14 @@ TEXT_CHARACTERS = 4_000_000
 
 def config_of(name: str, architecture: str, cache: Path | None, checkpoint_every: int = 0) -> RunConfig:
     """The demo as the case changes it."""
-    data = DEMO.model_dump(mode="json")
-    data["sae"]["architecture"] = architecture
-    data["model"]["sites"] = CASES[name].get("sites", data["model"]["sites"])
-    data["variants"] = CASES[name].get("variants", data["variants"])
-    data["cache"] = str(cache) if cache else None
-    data["training"]["checkpoint_every"] = checkpoint_every
-    return validated(RunConfig, data, "benchmark")
+    changes = {
+        "sae.architecture": architecture,
+        "model.sites": CASES[name].get("sites", DEMO.model.sites),
+        "variants": CASES[name].get("variants", DEMO.variants),
+        "cache": str(cache) if cache else None,
+        "training.checkpoint_every": checkpoint_every,
+    }
+    return overridden(DEMO, changes, "benchmark")[0]
 
 
 def prepare(folder: Path, architecture: str, steps: int, threads: int) -> None:
@@ -79,12 +81,12 @@ def prepare(folder: Path, architecture: str, steps: int, threads: int) -> None:
 
     fill_cache(DEMO, folder / "cache")
     write_text(folder / "text.parquet")
-    whole = config_of(WHOLE, architecture, folder / "cache", steps)
-    shutil.rmtree(folder / WHOLE, ignore_errors=True)
-    contender = ours(WHOLE, folder / WHOLE, whole, threads)
+    whole = config_of(CACHED, architecture, folder / "cache", steps)
+    shutil.rmtree(folder / CACHED, ignore_errors=True)
+    contender = ours(CACHED, folder / CACHED, whole, threads)
     contender.train(steps + 1)
     contender.dismiss()
-    tensors, state = read_checkpoint(list_checkpoints(folder / WHOLE / "checkpoints")[-1])
+    tensors, state = read_checkpoint(list_checkpoints(folder / CACHED / "checkpoints")[-1])
     for name in CUT_FROM_IT:
         config = config_of(name, architecture, None)
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -96,7 +98,9 @@ def prepare(folder: Path, architecture: str, steps: int, threads: int) -> None:
         names = [config.sae_name(site, variant) for site in config.sites for variant in config.variants]
         kept = {"buffer": buffer} | {f"sae-{name}": tensors[f"sae-{name}"] for name in names}
         filtered = state["buffer"] | {"filter": state["buffer"]["filter"] | {"limits": limits}}
-        write_checkpoint(run.checkpoints, steps, kept, state | {"metrics_offset": 0, "buffer": filtered}, keep=1)
+        read_live = {part: state["run"]["source"][part] for part in ("model", "text")}
+        own = {"buffer": filtered, "run": {"settings": run.first_settings, "source": read_live}}
+        write_checkpoint(run.checkpoints, steps, kept, state | {"metrics_offset": 0} | own, keep=1)
 
 
 def write_text(path: Path) -> None:
@@ -123,8 +127,7 @@ def start(name: str, folder: Path, scratch: Path, arguments: argparse.Namespace)
     """A process for one case, ready for its first turn."""
     case = CASES[name]
     if "layers" not in case:
-        prepared = folder / (WHOLE if "cached" in case else name)
-        run = Path(shutil.copytree(prepared, scratch / name))
+        run = Path(shutil.copytree(folder / name, scratch / name))
         config = config_of(name, arguments.architecture, folder / "cache" if "cached" in case else None)
         return ours(name, run, config, arguments.threads)
     settings = {
@@ -134,8 +137,8 @@ def start(name: str, folder: Path, scratch: Path, arguments: argparse.Namespace)
         "d_in": D_MODEL,
         "n_features": DEMO.sae.n_features,
         "architecture": arguments.architecture,
-        "k": DEMO.sae.k,
-        "lambda1": DEMO.sae.lambda1,
+        "k": SAEConfig(architecture="topk").k,
+        "lambda1": DEMO.sae.sparsity_weight,
         "lr": DEMO.optimiser.lr,
         "batch": DEMO.training.batch_tokens,
         "buffer_contexts": DEMO.buffer.contexts,

@@ -72,13 +72,21 @@ def spread(values: list[float]) -> list[float]:
     return [round(value, 2) for value in (middle, low, high)]
 
 
-def run_cell(architecture: str, shape: str, arguments: argparse.Namespace) -> dict:
-    """All contenders on one architecture and shape."""
+def settings_of(architecture: str, shape: str, arguments: argparse.Namespace) -> dict:
+    """What every contender on one architecture and shape is told."""
     settings = SHAPES[shape] | {"sae": {}, "lambda1": 0.0, "l0": 0, "lr": arguments.lr} | ARCHITECTURES[architecture]
     settings |= {"architecture": architecture, "threads": arguments.threads, "seed": 0}
     settings |= {"distinct_batches": arguments.distinct_batches}
+    # While steps are timed no feature dies but those a contender says are dead.
+    settings |= {"dead_after_tokens": None if arguments.losses else 1_000_000}
     if arguments.losses:
         settings |= {"l0": 0, "lr": arguments.lr}
+    return settings
+
+
+def run_cell(architecture: str, shape: str, arguments: argparse.Namespace) -> dict:
+    """All contenders on one architecture and shape."""
+    settings = settings_of(architecture, shape, arguments)
     names = ["unbraid"] if arguments.losses else [name for name in DRIVERS if name not in PEERS]
     names += [name for name in PEERS if architecture in PEERS[name] and arguments.peers_python.exists()]
     contenders = [start(name, settings, arguments.peers_python) for name in names if name not in arguments.without]

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import unbraid
+from unbraid.config import overridden
 
 LAYER = 1
 
@@ -33,10 +34,16 @@ def patches() -> Iterator[dict[str, torch.Tensor]] | Iterator[torch.Tensor]:
 
 def main(path: Path | str) -> unbraid.Run:
     """The run. `patches` is passed as a function, so that it can be started anew."""
-    config = unbraid.recipes.tiny().model_dump()
-    config |= {"sae": {"architecture": "topk", "n_features": 64, "k": 8}, "variants": {"": {}}}
-    config["training"] |= {"tokens": 10_240, "checkpoint_every": 10}
-    return unbraid.train(unbraid.RunConfig(**config), path, activations={"patches": patches})
+    changes = {
+        "sae.architecture": "topk",
+        "sae.n_features": 64,
+        "sae.k": 8,
+        "variants": {"": {}},
+        "training.tokens": 10_240,
+        "training.checkpoint_every": 10,
+    }
+    config, _ = overridden(unbraid.recipes.tiny(), changes)
+    return unbraid.train(config, path, activations={"patches": patches})
 
 
 if __name__ == "__main__":

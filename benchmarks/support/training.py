@@ -14,10 +14,10 @@ N = 16_384
 
 
 def trainer(n_features: int, device: str, decorrelation: DecorrelationConfig) -> SAETrainer:
-    """A TopK SAE with its optimiser and penalty, as a run builds them."""
+    """A TopK SAE with its optimiser and penalty, as a run builds them; no feature of it dies while it is timed."""
     settings = VariantConfig(
         seed=0,
-        sae=SAEConfig(architecture="topk", n_features=n_features, k=K),
+        sae=SAEConfig(architecture="topk", n_features=n_features, k=K, dead_after_tokens=1_000_000),
         optimiser=OptimiserConfig(warmup_steps=0),
         decorrelation=decorrelation,
     )

@@ -18,7 +18,15 @@ def executed(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": path.parent}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
     return notebook
+
+
+def is_progress(output: nbformat.NotebookNode) -> bool:
+    """A frame of a live display: how many there are depends on the machine's speed."""
+    return output.output_type == "display_data" and set(output.data) == {"text/plain", "text/html"}
 
 
 def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
