@@ -146,3 +146,11 @@ def test_a_disk_that_refuses_is_answered_in_one_message(capsys, monkeypatch, num
 
     monkeypatch.setitem(COMMANDS, "doctor", doctor)
     assert f"{os.strerror(number)}: 'summary.json'; free some room" in fails(capsys, "doctor")
+
+
+@pytest.mark.parametrize("words", [["--text.bos", "none"], ["--model", "x", "--site", "resid_post.1"]])
+def test_an_evaluation_of_a_run_takes_nothing_that_the_run_says_itself(capsys, tmp_path, words):
+    (tmp_path / "saes" / "one").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(recipes.tiny().model_dump(mode="json")))
+    for folder in (tmp_path, tmp_path / "saes" / "one"):
+        assert "belongs to a run, whose own settings say which" in fails(capsys, "eval", str(folder), *words)

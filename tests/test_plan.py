@@ -111,9 +111,9 @@ def test_the_disk_estimate_is_what_a_run_comes_to_need(tmp_path):
     assert used < planning.disk_bytes(config, [64]) < 6 * used + planning.ALLOWANCE_BYTES
 
 
-def test_more_memory_than_there_is_is_refused(tmp_path):
-    config = small(sae={"n_features": 1 << 33})
-    refused(config, tmp_path / "run", TrainingError, r"(disk|memory)")
+def test_more_memory_than_there_is_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "_memory_of", lambda _: 100_000)
+    refused(small(), tmp_path / "run", TrainingError, r"need [\d.]+ MiB of memory and cpu has 0\.1 MiB")
 
 
 def test_activations_that_do_not_vary_are_refused_with_the_site(tmp_path, monkeypatch):
@@ -207,3 +207,19 @@ def test_a_learning_rate_that_is_too_high_is_what_the_warning_names():
     sae = {"l0": 0.0, "r2": -40.0, "dead_fraction": 0.9}
     (warning,) = run.warnings_of({"documents": {"seen": 1, "skipped": {}}, "saes": {"resid_post.0": sae}}, config)
     assert "training diverged; lower optimiser.lr (now 0.003)" in warning
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"tf32": True}, r"training\.tf32 is read on CUDA devices only, and the run is on cpu"),
+        ({"feature_shards": 2}, r"feature_shards = 2 is read only among several processes.*unbraid launch"),
+    ],
+)
+def test_what_this_machine_would_not_do_is_refused(tmp_path, monkeypatch, setting, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = small(training=setting)
+    refused(config, tmp_path / "run", ConfigError, message)
+    with pytest.raises(ConfigError, match=message):
+        run.plan(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -4,7 +4,7 @@ import typing
 
 import pytest
 
-from unbraid.config import DecorrelationConfig, RunConfig, SAEConfig, overridden
+from unbraid.config import DecorrelationConfig, EvaluationConfig, RunConfig, SAEConfig, load_config, overridden
 from unbraid.config.checks import ActiveWhen, Section, group_of
 from unbraid.config.kinds import Kinds
 from unbraid.errors import ConfigError
@@ -113,8 +113,6 @@ def test_a_recipes_setting_that_no_longer_applies_is_dropped_and_listed():
 def test_settings_of_version_0_1_load_without_what_they_do_not_read(tmp_path):
     import json
 
-    from unbraid.config import load_config
-
     data = RunConfig().model_dump(mode="json")
     del data["version"]
     data["sae"] |= {"k": 64, "bandwidth": 0.001, "corruption": 0.1, "matryoshka_widths": None, "aux_k": None}
@@ -167,3 +165,66 @@ def test_words_mean_what_the_type_of_a_setting_says():
     assert value_of(bool, ["off"], "--x") is False
     assert value_of(float | str | None, ["0.6 chance"], "--x") == "0.6 chance"
     assert value_of(float | str | None, ["0.2"], "--x") == 0.2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"path": "blocks", "window": 4}, r"window is read only while .*path is auto or coactive"),
+        ({"path": "blocks", "refresh": 64}, r"refresh is read only while .*path is auto or coactive"),
+        ({"window": 4, "refresh": 2}, r"refresh = 2 with window 4: .*expected none or at least 4"),
+    ],
+)
+def test_a_window_that_nothing_remembers_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        overridden(BASE, {f"decorrelation.{name}": value for name, value in given.items()})
+    with pytest.raises(ConfigError, match=message):
+        DecorrelationConfig(**given)
+
+
+def test_a_recipes_window_is_dropped_where_blocks_are_asked_for():
+    config, dropped = overridden(
+        RunConfig(decorrelation={"window": 4, "refresh": 64}, training={"tokens": 10_000_000}),
+        {"decorrelation.path": "blocks"},
+    )
+    assert [one.path for one in dropped] == ["decorrelation.window", "decorrelation.refresh"]
+    assert "window" not in config.decorrelation.model_dump()
+
+
+def test_a_member_of_a_group_that_is_not_read_is_refused_and_not_dropped():
+    with pytest.raises(ConfigError, match=r"spelling is read only while suites is something with absorption"):
+        overridden(EvaluationConfig(), {"suites": ["core"], "spelling.test": 30})
+
+
+def test_an_object_in_the_place_of_a_value_is_refused_and_not_skipped(tmp_path):
+    (tmp_path / "settings.json").write_text('{"sae": {"n_features": {}}, "decorrelation": {}}')
+    with pytest.raises(ConfigError, match=r"sae\.n_features = {}: "):
+        load_config(tmp_path / "settings.json")
+    (tmp_path / "settings.json").write_text('{"decorrelation": {}}')
+    assert load_config(tmp_path / "settings.json") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("training.checkpoint_every", 10**400, "at most 64 bits"),
+        ("optimiser.warmup_steps", 1 << 63, "at most 64 bits"),
+        ("cache", "a\0b", "without NUL"),
+        ("text.paths", ["a\0b"], "without NUL|not be read"),
+        ("model.name", "a/" + "x" * 256, "more than 255 bytes"),
+    ],
+)
+def test_what_no_tensor_path_or_terminal_holds_is_refused(path, value, message):
+    with pytest.raises(ConfigError, match=rf"{path} = .*{message}"):
+        overridden(BASE, {"text.source": "files"} | {path: value})
+
+
+def test_many_complaints_are_cut_short():
+    with pytest.raises(ConfigError, match="and 195 more") as refused:
+        overridden(BASE, {"training.loggers": [0] * 200})
+    assert len(str(refused.value)) < 1000
+
+
+def test_tf32_needs_a_device_that_has_it():
+    with pytest.raises(ConfigError, match=r"training\.tf32 is read only while training\.device is cuda"):
+        overridden(BASE, {"training.device": "cpu", "training.tf32": True})

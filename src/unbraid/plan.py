@@ -89,6 +89,24 @@ def check_settings(config: RunConfig) -> None:
         )
 
 
+def check_machine(config: RunConfig, device: torch.device, ranks: int) -> None:
+    """What was asked for and this device, or this number of processes, would not do.
+
+    Raises:
+        ConfigError: a setting would change nothing here.
+    """
+    if config.training.tf32 and device.type != "cuda":
+        raise ConfigError(
+            f"training.tf32 is read on CUDA devices only, and the run is on {device}; expected false there; drop it, "
+            "or set training.device to cuda"
+        )
+    if config.training.feature_shards is not None and ranks == 1:
+        raise ConfigError(
+            f"training.feature_shards = {config.training.feature_shards} is read only among several processes, and "
+            "this is one alone; drop it, or start the run with `unbraid launch --ranks N --run train ...`"
+        )
+
+
 def make_plan(
     config: RunConfig,
     source: ActivationSource,

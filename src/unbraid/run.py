@@ -26,7 +26,7 @@ from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import TrainingError
 from unbraid.finish import finish, warnings_of
 from unbraid.inputs import NOTHING, Inputs
-from unbraid.plan import Plan, check_settings, make_plan
+from unbraid.plan import Plan, check_machine, check_settings, make_plan
 from unbraid.progress import Progress, default_console, quiet_console
 from unbraid.training.changes import changed, record_changes
 from unbraid.training.checkpoint import steps_done
@@ -128,6 +128,7 @@ def train(
     with joined() as everyone, process_as_found(config.training.threads):
         if restarts() and (path / "config.json").is_file():
             return _go_on(RunFolder(path, trusted), inputs, console, everyone, callbacks)
+        check_machine(config, pick_device(config.training.device), everyone.size)
         if everyone.first:  # The others may come when the first one has made it.
             RunFolder.require_free(path)
         source, device = _opened(config, inputs, everyone, console)
@@ -153,6 +154,7 @@ def plan(
     check_loggers(config)
     path = Path(path) if path is not None else default_run_folder(config)
     RunFolder.require_free(path)
+    check_machine(config, pick_device(config.training.device), ALONE.size)
     with process_as_found(config.training.threads):
         source, device = _opened(config, inputs, ALONE, quiet_console())
         return make_plan(config, source, device, path, dropped=dropped, timed=True)

@@ -67,7 +67,7 @@ def _pretrained(config: ModelConfig, name: str, on_hub: bool = False) -> tuple[n
         if unreachable is not None:
             reason = f"the hub cannot be reached ({unreachable}) and the model was not downloaded before"
         raise ModelError(
-            f"cannot load model.name = {config.name!r} (revision {config.revision or 'default'}): {reason}; expected "
+            f"cannot load model.name = {config.name!r} (revision {config.revision or 'default'!r}): {reason}; expected "
             f"{PACKAGED}, random:FAMILY, a .gguf file, a local folder, or a hub id that this machine can reach and is "
             "allowed to read; change model.name, or log in to the hub"
         ) from problem

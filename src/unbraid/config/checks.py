@@ -5,11 +5,20 @@ would activate it; left alone, it is absent from dumps, so that a dump holds exa
 """
 
 import difflib
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from unbraid.errors import ConfigError
@@ -18,6 +27,8 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 Location = tuple[str, ...]
 UNREAD = "unread"
 """Type of pydantic's complaint about a setting that would do nothing."""
+LONGEST_NAME = 255
+"""Bytes, of a file on any system."""
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 _short.maxlevel = 3
@@ -141,6 +152,19 @@ class Section(BaseModel):
         return name in self.model_fields_set and (
             not rest or not isinstance(inner, Section) or inner.is_given(tuple(rest))
         )
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_stored_and_shown(cls, value: Any) -> Any:
+        """Whole numbers beyond 64 bits fit no tensor, NUL no path, and parts of a path have their longest name."""
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, int) and not -(1 << 63) <= one < 1 << 63:
+                raise PydanticCustomError("too_large", "expected a whole number of at most 64 bits")
+            if isinstance(one, str) and "\0" in one:
+                raise PydanticCustomError("nul", "expected text without NUL characters")
+            if isinstance(one, str) and any(len(part.encode()) > LONGEST_NAME for part in re.split(r"[/\\]", one)):
+                raise PydanticCustomError("too_long", "expected no name of more than 255 bytes")
+        return value
 
     @model_validator(mode="after")
     def _nothing_given_is_unread(self) -> "Section":

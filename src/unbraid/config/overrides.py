@@ -16,6 +16,7 @@ from unbraid.config.checks import (
     SectionT,
     checked,
     complaint,
+    complaints,
     setting_paths,
     suggestion,
     unread,
@@ -56,8 +57,7 @@ def merged(
     try:
         return merge(model, base, given)
     except ValidationError as error:
-        items = error.errors(include_url=False)
-        raise ConfigError(f"{where}: {'; '.join(dict.fromkeys(complaint(item, model) for item in items))}") from None
+        raise ConfigError(f"{where}: {complaints(error, model)}") from None
 
 
 def merge(model: type[SectionT], base: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[SectionT, list[Dropped]]:
@@ -79,10 +79,10 @@ def merge(model: type[SectionT], base: Mapping[str, Any], given: Mapping[str, An
 
 
 def flattened(data: Mapping[str, Any], keep: Iterable[str] = ("variants",), prefix: str = "") -> dict[str, Any]:
-    """`{"sae": {"k": 8}}` -> `{"sae.k": 8}`; what `keep` names stays whole."""
+    """`{"sae": {"k": 8}}` -> `{"sae.k": 8}`; what `keep` names stays whole, and so does an empty object."""
     flat: dict[str, Any] = {}
     for name, value in data.items():
-        if isinstance(value, dict) and name not in keep:
+        if isinstance(value, dict) and value and name not in keep:
             flat |= flattened(value, keep, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
@@ -98,8 +98,8 @@ def _location(item: Any) -> Location:
 
 
 def _is_of(location: Location, given: list[Location]) -> bool:
-    """Whether a complaint is about something given by hand."""
-    return any(location[: len(one)] == one for one in given)
+    """Whether a complaint is about something given by hand, or about the group it is in."""
+    return any(all(mine == its for mine, its in zip(location, one, strict=False)) for one in given)
 
 
 def _set(model: type[SectionT], data: dict[str, Any], path: str, value: Any) -> None:
@@ -111,6 +111,8 @@ def _set(model: type[SectionT], data: dict[str, Any], path: str, value: Any) -> 
             raise _complaint(model, path, f"unknown setting {path!r}{suggestion(path, known)}", value)
         inner = inner.setdefault(group, {})
     members = [name for name in known if name.startswith(f"{path}.")]
+    if members and value == {}:
+        return
     if members:
         raise _complaint(
             model, path, f"{path!r} is a group of settings; expected one of its members, such as {members[0]!r}", value

@@ -209,7 +209,9 @@ class TrainingConfig(Section):
     """auto, cpu, cuda, cuda:1, ..."""
     threads: Annotated[int | None, Common] = Field(default=None, ge=1, le=MOST_THREADS)
     """CPU threads; none leaves torch's choice."""
-    tf32: bool = False
+    tf32: Annotated[bool, active_when(device=Condition(lambda device: device.startswith(("auto", "cuda")), "cuda"))] = (
+        False
+    )
     """Let float32 matrix products, the language model's too, go by TF32 on GPUs that have it."""
     feature_shards: int | None = Field(default=None, ge=1)
     """Under `torchrun`: over how many ranks each SAE's features are split (at most; it must divide their number); none

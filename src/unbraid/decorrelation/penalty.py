@@ -31,6 +31,8 @@ from unbraid.kernels.codes import Codes, pairs_within
 from unbraid.randomness import derive_seed
 
 READS_CODES = ("codes", "co-active")
+REMEMBERS = ("auto", "coactive", "tiled")
+"""Blocks choose anew on every batch."""
 
 
 class PairsConfig(PenaltyConfig):
@@ -44,11 +46,11 @@ class PairsConfig(PenaltyConfig):
     """Whether both rows of a pair move, or only the row of the less frequent feature."""
     measure: Annotated[Literal["cosine", "pearson"], active_when(space=READS_CODES)] = "cosine"
     """Correlation of two features over a batch; cosine is the paper's Eq. 2."""
-    window: Annotated[int, active_when(space=READS_CODES)] = Field(default=1, ge=1, le=4096)
+    window: Annotated[int, active_when(space=READS_CODES, path=REMEMBERS)] = Field(default=1, ge=1, le=4096)
     """Select on the codes of the last M batches, every M steps; 1 is the paper's per-batch form."""
     min_support: Annotated[int, active_when(space=READS_CODES)] = Field(default=1, ge=1)
     """Features that fired fewer times in the window are left out of the selection."""
-    refresh: int | None = Field(default=None, ge=1)
+    refresh: Annotated[int | None, active_when(path=REMEMBERS)] = Field(default=None, ge=1)
     """Re-select every so many steps; none does so every `window` steps."""
     threshold: Literal["batch", "running", "fixed"] = "batch"
     """tau: mu + sigma of this selection, its running mean, or `tau`."""
@@ -75,6 +77,15 @@ class PairsConfig(PenaltyConfig):
         if self.path not in paths:
             raise wrong(
                 f"decorrelation.path = {self.path!r} with space {self.space!r}; expected {' or '.join(paths)} there"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _selects_no_more_often_than_windows_fill(self) -> "PairsConfig":
+        if self.space != "decoder" and self.refresh is not None and self.refresh < self.window:
+            raise wrong(
+                f"decorrelation.refresh = {self.refresh} with window {self.window}: a selection needs a new window; "
+                f"expected none or at least {self.window}; raise refresh or lower window"
             )
         return self
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unbraid import formats
 from unbraid.config import EvaluationConfig, RunConfig
-from unbraid.errors import EvaluationError, FormatError
+from unbraid.errors import ConfigError, EvaluationError, FormatError
 from unbraid.evaluation.origin import CentredInput, has_layer_norm, is_centred, origin
 from unbraid.sae import Codes
 from unbraid.training.run_folder import RunFolder
@@ -70,9 +70,11 @@ def open_subjects(
         FormatError: there is neither a run nor an SAE.
     """
     if _is_run(path):
+        _require_left_to_the_run(path, config)
         return _of_run(RunFolder(path, trust_remote_code), None, device)
     run = path.resolve().parent.parent
     if path.resolve().parent.name == "saes" and _is_run(run):
+        _require_left_to_the_run(path, config)
         return _of_run(RunFolder(run, trust_remote_code), path.resolve().name, device)
     return _of_folder(path, config, device)
 
@@ -86,6 +88,21 @@ def centre_where_needed(subjects: list[EvaluatedSAE], model: nn.Module) -> None:
 
 def _is_run(path: Path) -> bool:
     return (path / "config.json").is_file() and ((path / "saes").is_dir() or (path / "checkpoints").is_dir())
+
+
+def _require_left_to_the_run(path: Path, config: EvaluationConfig) -> None:
+    """What a run says itself cannot be given.
+
+    Raises:
+        ConfigError: it was given.
+    """
+    given = [name for name in ("model", "site", "text") if config.is_given((name,)) and getattr(config, name)]
+    if given:
+        raise ConfigError(
+            f"{' and '.join(given)} of an evaluation {'is' if len(given) == 1 else 'are'} read for an SAE folder from "
+            f"elsewhere; {str(path)!r} belongs to a run, whose own settings say which model, sites and held-out text; "
+            "drop what was given, or copy the SAE's folder out of the run"
+        )
 
 
 def _of_run(folder: RunFolder, only: str | None, device: torch.device) -> tuple[list[EvaluatedSAE], RunConfig]:
