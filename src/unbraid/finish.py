@@ -10,17 +10,23 @@ import torch
 from torch import Tensor
 
 from unbraid import formats
+from unbraid.activations.language_model import LanguageModel
 from unbraid.activations.rows import ChunkSource, RowFilter
 from unbraid.activations.source import ActivationSource
 from unbraid.config import RunConfig
 from unbraid.distributed.ranks import Ranks
 from unbraid.errors import TextError
+from unbraid.evaluation.geometry import max_cosines
 from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
+from unbraid.evaluation.splice import preservation
 from unbraid.files import write_json
 from unbraid.training.loop import Trained
 from unbraid.training.run_folder import RunFolder
 from unbraid.training.sae_trainer import SAETrainer
 from unbraid.training.stopping import finite
+
+SPLICED_CONTEXTS = 8
+"""Held-out contexts on which the language model goes on from reconstructions; each costs two passes and one per SAE."""
 
 
 def finish(
@@ -39,6 +45,8 @@ def finish(
         trainer.name: _measure_and_export(folder, config, source, trained, trainer, held_out, device)
         for trainer in trained.trainers
     }
+    for name, score in ce_scores(config, source, trained).items():
+        measured[name]["ce_loss_score"] = score
     measured = everyone.united(measured)
     assert trained.buffer.position is not None
     summary: dict[str, Any] = {
@@ -90,9 +98,29 @@ def _measure_and_export(
     return metrics.as_dict() | {
         "updates_per_second": trainer.updates / seconds if seconds else None,
         "dead_fraction": float(dead_N.double().mean()),
+        "max_decoder_cosine": max_cosines(trainer.sae.W_dec.detach()).double().mean().item(),
         "steps": {"planned": config.steps, "executed": trainer.updates},
         "scale": trainer.normalise.scale,
     }
+
+
+def ce_scores(config: RunConfig, source: ActivationSource, trained: Trained) -> dict[str, float | None]:
+    """Cross-entropy score of every exported SAE on a few held-out contexts; None where no language model predicts."""
+    scores: dict[str, float | None] = dict.fromkeys(trainer.name for trainer in trained.trainers)
+    model = getattr(source, "model", None)
+    if not isinstance(model, LanguageModel) or not model.predicts:
+        return scores
+    chunk = next(iter(source.chunks(None, held_out=True)))  # All ranks share this pass, also those without an SAE.
+    rows_filter = RowFilter(config.buffer, config.sites, source.special_ids)
+    rows_filter.limits = trained.buffer.filter.limits
+    keep_CT = rows_filter.mask(chunk)[:SPLICED_CONTEXTS]
+    if not scores or not keep_CT[:, :-1].any():
+        return scores
+    saes: dict[Any, dict[str, Any]] = {}
+    for trainer in trained.trainers:
+        saes.setdefault(config.sites[trainer.site], {})[trainer.name] = trainer.sae
+    found = preservation(model, saes, [(chunk.tokens_BT[:SPLICED_CONTEXTS], keep_CT)], config.seed)
+    return {name: found[name]["model_performance_preservation"]["ce_loss_score"] for name in scores}
 
 
 def held_out_rows(config: RunConfig, source: ChunkSource, trained_filter: RowFilter) -> Iterator[list[Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from unbraid.config import RunConfig, overridden
 from unbraid.errors import ConfigError
+from unbraid.recipes import WITH_TWIN
 
 PRESET_K = 32
 FEATURES_PER_K = 16
@@ -67,7 +68,8 @@ def with_preset(config: RunConfig, name: str) -> RunConfig:
     settings = dict(PRESETS[name].settings)
     if "sae.k" in settings:
         settings["sae.k"] = max(1, min(PRESET_K, config.sae.n_features // FEATURES_PER_K))
-    return overridden(config, settings, f"preset {name}")[0]
+    # Variants of a recipe compare methods; a preset is one method, beside its twin.
+    return overridden(config.model_copy(update={"variants": WITH_TWIN}), settings, f"preset {name}")[0]
 
 
 def listed() -> str:

@@ -285,6 +285,11 @@ def _fit_and_finish(
         loggers.summary(summary)
         for warning in warnings_of(summary, config):
             _say(console, f"warning: {warning}")
+        if everyone.size == 1 and not console.quiet:
+            from unbraid.reporting.ending import ending
+
+            for part in ending(folder, config, source, summary, device):
+                console.print(part, highlight=False, markup=False)
         _say(console, f"done: results in {folder.path} (summary.json, saes/, figures/figure1.png)")
     return Run(folder.path)
 

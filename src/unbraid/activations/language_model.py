@@ -91,6 +91,12 @@ class LanguageModel:
         return self._text_config.hidden_size
 
     @property
+    def predicts(self) -> bool:
+        """Whether the model ends in next-token logits."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)
+        return head() is not None
+
+    @property
     def n_layers(self) -> int:
         """Number of transformer blocks."""
         return len(self.blocks)
