@@ -57,7 +57,7 @@ __all__ = [
     "resume",
     "train",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 __getattr__ = imported_when_asked_for(
