@@ -64,7 +64,9 @@ def shell(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert words[0] == "install" and re.fullmatch(r"unbraid\[(\w+)\]", words[1])[1] in extras, line
     elif command == "unbraid":
-        words += SMALL.get(words[0], [])
+        small = SMALL.get(words[0], [])
+        for flag, value in zip(small[::2], small[1::2], strict=True):
+            words += [flag, value] if flag not in words else []
         large = words[0] in ("train", "harvest") and words[1] in RECIPES and words[1] != "tiny"
         with monkeypatch.context() as patch:
             patch.setattr(cli, "execute", lambda words: None)
