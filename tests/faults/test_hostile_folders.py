@@ -10,6 +10,7 @@ import pytest
 
 import unbraid
 from unbraid import formats
+from unbraid.activations.random_model import random_model
 from unbraid.cli import main
 from unbraid.config import RunConfig
 from unbraid.errors import ConfigError, FormatError, TrainingError, UnbraidError
@@ -46,7 +47,12 @@ def edit(path: Path, change) -> None:
 
 
 def trusting(run: Path) -> None:
-    edit(run / "config.json", lambda data: data["model"].update(trust_remote_code=True))
+    """The same run, said to be of a model in a folder whose code may be run."""
+    folder = run.parent / "model"
+    model, tokenizer = random_model("llama", "float32", 0)
+    model.save_pretrained(folder)  # pyright: ignore
+    tokenizer.save_pretrained(folder)
+    edit(run / "config.json", lambda data: data["model"].update(name=str(folder), trust_remote_code=True))
 
 
 @pytest.mark.parametrize("use", [unbraid.resume, run_suites, write_dashboard, lambda run: main(["resume", str(run)])])

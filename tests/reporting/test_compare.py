@@ -62,7 +62,7 @@ def test_runs_that_differ_only_in_their_seed_are_one_point_with_an_interval(tmp_
         ("buffer", "norm_limit", 1.2),
         ("buffer", "drop_first_position", False),
         ("model", "dtype", "bfloat16"),
-        ("model", "revision", "main"),
+        ("model", "batch_contexts", 4),
         ("optimiser", "lr", 1e-5),
     ],
 )
