@@ -4,11 +4,11 @@
     python benchmarks/pipeline.py --prepare   # once: trains until codes are about as sparse as they stay
     python benchmarks/pipeline.py             # measures; about ten minutes on two quiet cores
 
-The shapes are the demo's: SmolLM2-135M read at layers 2, 5 and 8, ReLU SAEs (or TopK ones, by `--architecture topk`),
-N = 2304, B = 512, a buffer of 72 contexts. sae-lens gets the same model, documents, buffer, batch, width and loss (it
-has no penalty), and does the three-site job in both ways it can: in three runs, and with its trainer of several SAEs on
-one model pass. Contenders take turns in processes of their own, 24 steps each, which is four model passes. Reported are
-medians over turns, CPU time beside wall time; times of three runs are added up.
+The run is `BASE`: SmolLM2-135M read at layers 2, 5 and 8, ReLU SAEs (or TopK ones, by `--architecture topk`), N =
+2304, B = 512, a buffer of 72 contexts. sae-lens gets the same model, documents, buffer, batch, width and loss (it has
+no penalty), and does the three-site job in both ways it can: in three runs, and with its trainer of several SAEs on
+one model pass. Contenders take turns in processes of their own, 24 steps each, which is four model passes. Reported
+are medians over turns, CPU time beside wall time; times of three runs are added up.
 """
 
 import argparse
@@ -24,19 +24,36 @@ from pathlib import Path
 import torch
 from peers.turns import Contender
 
-from unbraid import recipes
 from unbraid.activations.packaged_model import packaged_model_folder
-from unbraid.config import RunConfig, SAEConfig, overridden
+from unbraid.config import (
+    BufferConfig,
+    ModelConfig,
+    OptimiserConfig,
+    RunConfig,
+    SAEConfig,
+    TrainingConfig,
+    overridden,
+)
 from unbraid.text import open_source
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 UNBRAID, SAE_LENS = HERE / "peers" / "unbraid_pipeline.py", HERE / "peers" / "sae_lens_pipeline.py"
-DEMO = recipes.demo()
+BASE = RunConfig(
+    name="benchmark",
+    model=ModelConfig(sites=["resid_post.2", "resid_post.5", "resid_post.8"]),
+    buffer=BufferConfig(contexts=72),
+    sae=SAEConfig(n_features=2304, lambda1=0.05, decoder_init_norm=1.0, dead_after_tokens=100_000),
+    optimiser=OptimiserConfig(lr=1e-3, warmup_steps=50, sparsity_warmup_steps=20),
+    training=TrainingConfig(
+        tokens=160_000, batch_tokens=512, log_every=5, checkpoint_every=100, held_out_tokens=16_384
+    ),
+    variants={"decorrelated": {}, "twin": {"decorrelation.lambda2": 0.0}},
+)
 WHOLE = "three sites x 2"
 CACHED = f"{WHOLE}, from a cache"
 CUT_FROM_IT = ["deepest site x 1", WHOLE, "three sites, no penalty"]
-DECORRELATED, TWIN = ({name: DEMO.variants[name]} for name in ("decorrelated", "twin"))
+DECORRELATED, TWIN = ({name: BASE.variants[name]} for name in ("decorrelated", "twin"))
 CASES = {
     "deepest site x 1": {"sites": ["resid_post.8"], "variants": DECORRELATED},
     WHOLE: {},
@@ -47,7 +64,7 @@ CASES = {
     "sae-lens, layer 8": {"layers": [8]},
     "sae-lens, one pass": {"layers": [2, 5, 8]},
 }
-"""Ours are changes to the demo; sae-lens's are the layers it reads."""
+"""Ours are changes to `BASE`; sae-lens's are the layers it reads."""
 COMPARISONS = {
     "sharing": ["deepest site x 1", WHOLE, CACHED],
     "sae-lens": [name for name in CASES if "sae-lens" in name or name == "three sites, no penalty"],
@@ -59,19 +76,19 @@ TEXT_CHARACTERS = 4_000_000
 
 
 def config_of(name: str, architecture: str, cache: Path | None, checkpoint_every: int = 0) -> RunConfig:
-    """The demo as the case changes it."""
+    """`BASE` as the case changes it."""
     changes = {
         "sae.architecture": architecture,
-        "model.sites": CASES[name].get("sites", DEMO.model.sites),
-        "variants": CASES[name].get("variants", DEMO.variants),
+        "model.sites": CASES[name].get("sites", BASE.model.sites),
+        "variants": CASES[name].get("variants", BASE.variants),
         "cache": str(cache) if cache else None,
         "training.checkpoint_every": checkpoint_every,
     }
-    return overridden(DEMO, changes, "benchmark")[0]
+    return overridden(BASE, changes, "benchmark")[0]
 
 
 def prepare(folder: Path, architecture: str, steps: int, threads: int) -> None:
-    """Train the demo to a checkpoint after `steps` steps, from a cache of its activations, and cut our cases from it.
+    """Train `BASE` to a checkpoint after `steps` steps, from a cache of its activations, and cut our cases from it.
 
     A variant trained beside others is the same as one trained alone, so each case takes its SAEs and its sites' rows.
     """
@@ -79,7 +96,7 @@ def prepare(folder: Path, architecture: str, steps: int, threads: int) -> None:
     from unbraid.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
     from unbraid.training.run_folder import RunFolder
 
-    fill_cache(DEMO, folder / "cache")
+    fill_cache(BASE, folder / "cache")
     write_text(folder / "text.parquet")
     whole = config_of(CACHED, architecture, folder / "cache", steps)
     shutil.rmtree(folder / CACHED, ignore_errors=True)
@@ -104,12 +121,12 @@ def prepare(folder: Path, architecture: str, steps: int, threads: int) -> None:
 
 
 def write_text(path: Path) -> None:
-    """The demo's documents in the demo's order, for libraries that read parquet."""
+    """The documents of `BASE` in its order, for libraries that read parquet."""
     import pyarrow
     import pyarrow.parquet
 
     texts, characters = [], 0
-    for document in open_source(DEMO.text).documents():
+    for document in open_source(BASE.text).documents():
         texts.append(document.text)
         characters += len(document.text)
         if characters > TEXT_CHARACTERS:
@@ -135,15 +152,15 @@ def start(name: str, folder: Path, scratch: Path, arguments: argparse.Namespace)
         "model": str(packaged_model_folder("smollm2")),
         "text": str(folder / "text.parquet"),
         "d_in": D_MODEL,
-        "n_features": DEMO.sae.n_features,
+        "n_features": BASE.sae.n_features,
         "architecture": arguments.architecture,
         "k": SAEConfig(architecture="topk").k,
-        "lambda1": DEMO.sae.sparsity_weight,
-        "lr": DEMO.optimiser.lr,
-        "batch": DEMO.training.batch_tokens,
-        "buffer_contexts": DEMO.buffer.contexts,
-        "batch_contexts": DEMO.model.batch_contexts,
-        "context_length": DEMO.text.context_length,
+        "lambda1": BASE.sae.sparsity_weight,
+        "lr": BASE.optimiser.lr,
+        "batch": BASE.training.batch_tokens,
+        "buffer_contexts": BASE.buffer.contexts,
+        "batch_contexts": BASE.model.batch_contexts,
+        "context_length": BASE.text.context_length,
         "threads": arguments.threads,
     }
     return Contender(name, arguments.peers_python, SAE_LENS, settings)
@@ -198,7 +215,7 @@ def show(results: dict[str, dict]) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for name, found in results.items():
         shares = " | ".join(f"{found[part] / found['wall_ms']:.0%}" for part in ("model_ms", "buffer_ms", "sae_ms"))
-        rate = DEMO.training.batch_tokens / found["wall_ms"] * 1e3
+        rate = BASE.training.batch_tokens / found["wall_ms"] * 1e3
         print(
             f"| {name} | {rate:,.0f} | {found['wall_ms']:,.0f} | {found['cpu_ms']:,.0f} | {shares} | "
             f"{found['peak_mib']:,} | {found.get('l0', '')} |"

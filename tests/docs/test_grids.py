@@ -74,6 +74,7 @@ def test_contenders_of_the_pipeline(script):
         for name in ours:
             config = pipeline.config_of(name, architecture, None)
             assert config.sae.architecture == architecture
+            assert len(config.sites) == (1 if name.startswith("deepest") else 3)
             assert RunConfig.model_validate(config.model_dump(mode="json")) == config
 
 
