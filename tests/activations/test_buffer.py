@@ -129,7 +129,7 @@ def test_a_stop_in_the_middle_of_a_refill_leaves_the_state_untouched():
 def test_text_that_ends_says_how_many_steps_it_gave():
     source = FakeSource(20)
     buffer = make_buffer(source)
-    with pytest.raises(TextError, match=r"140 token rows, which is 8 steps .*lower training.tokens to at most 128"):
+    with pytest.raises(TextError, match=r"140 rows, which is 8 steps .*lower training.tokens to at most 128"):
         for _ in range(9):
             buffer.next_batch()
 

@@ -28,7 +28,7 @@ ENGLISH = (
 
 
 def model_config(name: str, *sites: str, dtype: str = "float32") -> ModelConfig:
-    return ModelConfig.model_validate({"name": name, "sites": sites or ["resid_post.0"], "dtype": dtype})
+    return ModelConfig.model_validate({"name": name, "sites": list(sites) or ["resid_post.0"], "dtype": dtype})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
