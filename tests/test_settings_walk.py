@@ -192,7 +192,7 @@ def test_a_recipes_window_is_dropped_where_blocks_are_asked_for():
 
 
 def test_a_member_of_a_group_that_is_not_read_is_refused_and_not_dropped():
-    with pytest.raises(ConfigError, match=r"spelling is read only while suites is something with absorption"):
+    with pytest.raises(ConfigError, match=r"spelling is read only while suites is a list with absorption"):
         overridden(EvaluationConfig(), {"suites": ["core"], "spelling.test": 30})
 
 

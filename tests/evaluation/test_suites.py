@@ -25,7 +25,6 @@ QUICK = EvaluationConfig(
     context_features=4,
     replicates=4,
     probing=ProbingConfig(train=16, test=8, max_tokens=16, tasks=["96_spam_is", "92_glue_sst2"]),
-    world_samples=2000,
 )
 
 
@@ -102,7 +101,7 @@ def test_an_sae_folder_is_evaluated_at_the_model_and_site_it_names(run_path, tmp
     (folder,) = export(run_path / "saes" / "resid_post.1_twin", "dictionary_learning", tmp_path)
     text = {"source": "generated", "context_length": 32}
     suites = ["core", "geometry"]
-    quick = EvaluationConfig.model_validate(QUICK.model_dump() | {"suites": suites, "text": text})
+    quick = EvaluationConfig(suites=suites, text=text, tokens=512, splice_contexts=2, meta_steps=5)
     report = run_suites(folder, quick)
     assert list(report["saes"]) == ["resid_post.1_twin"] and report["model"] == "random:llama"
     assert report["saes"]["resid_post.1_twin"]["site"] == "resid_post.1" and not report["skipped"]
@@ -169,7 +168,7 @@ def test_an_sae_of_a_world_is_judged_by_its_truth_and_needs_no_model(tmp_path):
     )
     (sae,) = train_on_world(build_world("unit"), [settings], samples=64 * 256, batch=256)
     formats.save(sae, tmp_path / "sae")
-    quick = QUICK.model_copy(update={"world": "unit", "meta_steps": 5})
+    quick = QUICK.model_copy(update={"world": "unit", "world_samples": 2000, "meta_steps": 5})
     report = run_suites(tmp_path / "sae", quick)
     assert report["saes"]["sae"]["ground-truth"]["mcc"] > 0.4
     assert set(report["controls"]) == {"sae: random", "sae: permuted", "sae: pca"}

@@ -70,6 +70,10 @@ def _condition(wanted: Any) -> Condition:
     return Condition(lambda value: value in accepted, " or ".join(map(str, accepted)))
 
 
+GIVEN = Condition(lambda value: value is not None, "given")
+"""Any value but none."""
+
+
 def above(limit: float | int) -> Condition:
     """A number above `limit`."""
     return Condition(lambda value: value > limit, f"something above {limit:g}")
@@ -77,7 +81,7 @@ def above(limit: float | int) -> Condition:
 
 def including(*members: str) -> Condition:
     """A list that holds one of `members`."""
-    return Condition(lambda value: any(member in value for member in members), f"something with {' or '.join(members)}")
+    return Condition(lambda value: any(member in value for member in members), f"a list with {' or '.join(members)}")
 
 
 def not_of(*kinds: str) -> Condition:
@@ -187,7 +191,8 @@ def activation(needs: list[tuple[str, str]]) -> str:
     if not needs:
         return ""
     read = " and ".join(f"{path} is {words}" for path, words in needs)
-    return f"is read only while {read}; set {' and '.join(f'{path} to {words}' for path, words in needs)}"
+    to_set = " and ".join(path if words == GIVEN.words else f"{path} to {words}" for path, words in needs)
+    return f"is read only while {read}; set {to_set}"
 
 
 def refuse(model: type[BaseModel], idle: Mapping[Location, str]) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from unbraid.config.checks import Common, Condition, Location, Section, above, active_when, including, wrong
+from unbraid.config.checks import GIVEN, Common, Location, Section, above, active_when, including, wrong
 from unbraid.config.decorrelation import DecorrelationConfig
 from unbraid.config.run import Device, TextConfig
 from unbraid.config.sae import MOST_FEATURES, SAEConfig
@@ -128,9 +128,6 @@ class SpellingConfig(Section):
     """Solved examples before the first word of a prompt."""
     asked: int = Field(default=105, ge=1)
     """Words whose first letter the model must name, to see whether it can spell at all; in whole prompts of 15."""
-
-
-GIVEN = Condition(lambda value: value is not None, "given")
 
 
 class EvaluationConfig(Section):

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from unbraid.config.checks import Common, Condition, active_when, wrong
+from unbraid.config.checks import GIVEN, Common, Condition, active_when, wrong
 from unbraid.config.kinds import Kinds, Registry
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ class WeightedSAEConfig(SAEConfig):
     """Weight of the sparsity loss, with E||x - mean||^2 = 1."""
 
 
-GIVEN = Condition(lambda value: value is not None, "given")
 NOT_ZERO = Condition(lambda value: value != 0, "none or above 0")
 
 
