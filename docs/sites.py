@@ -16,8 +16,8 @@ from unbraid.sites import KINDS, Site
 
 HEAD = """# Sites
 
-A site is where activations are read and, with features in hand, changed. `model.sites` takes any number of them; all
-are read in one pass that stops after the deepest.
+A site is a place in the model where activations are read and edited. `model.sites` takes any number of them; all are
+read in one pass that stops after the deepest.
 
 | site | what it is | SAELens' hook |
 |---|---|---|
@@ -36,15 +36,14 @@ lm = load_language_model(ModelConfig(name="random:gemma2", sites=["mlp_act.1", "
 tokens = lm.tokenizer("bade gale tape", return_tensors="pt").input_ids
 neurons, middle = lm.activations(tokens)
 assert lm.widths == [128, 64]
-with lm.visiting({"resid_mid.1": lambda x: 0 * x}):  # what a visit returns is what the model goes on with
+with lm.visiting({"resid_mid.1": lambda x: 0 * x}):  # the model continues with what a visit returns
     logits = lm.logits(tokens)
 ```
 
-Names of modules say little: the same name stands for a norm behind attention in one family and for the norm before the
-MLP in another. So a model is tried on a few tokens when it is loaded. What attention and MLP add must add up to the
-block's change, a projection is the linear layer that gives what its sublayer gives, and a site that is not there is
-refused with the reason. The same trial refuses a model in which tokens see later tokens, unless `model.bidirectional`
-is true.
+Module names are not reliable: the same name means a norm after attention in one family and the norm before the MLP in
+another. So a loaded model is first run on a few tokens. The outputs of attention and MLP must add up to the change of
+the block, and a projection is the linear layer whose output is that of its sublayer. A site that does not exist is
+refused with the reason, and so is a model in which tokens see later tokens, unless `model.bidirectional` is true.
 
 ## Families
 

@@ -35,7 +35,7 @@ RARER = {
     "interval": 2,
     "refresh": 16,
 }
-"""The rarer row moves, of pairs above .6 of what random rows reach; chosen and pushed seldom, because it costs."""
+"""The rarer row moves, of pairs above .6 of what random rows reach; chosen and pushed on some steps only."""
 RECIPE = {"architecture": "matryoshka", **recipe_of(4096, 25, [32, 128, 512, 1024, 2048, 4096])}
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "batch_topk": ({"architecture": "batch_topk"}, {}),

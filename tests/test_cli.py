@@ -145,7 +145,7 @@ def test_a_disk_that_refuses_is_answered_in_one_message(capsys, monkeypatch, num
         raise OSError(number, os.strerror(number), "summary.json")
 
     monkeypatch.setitem(COMMANDS, "doctor", doctor)
-    assert f"{os.strerror(number)}: 'summary.json'; free some room" in fails(capsys, "doctor")
+    assert f"{os.strerror(number)}: 'summary.json'; free some space" in fails(capsys, "doctor")
 
 
 @pytest.mark.parametrize("words", [["--text.bos", "none"], ["--model", "x", "--site", "resid_post.1"]])

@@ -337,5 +337,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if debug or error.errno not in PLACES_THAT_CANNOT_BE_WRITTEN:
             raise
-        print(f"unbraid: {error}; free some room, or name a place that can be written, then go on", file=sys.stderr)
+        print(
+            f"unbraid: {error}; free some space, or name a folder that can be written, then run the command again",
+            file=sys.stderr,
+        )
         sys.exit(1)

@@ -133,7 +133,7 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Room left where `path` is."""
+    """Free space on the disk that holds `path`."""
     return shutil.disk_usage(path).free
 
 

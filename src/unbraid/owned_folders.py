@@ -80,7 +80,7 @@ def written_folder(
     except OSError as problem:
         raise error(
             f"cannot write the {kind} folder {str(folder)!r}: {problem.strerror or problem}; expected a writable place "
-            "with room; choose another folder"
+            "with free space; choose another folder"
         ) from problem
 
 

@@ -38,7 +38,7 @@ class Plan:
         source: what activations come from, in words.
         rows: usable training rows found, counted no further than needed; none where that cannot be known.
         memory_bytes: weights, gradients, optimiser and buffer.
-        disk_bytes: checkpoints and exported SAEs at their largest; `free` is the room there is.
+        disk_bytes: checkpoints and exported SAEs at their largest; `free` is the space there is.
         seconds: estimate for the whole run; none where nothing was timed.
         dropped: values of a recipe that no longer apply.
     """
@@ -137,13 +137,13 @@ def make_plan(
     if disk > free:
         raise TrainingError(
             f"the run needs {size(disk)} of disk at its largest ({config.training.keep_checkpoints + 1} checkpoints "
-            f"and the SAEs), and {str(place)!r} has {size(free)} free; free some room, lower "
+            f"and the SAEs), and {str(place)!r} has {size(free)} free; free some space, lower "
             "training.keep_checkpoints or buffer.contexts, or choose another --run"
         )
-    room = _memory_of(device)
-    if room is not None and memory > room:
+    available = _memory_of(device)
+    if available is not None and memory > available:
         raise TrainingError(
-            f"SAEs and buffer need {size(memory)} of memory and {device} has {size(room)} in all; lower "
+            f"SAEs and buffer need {size(memory)} of memory and {device} has {size(available)} in all; lower "
             "sae.n_features, buffer.contexts or the number of variants and sites"
         )
     rows = check_text(config, source) if first else None

@@ -182,7 +182,7 @@ def test_a_cache_below_a_file_is_refused(tmp_path):
 
 def test_a_full_disk_stops_the_harvest_before_the_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "free_bytes", lambda _: 0)
-    with pytest.raises(ActivationError, match=r"shard training_00000 needs .* free some room"):
+    with pytest.raises(ActivationError, match=r"shard training_00000 needs .* free some space"):
         harvest(small(), tmp_path / "cache", CPU)
 
 

@@ -87,9 +87,9 @@ def tmpfs(tmp_path):
 
 
 def test_disk_full(tmpfs, tmp_path):
-    """disk full | "checkpoint of step n needs x MiB but ... has y MiB free; free some room" before anything is written
+    """disk full | "checkpoint of step n needs x MiB but ... has y MiB free; free some space" before anything is written
     | every earlier checkpoint"""
-    with pytest.raises(CheckpointError, match=r"step 5 needs [\d.]+ MiB but .* free some room"):
+    with pytest.raises(CheckpointError, match=r"step 5 needs [\d.]+ MiB but .* free some space"):
         train(tmpfs / "run")
     assert list((tmpfs / "run" / "checkpoints").iterdir()) == []
 

@@ -54,7 +54,7 @@ def harvest(
         The manifest.
 
     Raises:
-        ActivationError: the folder holds another harvest, is in use, cannot be written, or there is no room.
+        ActivationError: the folder holds another harvest, is in use, cannot be written, or the disk is full.
         TextError: the text is too small for the run.
     """
     try:
@@ -70,8 +70,8 @@ def harvest(
         ) from None
     except (OSError, safetensors.SafetensorError) as error:
         raise ActivationError(
-            f"cannot write the cache {str(folder)!r}: {error}; expected a writable folder with room; free some and run "
-            "the same command to go on, or choose another --cache"
+            f"cannot write the cache {str(folder)!r}: {error}; expected a writable folder with free space; free some "
+            "space and run the same command to resume, or choose another --cache"
         ) from error
 
 
@@ -137,7 +137,7 @@ def _harvest(
 
 
 def wanted_rows(config: RunConfig, part: str) -> int:
-    """Usable rows a run takes from one part of the text."""
+    """Usable rows that a run takes from one part of the text."""
     return config.steps * config.training.batch_tokens if part == "training" else config.training.held_out_tokens
 
 
@@ -176,7 +176,7 @@ def _write_shard(
     if free < needed + (64 << 20):
         raise ActivationError(
             f"shard {name} needs {needed / 2**20:,.0f} MiB but {str(folder)!r} has {free / 2**20:,.0f} MiB free; free "
-            "some room and run the same command to go on"
+            "some space and run the same command to resume"
         )
     path = folder / f"{name}.safetensors"
     write_whole(path, lambda partial: safetensors.torch.save_file(tensors, partial))

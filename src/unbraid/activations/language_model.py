@@ -288,8 +288,8 @@ class LanguageModel:
     def _halve(self, tried: int) -> None:
         if tried == 1:
             raise ModelError(
-                f"out of memory on {self.device} in a pass of {self.name} over a single context; expected room for "
-                "one; lower text.context_length, use a smaller model, or free memory"
+                f"out of memory on {self.device} in a pass of {self.name} over a single context; expected memory "
+                "for one; lower text.context_length, use a smaller model, or free memory"
             )
         self.pass_contexts = tried // 2
         if self.device.type == "cuda":
@@ -373,7 +373,7 @@ def load_language_model(config: ModelConfig, device: torch.device | str = "cpu",
         model = model.to(device)
     except (RuntimeError, AssertionError) as problem:
         raise ModelError(
-            f"{config.name} cannot be put on device {str(device)!r} ({problem}); expected a device with room for it; "
+            f"{config.name} cannot be put on device {str(device)!r} ({problem}); expected a device with enough memory; "
             "change training.device"
         ) from problem
     return LanguageModel(

@@ -165,7 +165,7 @@ class OptimiserConfig(Section):
     decorrelation_warmup_steps: Annotated[int, active_when(decorrelation__lambda2=above(0))] = Field(default=0, ge=0)
     """Steps over which lambda2 rises linearly."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
-    """Clip the global gradient norm of each SAE; none leaves it."""
+    """Clip the global gradient norm of each SAE; none disables clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the encoder's product, by far the largest of a step; weights, gradients and Adam's state stay float32.
     bfloat16 is slower than float32 on most CPUs."""
@@ -208,7 +208,7 @@ class TrainingConfig(Section):
     device: Device = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     threads: Annotated[int | None, Common] = Field(default=None, ge=1, le=MOST_THREADS)
-    """CPU threads; none leaves torch's choice."""
+    """CPU threads; none keeps torch's default."""
     tf32: Annotated[bool, active_when(device=Condition(lambda device: device.startswith(("auto", "cuda")), "cuda"))] = (
         False
     )

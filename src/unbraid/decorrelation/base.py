@@ -72,7 +72,7 @@ class Penalty(nn.Module, ABC):
             indices: [B, K] feature ids with `values` [B, K] (0 is padding; a feature named twice in a row counts with
                 its sum) and `n_features` N, or
             codes: `Codes`, or any object with its `offsets`, `indices`, `values` and `n_features`.
-            decoder: [N, D], a row a feature; penalties on decoder rows need it and may do without codes.
+            decoder: [N, D], one row per feature; penalties on decoder rows need it and may do without codes.
 
         Raises:
             CodesError: codes or decoder are missing, of the wrong shape, not finite, or negative.

@@ -47,7 +47,7 @@ def require_decoder(decoder: Tensor | None, n_features: int | None, device: torc
         raise CodesError("this penalty compares decoder rows, but no decoder was passed; pass decoder=W_dec [N, D]")
     if not isinstance(decoder, Tensor) or decoder.ndim != 2 or not decoder.is_floating_point():
         found = f"{decoder.dtype} of shape {tuple(decoder.shape)}" if isinstance(decoder, Tensor) else type(decoder)
-        raise CodesError(f"decoder is {found}; expected floating point [N, D], a row a feature; pass W_dec")
+        raise CodesError(f"decoder is {found}; expected floating point [N, D], one row per feature; pass W_dec")
     require_numbers(decoder, "decoder rows")
     if decoder.numel() == 0:
         raise CodesError(f"decoder has shape {tuple(decoder.shape)}; expected [N, D] with N and D >= 1; pass W_dec")

@@ -11,11 +11,11 @@ class Launch:
     """How many processes, where, and how often they may be started again."""
 
     ranks: int = 1
-    """Processes on each node; one a GPU."""
+    """Processes on each node: one per GPU."""
     nodes: int = 1
     """Machines; with more than one, run the line on each."""
     rendezvous: str = "localhost:29400"
-    """HOST:PORT where the nodes of a run of several meet."""
+    """HOST:PORT at which several nodes find each other."""
     max_restarts: int = 3
     """How often a run whose rank died is started again, from its last checkpoint."""
     run: bool = False

@@ -1,9 +1,8 @@
-"""Processes that work together, seen from one of them: the few collectives unbraid needs, and nothing when alone.
+"""The few collectives that unbraid needs.
 
-Everything that runs on many ranks takes a `Ranks` and calls it where one process would need nothing: a sum over one
-rank is its own summand, a gathering is a list of one. So there is one code path, and `ALONE` is what it runs on without
-`torchrun`. Payloads are counted, because the cost of scaling is bytes, and the counts are compared with the formulas in
-docs/distributed.md.
+Everything that runs on many ranks takes a `Ranks`. With one process every collective is a no-op, so there is one code
+path; `ALONE` is the `Ranks` of a run without `torchrun`. Payloads are counted, because the cost of scaling is bytes,
+and the counts are compared with the formulas in docs/distributed.md.
 """
 
 import json
@@ -157,5 +156,5 @@ class _Summed(torch.autograd.Function):
 
 
 def summed(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """The sum over all ranks; each rank's summand gets the gradient of the sum, which every rank works out itself."""
+    """The sum over all ranks; each rank's own tensor gets the gradient of the sum, which every rank computes itself."""
     return tensor if ranks.size == 1 else _Summed.apply(tensor, ranks)  # pyright: ignore

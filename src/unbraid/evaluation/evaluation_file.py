@@ -63,7 +63,8 @@ class EvaluationFile:
             ) from None
         except OSError as problem:
             raise EvaluationError(
-                f"cannot write {str(self.path)!r}: {problem.strerror or problem}; expected a writable folder with room"
+                f"cannot write {str(self.path)!r}: {problem.strerror or problem}; expected a writable folder with "
+                "free space"
             ) from problem
 
     def _merge(self, report: Report, subjects: Sequence[EvaluatedSAE]) -> tuple[Report, list[str]]:

@@ -42,7 +42,7 @@ def run_synth(
         resume: folder for the checkpoints of each seed's training, from which the same call goes on.
 
     Returns:
-        `rows`: name -> list of ground-truth metrics (with `mean_max_decoder_cosine`), one a seed; `world`, `true_l0`,
+        `rows`: name -> list of ground-truth metrics (with `mean_max_decoder_cosine`), one per seed; `world`, `true_l0`,
         `n_features`, `k`, `samples` as they were used; the settings.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Evaluation results as tables a person reads: one table a suite, one row an SAE or control, within 80 columns."""
+"""Evaluation results as tables a person reads: one table per suite, one row per SAE or control, at most 80 columns."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

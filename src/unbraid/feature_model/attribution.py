@@ -186,7 +186,7 @@ class Attribution:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """One line a dictionary: sum, error, bias and gap."""
+        """One line per dictionary: sum, error, bias and gap."""
         lines = []
         for name, site in self.sites.items():
             gap = self.gaps[name]

@@ -41,7 +41,7 @@ def generate(
         value = hf.get(name, getattr(settings, name, None))
         if value not in fine:
             raise FeatureError(
-                f"generation with {name}={value!r} is refused: edits follow one row a prompt, token by token; expected "
+                f"generation with {name}={value!r} is refused: edits follow one row per prompt; expected "
                 f"{name}={fine[0]!r}"
             )
     fm.editing(edits)  # wrong edits are refused now, not while streaming
@@ -174,7 +174,7 @@ class Generation:
         return texts[0] if self.batch.single else texts
 
     def to_table(self) -> Table:
-        """Plain and steered text, a row a prompt."""
+        """Plain and steered text, one row per prompt."""
         plain, text = self.plain, self.text
         texts = [(plain, text)] if self.batch.single else zip(plain, text, strict=True)
         return Table(["plain", "steered"], [{"plain": one, "steered": other} for one, other in texts])

@@ -36,7 +36,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Contexts:
-    """The strongest contexts of a feature, one a document row.
+    """The strongest contexts of a feature, at most one per row of a document.
 
     Attributes:
         feature: its address; alone_from: the feature that is silent where this one fires.

@@ -129,7 +129,7 @@ def _in_mask(mask: Tensor, position_BT: Tensor, length_B: Tensor) -> Tensor:
     if mask_BL.ndim != 2 or len(mask_BL) != len(position_BT) or mask_BL.shape[1] < int(length_B.max()):
         raise FeatureError(
             f"the mask at has shape {tuple(mask.shape)}; expected [{int(length_B.max())}] or "
-            f"[{len(position_BT)}, {int(length_B.max())}], one value a prompt token"
+            f"[{len(position_BT)}, {int(length_B.max())}], one value per prompt token"
         )
     padding_B1 = (mask_BL.shape[1] - length_B)[:, None]  # rows are padded on the left
     column_BT = (position_BT + padding_B1).clamp(0, mask_BL.shape[1] - 1)

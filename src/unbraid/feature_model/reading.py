@@ -23,7 +23,7 @@ class Reading:
     """Codes of a prompt.
 
     Attributes:
-        tokens: texts of the tokens, one list a prompt; None is padding.
+        tokens: texts of the tokens, one list per prompt; None is padding.
         ids_BT: `[B, T]` token ids.
         codes: NAME -> sparse `[B, T, N]`, zero where not read.
         error: NAME -> `[B, T]` ||x - x_hat|| / ||x||, zero where not read.
@@ -97,7 +97,7 @@ class Reading:
         return found
 
     def to_table(self, k: int = 3) -> Table:
-        """One row a token and dictionary: its strongest features and the error."""
+        """One row per token and dictionary: its strongest features and the error."""
         lines = []
         for row, texts in enumerate(self.tokens):
             for token, text in enumerate(texts):
@@ -151,7 +151,7 @@ class Reading:
         return self._largest(sum(len(codes.values()) for codes in self.codes.values()), "all").to_pandas()
 
     def __rich__(self) -> RichTable:
-        """One row a token."""
+        """One row per token."""
         return self.to_table().__rich__()
 
     def __repr__(self) -> str:

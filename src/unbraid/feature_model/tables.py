@@ -133,11 +133,11 @@ def html_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], captio
 def limited(opening: str, lines: Sequence[str], closing: str, notes: Sequence[str], what: str) -> str:
     """Opening, as many lines as fit, closing and notes; what does not fit is counted."""
     below = "".join(f'<div style="font-size:85%">{html.escape(visible(note))}</div>' for note in notes)
-    room = HTML_LIMIT - sum(len(part.encode()) for part in (opening, closing, below)) - 200
+    space = HTML_LIMIT - sum(len(part.encode()) for part in (opening, closing, below)) - 200
     taken, used = 0, 0
     for line in lines:
         used += len(line.encode())
-        if used > room:
+        if used > space:
             break
         taken += 1
     left = len(lines) - taken

@@ -94,7 +94,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors.
 
     Raises:
-        OSError: there is no room, or no permission.
+        OSError: the disk is full, or writing is not permitted.
     """
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})

@@ -159,7 +159,7 @@ def _choose(repository: str, files: list[str], name: str | None) -> str:
 
 @contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
-    """What goes wrong on the way to the hub, as one readable message."""
+    """Errors of the hub and the network as one readable message."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
@@ -167,7 +167,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FormatError(
-            f"the hub did not give or take {repository!r}: {reason}; expected a repository you may use, a token "
+            f"the upload or download of {repository!r} failed: {reason}; expected a repository you may use, a token "
             "(`hf auth login`) and a connection"
         ) from error
 

@@ -1,4 +1,4 @@
-"""The eai-sparsify folder, one a hookpoint: `cfg.json` and `sae.safetensors`.
+"""The eai-sparsify layout, one folder per hookpoint: `cfg.json` and `sae.safetensors`.
 
 It holds TopK autoencoders: codes are the k largest entries of relu(W (x - b_dec) + b). Read as well are transcoders,
 which do not subtract b_dec and may have a skip connection, groupmax, which keeps the largest of each of k runs of

@@ -228,7 +228,7 @@ def require_matrix(tensor: Any, name: str, shape: str) -> None:
         raise CodesError(f"{name} are a {type(tensor).__name__}; expected a tensor {shape}; pass the encoder's output")
     if tensor.ndim != 2:
         raise CodesError(
-            f"{name} have shape {tuple(tensor.shape)}; expected {shape}; flatten leading dimensions, a row a token"
+            f"{name} have shape {tuple(tensor.shape)}; expected {shape}; flatten leading dimensions, one row per token"
         )
     require_numbers(tensor, name)
 

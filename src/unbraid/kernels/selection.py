@@ -32,7 +32,7 @@ def top_k(pre_BN: Float[Tensor, "B N"], k: int) -> tuple[Float[Tensor, "B k"], I
 
 
 def positions_above(pre_BN: Float[Tensor, "B N"], threshold: float | Float[Tensor, " N"]) -> Int[Tensor, " nnz"]:
-    """Flat positions (row * N + feature), ascending, of the entries above the threshold (one, or one a feature)."""
+    """Flat positions (row * N + feature), ascending, of the entries above the threshold (one, or one per feature)."""
     flat = (pre_BN > threshold).view(-1)
     if flat.numel() % WORD or flat.device.type != "cpu":
         return flat.nonzero().squeeze(1)

@@ -1,7 +1,6 @@
-"""Command-line faces of what reads finished runs: export, compare and dashboard.
+"""The commands that read finished runs: export, compare and dashboard.
 
-Kept beside what they show rather than in `cli.py`, and importing it only when they run, so that `unbraid --help` stays
-as quick as it is.
+They import what they need only when they run, so that `unbraid --help` stays fast.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""What every sparse autoencoder shares: its weights, its faces, and how a training step looks at it.
+"""Base class of every architecture: weights, encode/decode interface and training forward pass.
 
-An architecture is one small class that says how pre-activations become codes, once for inference (`encode`: every row
-on its own, any leading dimensions) and once for training, where a whole batch is seen at once. Training makes one big
+An architecture is one small class that says how pre-activations become codes, once for inference (`encode`: each row
+independently, any leading dimensions) and once for training, where a whole batch is known. Training makes one big
 product, the pre-activations, without a graph, and then goes one of two ways to the same weights: *sparse*, touching
 active entries only, or *dense*, which is faster while a large share of the features is active. The encoder is stored
-as rows, one a feature, like the decoder, so that both gradients are built feature by feature by the same code.
+as rows, one per feature, like the decoder, so that both gradients are built feature by feature by the same code.
 
 In training an SAE may be split by features over ranks: each holds a slice and gets the same batch, the parts of the
 reconstruction and of the losses are summed, and every gradient but b_dec's is complete where its feature lives.
@@ -78,7 +78,7 @@ class SAE(nn.Module):
     """Base of every architecture: x -> f = encode(x) -> x_hat = f W_dec + b_dec.
 
     Attributes:
-        encoder_ND: encoder, one row a feature; `W_enc` is its transpose.
+        encoder_ND: encoder, one row per feature; `W_enc` is its transpose.
         b_enc: `[N]` (gated has b_gate and b_mag instead).
         W_dec: `[N, D]`, rows of unit L2 norm.
         b_dec: `[D]`, subtracted before the encoder, added after the decoder.

@@ -1,4 +1,4 @@
-"""BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): B * k active entries a batch, shared out among its tokens.
+"""BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): B * k active entries per batch, however they fall on its tokens.
 
 Which entries are active depends on the whole batch, so inference needs a threshold of its own: a running mean of the
 smallest active value of each training batch. It starts at the first batch's, so even a short run has one.

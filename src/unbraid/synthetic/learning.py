@@ -47,7 +47,7 @@ def train_on_world(
         samples: how many; `samples // batch` steps.
         batch: samples per step.
         on_step: called with the number of steps done and the SAEs in training (`as_trained` gives one to be judged).
-        penalties: penalties of your own, one a variant, in the place of those the settings describe (none: keep that
+        penalties: penalties of your own, one per variant, instead of those in the settings (none: keep that
             one), weighted by the variant's lambda2. Called with codes, as `f` or `codes=`, and `decoder=W_dec`; the
             answer is a pair of a scalar and anything.
         checkpoints: a folder to go on from and to write to, so that a training that was killed ends the same.

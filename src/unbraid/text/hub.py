@@ -1,10 +1,10 @@
-"""Documents streamed from a Hugging Face data set, through networks that fail.
+"""Documents streamed from a Hugging Face data set over an unreliable network.
 
-`datasets` hides short disconnections; what it lets through is met here. A stream that raises, stalls or ends early is
-opened again at the document it had reached, after a growing pause, a bounded number of times, so nothing is lost and
-nothing repeats. A stream cannot be shuffled as a whole and a shuffle buffer of `datasets` does not survive a restart,
-so documents are put in random order within blocks of 1024; the stream's state at each block's start is the bookmark
-that makes resuming cheap.
+`datasets` hides short disconnections; the errors that it raises are handled here. A stream that raises, stalls or ends
+early is opened again at the document it had reached, after a growing pause, a bounded number of times, so no document
+is lost or repeated. A stream cannot be shuffled as a whole, and a shuffle buffer of `datasets` does not survive a
+restart, so documents are put in random order within blocks of 1024. The stream's state at the start of each block is
+saved, which makes resuming cheap.
 """
 
 import queue

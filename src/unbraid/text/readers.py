@@ -51,7 +51,7 @@ class Reader(ABC):
 
 
 class Txt(Reader):
-    """One document a file, or one a megabyte of it."""
+    """One document per file, or one per megabyte of a large file."""
 
     @staticmethod
     def blocks(path: Path, column: str, name: str) -> list[Block]:

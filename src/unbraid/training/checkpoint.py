@@ -26,7 +26,7 @@ from unbraid.json_files import is_count, is_number, read_json_object
 FORMAT_VERSION = 2
 """2: SAEs train on centred activations, and a checkpoint knows its mean."""
 SPARE_BYTES = 1 << 20
-"""Room left on the disk beyond the checkpoint's tensors, for JSON and the log."""
+"""Space left on the disk beyond the checkpoint's tensors, for JSON and the log."""
 
 CheckpointTensors = dict[str, dict[str, Tensor]]
 """File stem -> tensor name -> tensor."""
@@ -48,7 +48,7 @@ def write_checkpoint(
         ranks: who writes together.
 
     Raises:
-        CheckpointError: the disk has too little room, or the write failed; earlier checkpoints are untouched.
+        CheckpointError: the disk has too little space, or the write failed; earlier checkpoints are untouched.
     """
     final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
     if ranks.any(final.exists()):
@@ -63,7 +63,7 @@ def write_checkpoint(
             if free < needed:
                 raise CheckpointError(
                     f"checkpoint of step {step} needs {needed / 2**20:,.1f} MiB but {str(folder)!r} has "
-                    f"{free / 2**20:,.1f} MiB free; free some room (earlier checkpoints are intact) and run `unbraid "
+                    f"{free / 2**20:,.1f} MiB free; free some space (earlier checkpoints are intact) and run `unbraid "
                     "resume` on this run"
                 )
             partial.mkdir()
@@ -89,7 +89,7 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"could not write the checkpoint of step {step} into {str(folder)!r}: {error}; earlier checkpoints are "
-            "intact; make the folder writable or free some room, then run `unbraid resume` on this run"
+            "intact; make the folder writable or free some space, then run `unbraid resume` on this run"
         ) from error
     if ranks.first:
         for old in list_checkpoints(folder)[:-keep]:

@@ -60,7 +60,7 @@ def _rows(tensor: Tensor, piece: str, shard: Shard) -> Tensor:
 
 
 def _split(name: str, tensor: Tensor, shared: tuple[str, ...]) -> bool:
-    """Whether a trainer's tensor has a row a feature."""
+    """Whether a tensor has one row per feature."""
     group, _, rest = name.partition(".")
     if group in ("sae", "optimiser"):
         return tensor.ndim > 0 and rest.partition(".")[0] not in shared

@@ -1,4 +1,4 @@
-"""A self-contained static site about one run: overview, features, and the pairs that braid into each other."""
+"""A self-contained static site about one run: overview, features, and the most entangled pairs."""
 
 from unbraid.reporting.dashboard.build import write_dashboard
 from unbraid.reporting.dashboard.serve import serve

@@ -58,7 +58,7 @@ def histogram(values: np.ndarray) -> list[int]:
 
 
 def strongest_contexts(held_out: HeldOutPass, rows: np.ndarray, strength: np.ndarray) -> list[int]:
-    """Rows to show, one a context, strongest first: the top ones, then some spread over the rest of the range."""
+    """Rows to show, one per context, strongest first: the top ones, then some spread over the rest of the range."""
     order = np.argsort(-strength, kind="stable")
     _, first = np.unique(held_out.context_R[rows[order]], return_index=True)
     best = rows[order[np.sort(first)]]

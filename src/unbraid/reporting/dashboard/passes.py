@@ -1,6 +1,6 @@
 """One pass of held-out text through the model and every SAE of a run: where in the text each feature fires.
 
-Codes are kept sparse, one [rows, N] matrix an SAE, and every row remembers its context and position, so that all a
+Codes are kept sparse, one [rows, N] matrix per SAE, and every row remembers its context and position, so that all a
 dashboard shows (contexts, histograms, partners, pairs) is read from these matrices without the model.
 """
 
