@@ -24,7 +24,7 @@ def texts_about(topic, rng, count):
 def test_features_that_fire_on_one_topic_score_high():
     rng = np.random.default_rng(0)
     own = [texts_about(topic, rng, CONTEXTS) for topic in TOPICS[:2]]
-    found = context_scores(own, texts_about(TOPICS[2], rng, 40), bag_of_words)
+    found = context_scores(own, bag_of_words(texts_about(TOPICS[2], rng, 40)), bag_of_words)
     assert found["embedding_score"] > 0.95 and found["intruder_accuracy"] > 0.9 and found["features"] == 2
 
 
@@ -34,7 +34,7 @@ def test_features_that_fire_anywhere_score_chance():
     def anywhere(count):
         return [" ".join(rng.choice(WORDS, 4)) for _ in range(count)]
 
-    found = context_scores([anywhere(CONTEXTS) for _ in range(60)], anywhere(60), bag_of_words)
+    found = context_scores([anywhere(CONTEXTS) for _ in range(60)], bag_of_words(anywhere(60)), bag_of_words)
     assert found["embedding_score"] == pytest.approx(0.5, abs=0.08)
     assert found["intruder_accuracy"] == pytest.approx(0.2, abs=0.06)
     low, high = found["embedding_score_interval"]

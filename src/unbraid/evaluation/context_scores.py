@@ -69,13 +69,13 @@ def intruder_accuracy(own: Float[Tensor, "C W"], others: Float[Tensor, "O W"], r
 
 
 def context_scores(
-    own_texts: Sequence[Sequence[str]], random_texts: Sequence[str], encoder: Encoder, seed: int = 0
+    own_texts: Sequence[Sequence[str]], others: Float[Tensor, "O W"], encoder: Encoder, seed: int = 0
 ) -> dict[str, Any]:
     """Both scores of an SAE's features.
 
     Args:
         own_texts: per feature, `CONTEXTS` texts in which it fires, in random order.
-        random_texts: contexts drawn from the whole text.
+        others: the encoder's rows of contexts drawn from the whole text, the same for every SAE.
         encoder: texts to unit rows.
         seed: of the intruders' company and of the intervals.
 
@@ -86,7 +86,6 @@ def context_scores(
     if not own_texts:
         return {"embedding_score": None, "intruder_accuracy": None, "features": 0}
     rng = np.random.default_rng(seed)
-    others = encoder(random_texts)
     flat = encoder([text for texts in own_texts for text in texts])
     parts = flat.split([len(texts) for texts in own_texts])
     embedding = np.array([embedding_score(own, others) for own in parts])

@@ -165,7 +165,7 @@ class ModelSuites:
             ]
         ).numpy()
         random_rows = np.random.default_rng(self.config.seed).permutation(len(place_R2))[:RANDOM_CONTEXTS]
-        random_texts = [self._window(*place_R2[row].tolist()) for row in random_rows]
+        others = encoder([self._window(*place_R2[row].tolist()) for row in random_rows])
         with_codes = [subject for subject in self.subjects if subject.codes]
         task = self.bar.add_task("contexts", total=len(with_codes))
         for subject in with_codes:
@@ -179,7 +179,7 @@ class ModelSuites:
                     own.append([self._window(*place_R2[row].tolist()) for row in rows])
                 if len(own) == self.config.context_features:
                     break
-            subject.report["contexts"] = context_scores(own, random_texts, encoder, self.config.seed)
+            subject.report["contexts"] = context_scores(own, others, encoder, self.config.seed)
             self.bar.advance(task)
 
     def _window(self, context: int, position: int) -> str:
