@@ -59,8 +59,10 @@ def log_records(data: bytes) -> Iterator[bytes]:
 
 
 def read_wandb(folder: Path, name: str = LOSS) -> list[tuple[int, float]]:
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # The process that writes the file has ended, and with it the last line is there.
     found: list[tuple[int, float]] = []
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
         for data in log_records(path.read_bytes()):
