@@ -129,6 +129,12 @@ const unbraid = (() => {
     remember("unbraid-theme", name);
   }
 
+  // A key pressed while a page is still on its way belongs to that page.
+  function whenShown(act) {
+    if (document.body.dataset.ready === route().path) act();
+    else document.getElementById("main").addEventListener("shown", act, {once: true});
+  }
+
   function keys(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
@@ -138,7 +144,7 @@ const unbraid = (() => {
     const go = {o: "#/", f: `#/${sae}/features`, p: `#/${sae}/pairs`}[event.key];
     const link = {j: "a[rel=next]", k: "a[rel=prev]"}[event.key];
     if (go) location.hash = go;
-    else if (link) { const found = document.querySelector(link); if (found) found.click(); }
+    else if (link) whenShown(() => { const found = document.querySelector(link); if (found) found.click(); });
     else if (event.key === "t") document.getElementById("theme").click();
     else if (event.key === "/") { const box = document.querySelector("input[type=search]"); if (box) box.focus(); }
     else return;
