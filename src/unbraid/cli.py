@@ -188,21 +188,22 @@ class _EvaluateOptions(Section):
 
 
 def evaluate(arguments: list[str]) -> None:
-    """eval DIR|SAE_DIR [--suite core,geometry,...]: measure SAEs beside their controls into evaluation.json."""
+    """eval DIR|SAE_DIR|NAME [--suite core,geometry,...]: measure SAEs beside their controls into evaluation.json."""
     trusted = any(map(_is_trust, arguments))
     arguments = [word for word in arguments if not _is_trust(word)]
     given = read_flags(arguments, EvaluationConfig, _EvaluateOptions, {"suite": "suites"})
     config = overridden(EvaluationConfig(), given.settings, "eval")[0]
     if given.wants_help:
-        print(help_of("unbraid eval DIR|SAE_DIR", config, _EvaluateOptions, given.everything))
+        print(help_of("unbraid eval DIR|SAE_DIR|NAME", config, _EvaluateOptions, given.everything))
         return
     if len(given.words) != 1:
-        raise ConfigError(f"eval takes one run or SAE folder; found {' '.join(given.words) or 'none'!r}")
+        raise ConfigError(
+            f"eval takes one run, SAE folder or published name; found {' '.join(given.words) or 'none'!r}"
+        )
     from unbraid.evaluation.suites import run_suites
 
-    path = _path_given(given.words[0], "the folder")
-    assert path is not None
-    run_suites(path, config, trust_remote_code=trusted, console=console)
+    _path_given(given.words[0], "the folder")
+    run_suites(given.words[0], config, trust_remote_code=trusted, console=console)
 
 
 class _SynthOptions(Section):

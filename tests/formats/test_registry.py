@@ -121,6 +121,7 @@ def test_what_the_registry_overrides_goes_before_the_files(listed, hub, x, tmp_p
 
 def test_a_path_on_the_hub_needs_no_registry(hub, x, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry, "registry_path", lambda: None)
+    monkeypatch.setattr(registry, "REGISTRY_ADDRESS", hub.endpoint + "/nowhere")
     t = drawn("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     folder = tmp_path / "up" / "resid_post" / "layer_3_width_16k_l0_big"
     folder.mkdir(parents=True)
@@ -132,8 +133,80 @@ def test_a_path_on_the_hub_needs_no_registry(hub, x, tmp_path: Path, monkeypatch
     assert torch.equal(sae.encode(x) != 0, f != 0)
     assert sae.metadata["hook_name"] == "blocks.3.hook_resid_post"
     assert sae.metadata["model_name"] == "google/gemma-3-1b-pt"
-    with pytest.raises(FormatError, match=r"no registry of published dictionaries.*pip install --no-deps sae-lens"):
+    with pytest.raises(FormatError, match=r"registry .* cannot be downloaded .*pip install --no-deps sae-lens"):
         registry.search("gemma")
+
+
+@pytest.fixture
+def unlisted(hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """No registry on this machine; one where SAELens' repository would be."""
+    monkeypatch.delenv("UNBRAID_REGISTRY", raising=False)
+    monkeypatch.setenv("UNBRAID_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "REGISTRY_ADDRESS", hub.endpoint + "/owner/lens/resolve/main/list.yaml")
+    hub.repositories["owner/lens"] = {"list.yaml": LIST.encode()}
+    return hub
+
+
+def fetched(hub) -> int:
+    return sum(request.endswith("/list.yaml") for request in hub.requests)
+
+
+def test_without_a_registry_it_is_downloaded_once(unlisted, x, tmp_path: Path, capsys):
+    made = qwen_scope(tmp_path / "up", "float32")
+    uploaded(unlisted, "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5", made.place.parent)
+    sae = unbraid.load("qwen/layer1")
+    assert torch.equal(sae.encode(x) != 0, made.run(x.double())[0] != 0)
+    assert registry.search("mistral") and fetched(unlisted) == 1
+    unlisted.repositories["owner/lens"] = {"list.yaml": LIST.replace("mistral", "ministral").encode()}
+    main(["search", "ministral", "--refresh"])
+    assert "ministral/layer_8" in capsys.readouterr().out and fetched(unlisted) == 2
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"a: [", b"- 1", b"\xff\xfe\0", b""])
+def test_a_download_that_is_no_registry_leaves_the_earlier_one(content: bytes, unlisted):
+    registry.download()
+    unlisted.repositories["owner/lens"] = {"list.yaml": content}
+    with pytest.raises(FormatError, match="cannot be downloaded"):
+        registry.download()
+    assert registry.search("mistral")
+
+
+def test_offline_no_registry_is_asked_for_and_hub_paths_say_so(unlisted, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FormatError, match=r"downloaded \(offline mode is on; unset HF_HUB_OFFLINE\)"):
+        registry.search("gemma")
+    with pytest.raises(FormatError, match=r"no folder 'some/where'.*as a path on the hub: .*as a name: .*offline") as e:
+        unbraid.load("some/where")
+    assert "\n" not in str(e.value) and not unlisted.requests
+
+
+def test_a_list_that_would_not_be_read_is_not_downloaded(listed, hub):
+    with pytest.raises(FormatError, match="a downloaded one would not be read"):
+        registry.download()
+
+
+def test_commands_take_names(hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (64, 96), "b_enc": (96,), "W_dec": (96, 64), "b_dec": (64,)}
+    folder = tmp_path / "up" / "one"
+    folder.mkdir(parents=True)
+    save_file(
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
+        folder / "sae_weights.safetensors",
+    )
+    hook = {"hook_name": "blocks.1.hook_resid_post", "model_name": "random:llama"}
+    settings = {"architecture": "standard", "d_in": 64, "d_sae": 96, "apply_b_dec_to_input": True, "metadata": hook}
+    (folder / "cfg.json").write_text(json.dumps(settings))
+    uploaded(hub, "me/saes", folder.parent)
+    name = "hf://me/saes/one"
+    main(["export", name, "--to", "dictionary_learning", "--out", "out"])
+    assert torch.equal(unbraid.load("out/me_saes_one").W_dec, unbraid.load(name).W_dec)
+    main(["eval", name, "--suite", "geometry", "--controls", "false"])
+    assert list(json.loads(Path("evaluations/me_saes_one/evaluation.json").read_text())["saes"]) == ["me_saes_one"]
+    fm = unbraid.features(name)
+    assert {one: str(fm.dictionaries[one].site) for one in fm.dictionaries} == {"me_saes_one": "resid_post.1"}
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,12 @@ class EvaluatedSAE:
 
 
 def open_subjects(
-    path: Path, config: EvaluationConfig, device: torch.device, trust_remote_code: bool = False
+    path: Path | str, config: EvaluationConfig, device: torch.device, trust_remote_code: bool = False
 ) -> tuple[list[EvaluatedSAE], RunConfig | None]:
     """The SAEs at `path`, and the settings under which their activations can be had again, None where unknown.
 
     Args:
-        path: a run folder, the folder of one of its SAEs, or any other SAE folder.
+        path: a run folder, the folder of one of its SAEs, any other SAE folder, or a name that `unbraid.load` takes.
         config: says what an SAE folder does not.
         device: where the SAEs go.
         trust_remote_code: allow a run's settings to run code that comes with the model.
@@ -69,6 +69,9 @@ def open_subjects(
         EvaluationError: the run has no finished SAE yet.
         FormatError: there is neither a run nor an SAE.
     """
+    path = formats.path_or_name(path)
+    if isinstance(path, str):
+        return _of_folder(path, config, device)
     if _is_run(path):
         _require_left_to_the_run(path, config)
         return _of_run(RunFolder(path, trust_remote_code), None, device)
@@ -123,13 +126,15 @@ def _of_run(folder: RunFolder, only: str | None, device: torch.device) -> tuple[
 
 
 def _of_folder(
-    path: Path, config: EvaluationConfig, device: torch.device
+    path: Path | str, config: EvaluationConfig, device: torch.device
 ) -> tuple[list[EvaluatedSAE], RunConfig | None]:
     try:
         found = formats.open_folder(path)
     except FormatError as problem:
+        if isinstance(path, str):
+            raise
         raise FormatError(f"nothing to evaluate: no run folder (config.json beside saes/), and {problem}") from None
-    subject = EvaluatedSAE((path.parent if path.is_file() else path).resolve().name, 0, found.sae.to(device))
+    subject = EvaluatedSAE(formats.folder_name(path), 0, found.sae.to(device))
     try:
         run = origin(found.metadata, config)
     except EvaluationError as problem:

@@ -23,6 +23,7 @@ from unbraid.evaluation.ground_truth import evaluate_ground_truth
 from unbraid.evaluation.model_suites import REFERENCE_ROWS, ModelSuites
 from unbraid.evaluation.subjects import EvaluatedSAE, centre_where_needed, open_subjects
 from unbraid.evaluation.tables import evaluation_tables
+from unbraid.formats import folder_name, path_or_name
 from unbraid.progress import Stages
 from unbraid.randomness import generator
 from unbraid.synthetic import build_world
@@ -44,10 +45,10 @@ def run_suites(
     What an earlier evaluation of the same weights found in suites that are not run again stays in the file.
 
     Args:
-        path: a run folder, or an SAE folder in any layout unbraid reads.
+        path: a run folder, an SAE folder in any layout unbraid reads, or a name that `unbraid.load` takes.
         config: suites and sizes.
         console: where progress and the tables are shown; nothing is shown without one.
-        out: folder to write into; `path` by default.
+        out: folder to write into; `path` by default, and `evaluations/NAME` for a name.
         trust_remote_code: allow a run's settings to run code that comes with the model.
 
     Returns:
@@ -57,8 +58,10 @@ def run_suites(
     Raises:
         UnbraidError: with what was wrong, what was expected and what to change.
     """
-    path, config, console = Path(path), config or EvaluationConfig(), console or Console(quiet=True)
-    out = out or (path.parent if path.is_file() else path)
+    path, config, console = path_or_name(path), config or EvaluationConfig(), console or Console(quiet=True)
+    if out is None and isinstance(path, Path):
+        out = path.parent if path.is_file() else path
+    out = out or Path("evaluations", folder_name(path))
     evaluation = _Evaluation(path, config, console, trust_remote_code)
     file = EvaluationFile(out, evaluation.subjects)
     report = evaluation.run()
@@ -72,7 +75,7 @@ def run_suites(
 
 
 class _Evaluation:
-    def __init__(self, path: Path, config: EvaluationConfig, console: Console, trust_remote_code: bool):
+    def __init__(self, path: Path | str, config: EvaluationConfig, console: Console, trust_remote_code: bool):
         self.path, self.config, self.console = path, config, console
         self.device = pick_device(config.device)
         self.world = None if config.world is None else build_world(config.world, self.device)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -19,8 +18,8 @@ console = Console(soft_wrap=True)
 
 @dataclasses.dataclass
 class _Read:
-    run: tyro.conf.Positional[Path]
-    """A run folder, or an SAE folder that says its model and site."""
+    run: tyro.conf.Positional[str]
+    """A run folder, or an SAE folder or a published SAE's name that say their model and site."""
     prompt: tyro.conf.Positional[str]
     """The text to read."""
     sae: str | None = None
@@ -44,8 +43,8 @@ def read(arguments: list[str]) -> None:
 
 @dataclasses.dataclass
 class _Feature:
-    run: tyro.conf.Positional[Path]
-    """A run folder, or an SAE folder that says its model and site."""
+    run: tyro.conf.Positional[str]
+    """A run folder, or an SAE folder or a published SAE's name that say their model and site."""
     feature: tyro.conf.Positional[str]
     """NAME/index."""
     k: int = 8
@@ -74,8 +73,8 @@ def feature(arguments: list[str]) -> None:
 
 @dataclasses.dataclass
 class _Steer:
-    run: tyro.conf.Positional[Path]
-    """A run folder, or an SAE folder that says its model and site."""
+    run: tyro.conf.Positional[str]
+    """A run folder, or an SAE folder or a published SAE's name that say their model and site."""
     prompt: tyro.conf.Positional[str]
     """The text to continue."""
     edits: tyro.conf.Positional[list[str]]
@@ -169,8 +168,8 @@ def parse_positions(text: str) -> Any:
 
 @dataclasses.dataclass
 class _Attribute:
-    run: tyro.conf.Positional[Path]
-    """A run folder, or an SAE folder that says its model and site."""
+    run: tyro.conf.Positional[str]
+    """A run folder, or an SAE folder or a published SAE's name that say their model and site."""
     prompt: tyro.conf.Positional[str]
     """The text whose next token is asked about."""
     metric: str | None = None
@@ -219,8 +218,8 @@ def describe(fm: Any, metric: Any) -> str:
 
 @dataclasses.dataclass
 class _Live:
-    run: tyro.conf.Positional[Path]
-    """A run folder, or an SAE folder that says its model and site."""
+    run: tyro.conf.Positional[str]
+    """A run folder, or an SAE folder or a published SAE's name that say their model and site."""
     port: int = 0
     """0 takes a free one."""
 
@@ -235,7 +234,7 @@ def live(arguments: list[str]) -> None:
     serve(fm, options.port, str(options.run), lambda url: console.print(f"{url} (Ctrl-C ends it)", highlight=False))
 
 
-def _open(run: Path) -> Any:
+def _open(run: str) -> Any:
     from unbraid.feature_model.opening import features
 
     return features(run)

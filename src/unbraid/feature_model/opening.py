@@ -22,6 +22,7 @@ from unbraid.errors import FeatureError
 from unbraid.feature_model.held_out import HeldOut
 from unbraid.feature_model.model import FeatureModel
 from unbraid.files import write_whole
+from unbraid.formats import path_or_name
 from unbraid.reporting.dashboard.passes import HeldOutPass, held_out_pass
 
 FILE = "held_out.safetensors"
@@ -34,7 +35,8 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, say: Say |
     """The model of a run with all its dictionaries standing in it, and the run's held-out text.
 
     Args:
-        run: a run folder, the folder of one of its SAEs, another SAE folder that says its model and site, or a `Run`.
+        run: a run folder, the folder of one of its SAEs, another SAE folder that says its model and site, a name that
+            `unbraid.load` takes, or a `Run`.
         device: where the model and dictionaries go.
         tokens: held-out token rows for maxima, contexts and partners.
         say: where progress is told; standard error by default.
@@ -44,7 +46,7 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, say: Say |
     """
     from unbraid.evaluation.subjects import centre_where_needed, open_subjects
 
-    path = Path(getattr(run, "path", run))
+    path = path_or_name(getattr(run, "path", run))
     place = pick_device(device)
     subjects, config = open_subjects(path, EvaluationConfig(), place)
     if config is None:
@@ -57,7 +59,8 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, say: Say |
     sites = {one.name: str(config.sites[one.site]) for one in subjects}
     saes = {one.name: one.sae for one in subjects}
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
-    kept = path / FILE if (path / "config.json").is_file() and (path / "saes").is_dir() else None
+    is_run = isinstance(path, Path) and (path / "config.json").is_file() and (path / "saes").is_dir()
+    kept = Path(path) / FILE if is_run else None
     tell = say or _to_standard_error
 
     def held_out(fm: FeatureModel) -> HeldOut:

@@ -6,6 +6,7 @@ codes and reconstructions; what a layout cannot hold is refused by name.
 """
 
 import difflib
+import re
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +38,7 @@ from unbraid.json_files import is_number
 from unbraid.owned_folders import recover
 from unbraid.sae import SAE
 
-__all__ = ["LAYOUTS", "SAEFolder", "load", "open_folder", "save"]
+__all__ = ["LAYOUTS", "SAEFolder", "folder_name", "load", "open_folder", "path_or_name", "save"]
 
 FOLDERS: dict[str, ModuleType] = {
     "sae_lens": sae_lens,
@@ -117,11 +118,12 @@ def open_folder(
     factor = known.norm_scaling_factor
     if factor is not None and not (is_number(factor) and factor > 0):
         raise FormatError(f"norm_scaling_factor is {factor!r}; expected a positive number")
-    if _is_name(path):
-        return registry.open_named(str(path), known)
+    path = path_or_name(path)
+    if isinstance(path, str):
+        return registry.open_named(path, known)
     try:
-        recover(Path(path))
-        place, layout = _recognised(Path(path))
+        recover(path)
+        place, layout = _recognised(path)
         refuse_links_out(place)
     except (OSError, ValueError) as problem:  # no permission, a name too long, a NUL byte
         raise FormatError(f"cannot look into {str(path)!r}: {problem}; expected a folder that can be read") from None
@@ -130,13 +132,31 @@ def open_folder(
     return found
 
 
-def _is_name(path: Path | str) -> bool:
-    """Whether this is a name of the registry or a path on the hub: no such place, and nothing here it could lie in."""
-    text = str(path)
-    if text.startswith("hf://"):
-        return True
-    first = text.partition("/")[0]
-    return not isinstance(path, Path) and "/" in text and first not in ("", ".", "..", "~") and not Path(first).exists()
+def path_or_name(text: Path | str) -> Path | str:
+    """What a user typed: a string for a name of the registry or a path on the hub, a `Path` for a place here.
+
+    It is a name where nothing here could hold it: `hf://...`, or `a/b` without a folder `a`. Commands that take either
+    pass words through this, because a name made a `Path` is one no more.
+
+    Example:
+        >>> path_or_name("hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
+        'hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82'
+    """
+    if isinstance(text, Path) or text.startswith("hf://"):
+        return text
+    first, slash, _ = text.partition("/")
+    try:
+        here = first in ("", ".", "..", "~") or Path(first).exists()
+    except (OSError, ValueError):  # a name too long, a NUL byte
+        here = True
+    return text if slash and not here else Path(text)
+
+
+def folder_name(place: Path | str) -> str:
+    """What a folder for results about a dictionary is called: its own folder's name, or its name without slashes."""
+    if isinstance(place, str):
+        return re.sub(r"[^\w.-]+", "_", place.removeprefix("hf://").strip("/"))
+    return (place.parent if place.is_file() else place).resolve().name
 
 
 def _recognised(path: Path) -> tuple[Path, ModuleType]:

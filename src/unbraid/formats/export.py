@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from unbraid.errors import FormatError
-from unbraid.formats import open_folder, writable_layout
+from unbraid.formats import folder_name, open_folder, path_or_name, writable_layout
 from unbraid.formats.folder import SAEFolder, check_sae_folder
 from unbraid.training.run_folder import RunFolder
 
@@ -12,7 +12,7 @@ def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = Fa
     """Write every SAE of a run (or the one of an SAE folder) into `out/<name>` in the layout `to`.
 
     Args:
-        source: a run folder, or an SAE folder in any known layout.
+        source: a run folder, an SAE folder in any known layout, or a name that `unbraid.load` takes.
         to: sae_lens, dictionary_learning or sparsify.
         out: folder for the SAE folders.
         overwrite: replace SAE folders of the same name in it, if unbraid wrote them.
@@ -38,14 +38,14 @@ def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = Fa
 
 
 def open_source(source: Path | str) -> dict[str, SAEFolder]:
-    """The SAEs of a run folder by name, or the one SAE of an SAE folder under its folder's name.
+    """The SAEs of a run folder by name, or the one SAE of an SAE folder or a published name, under `folder_name`.
 
     Raises:
         FormatError: there is none.
     """
-    source = Path(source)
-    if not (source / "config.json").is_file() or not (source / "saes").is_dir():
-        return {source.resolve().name: open_folder(source)}
+    source = path_or_name(source)
+    if isinstance(source, str) or not (source / "config.json").is_file() or not (source / "saes").is_dir():
+        return {folder_name(source): open_folder(source)}
     folders = {name: open_folder(path) for name, path in RunFolder(source).finished_saes().items()}
     if not folders:
         raise FormatError(f"the run {str(source)!r} has no finished SAE yet; expected some in saes/; let it end first")

@@ -51,7 +51,6 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
-    source = Path(source)
     folders = open_source(source)
     api = HfApi(endpoint=endpoint, token=token)
     with tempfile.TemporaryDirectory() as staging, _hub_errors(repository):
@@ -61,8 +60,8 @@ def push_to_hub(
             metadata = without_local_paths(found.metadata)
             save(found.sae, stage / name, metadata=metadata, frequency_N=frequency_N)
             folders[name] = dataclasses.replace(found, metadata=metadata)
-        if (source / "saes").is_dir():
-            _stage_run(RunFolder(source).path, stage)
+        if (Path(source) / "saes").is_dir():
+            _stage_run(RunFolder(Path(source)).path, stage)
         (stage / "README.md").write_text(model_card(repository, folders, stage), encoding="utf-8")
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(

@@ -1,8 +1,8 @@
 """Published dictionaries by name, from the registry that SAELens ships: 170 releases, thousands of dictionaries.
 
-The registry is a file of an installed sae-lens, read without importing that package, or a copy of it that
-`UNBRAID_REGISTRY` names; unbraid has none of its own. `pip install --no-deps sae-lens` is enough. Dictionaries are
-downloaded file by file into the cache of the Hugging Face hub.
+The registry is a file that `UNBRAID_REGISTRY` names, or that of an installed sae-lens, read without importing that
+package; without either it is downloaded once from SAELens' repository into the cache. unbraid has none of its own.
+Dictionaries are downloaded file by file into the cache of the Hugging Face hub.
 """
 
 import contextlib
@@ -12,22 +12,29 @@ import hashlib
 import importlib.util
 import os
 import re
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from unbraid.errors import FormatError
-from unbraid.files import write_json
+from unbraid.files import write_json, write_whole
 from unbraid.formats.folder import SAEFolder
 from unbraid.formats.published import Known
 from unbraid.json_files import is_number, read_json_object
 from unbraid.text.cache_folder import cache_root
 
 REGISTRY_FILE, REGISTRY_VARIABLE = "pretrained_saes.yaml", "UNBRAID_REGISTRY"
+REGISTRY_ADDRESS = f"https://raw.githubusercontent.com/decoderesearch/SAELens/main/sae_lens/{REGISTRY_FILE}"
+LARGEST_REGISTRY = 64 << 20
+"""Bytes; it has 1.5 million."""
+TIMEOUT = 10.0
+"""Seconds in which the download must go on."""
 READERS = {
     "gemma_3": "gemma_scope_2",
     "gemma_2": "gemma_scope",
@@ -81,29 +88,70 @@ class Entry:
 
 
 def registry_path() -> Path | None:
-    """Where the registry is; None without one."""
+    """Where the registry is; None where there is none yet."""
     named = os.environ.get(REGISTRY_VARIABLE)
     if named:
         return Path(named).expanduser()
     found = importlib.util.find_spec("sae_lens")
     places = found.submodule_search_locations if found is not None else None
     paths = [Path(place) / REGISTRY_FILE for place in places or []]
+    paths.append(_downloaded())
     return next((path for path in paths if path.is_file()), None)
 
 
-def registry() -> dict[str, Entry]:
-    """Every dictionary by its name.
+def _downloaded() -> Path:
+    return cache_root() / "registry" / REGISTRY_FILE
+
+
+def download() -> Path:
+    """Fetch the registry into the cache, in the place of an earlier one; returns where it is.
 
     Raises:
-        FormatError: there is no registry, or it cannot be read.
+        FormatError: it cannot be had, or what came is no registry, and an earlier one is kept; or another one is read.
     """
-    path = registry_path()
-    if path is None:
+    from huggingface_hub import constants
+
+    path, read = _downloaded(), registry_path()
+    if read not in (None, path):
         raise FormatError(
-            "there is no registry of published dictionaries; expected an installed sae-lens (`pip install --no-deps "
-            f"sae-lens`, of which only that list is read) or {REGISTRY_VARIABLE} naming a copy of its {REGISTRY_FILE}; "
-            "a path on the hub, such as unbraid.load('hf://OWNER/NAME/FOLDER'), needs none"
+            f"the list of published dictionaries is {str(read)!r}, so a downloaded one would not be read; expected "
+            f"neither {REGISTRY_VARIABLE} nor an installed sae-lens; upgrade sae-lens for a newer list"
         )
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("offline mode is on; unset HF_HUB_OFFLINE")
+        with urllib.request.urlopen(REGISTRY_ADDRESS, timeout=TIMEOUT) as answer:
+            content = answer.read(LARGEST_REGISTRY)
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(partial: Path) -> None:
+            partial.write_bytes(content)
+            if not _parse(partial):
+                raise OSError("what came lists no dictionary")
+
+        write_whole(path, write)
+    except (OSError, HTTPException, FormatError) as problem:
+        raise FormatError(
+            f"the registry of published dictionaries cannot be downloaded ({_first_line(problem)}); expected a "
+            f"connection to {REGISTRY_ADDRESS}, an installed sae-lens (`pip install --no-deps sae-lens`, of which only "
+            f"that list is read), or {REGISTRY_VARIABLE} naming a copy of its {REGISTRY_FILE}; a path on the hub, such "
+            "as unbraid.load('hf://OWNER/NAME/FOLDER'), needs none"
+        ) from None
+    return path
+
+
+def _first_line(problem: Exception) -> str:
+    text = str(problem).strip()
+    return text.splitlines()[0] if text else type(problem).__name__
+
+
+def registry() -> dict[str, Entry]:
+    """Every dictionary by its name; the registry is downloaded where there is none.
+
+    Raises:
+        FormatError: it cannot be had, or not be read.
+    """
+    path = registry_path() or download()
     try:
         return _read(path, path.stat().st_mtime_ns)
     except OSError as problem:
@@ -200,12 +248,21 @@ def open_named(name: str, known: Known) -> SAEFolder:
     Raises:
         FormatError: there is no such name, its layout is not read, or the hub refused.
     """
-    entry = None if name.startswith("hf://") else _found(name)
+    if name.startswith("hf://"):
+        return _open_on_hub(name, known)
+    try:
+        entry = _found(name)
+    except FormatError as unlisted:
+        if registry_path() is not None or HUB_PATH.fullmatch(name) is None:
+            raise
+        try:  # no registry: it may be a path on the hub
+            return _open_on_hub(name, known)
+        except FormatError as problem:
+            raise FormatError(
+                f"there is no folder {name!r}; as a path on the hub: {problem}; as a name: {unlisted}"
+            ) from None
     if entry is None:
-        match = HUB_PATH.fullmatch(name)
-        if match is None:
-            raise FormatError(f"{name!r} is no path on the hub; expected hf://OWNER/NAME/FOLDER")
-        return _open(match[1], match[2].strip("/"), known)
+        return _open_on_hub(name, known)
     if entry.layout is None:
         raise FormatError(
             f"{name!r} is in the layout {entry.loader!r}, which unbraid does not read; expected one of "
@@ -222,11 +279,16 @@ def open_named(name: str, known: Known) -> SAEFolder:
     return found
 
 
+def _open_on_hub(path: str, known: Known) -> SAEFolder:
+    match = HUB_PATH.fullmatch(path)
+    if match is None:
+        raise FormatError(f"{path!r} is no path on the hub; expected hf://OWNER/NAME/FOLDER")
+    return _open(match[1], match[2].strip("/"), known)
+
+
 def _found(name: str) -> Entry | None:
     """The registry's entry; None where the name can only be a path on the hub."""
     is_path = HUB_PATH.fullmatch(name) is not None
-    if registry_path() is None and is_path:
-        return None
     known = registry()
     if name in known:
         return known[name]
@@ -257,10 +319,10 @@ def _open(repository: str, path: str, known: Known) -> SAEFolder:
     try:
         local = Path(snapshot_download(repository, allow_patterns=[_literal(pattern) for pattern in wanted]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as problem:
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise FormatError(
-            f"cannot download {path or 'anything'!r} of the repository {repository!r}: {reason}; expected a repository "
-            "you may read and a connection; check the name with `unbraid search`, or log in (`hf auth login`)"
+            f"cannot download {path or 'anything'!r} of the repository {repository!r}: {_first_line(problem)}; "
+            "expected a repository you may read and a connection; check the name with `unbraid search`, or log in "
+            "(`hf auth login`)"
         ) from problem
     return open_folder(local / path, known=known)
 

@@ -17,8 +17,8 @@ console = Console(soft_wrap=True)
 
 @dataclasses.dataclass
 class _Export:
-    source: tyro.conf.Positional[Path]
-    """A run folder, or an SAE folder in any known layout."""
+    source: tyro.conf.Positional[str]
+    """A run folder, an SAE folder in any known layout, or a published SAE's name."""
     to: str
     """sae_lens, dictionary_learning or sparsify."""
     out: Path
@@ -42,14 +42,19 @@ class _Search:
     """Words of release, id, model or Neuronpedia id, such as "gemma 2b layer 12"."""
     limit: int = 30
     """How many are shown."""
+    refresh: bool = False
+    """Download the list of published dictionaries anew."""
 
 
 def search(arguments: list[str]) -> None:
     """search "WORDS" [--limit N]: published dictionaries whose name has every word, for `unbraid.load(name)`."""
     options = tyro.cli(_Search, args=arguments, prog="unbraid search")
     from unbraid.errors import FormatError
+    from unbraid.formats.registry import download
     from unbraid.formats.registry import search as find
 
+    if options.refresh:
+        download()
     found = find(options.query)
     if not found:
         raise FormatError(f"nothing in the registry has every word of {options.query!r}; try fewer words")
