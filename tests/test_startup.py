@@ -1,4 +1,4 @@
-"""What needs no torch answers without importing it, and the library's names are there when they are asked for."""
+"""What lists or refuses imports nothing heavy; the library's names are there when they are asked for."""
 
 import importlib
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import unbraid
-from unbraid import feature_model
+from unbraid import cli, feature_model, recipes
 from unbraid.cli import main
 
 ASK = """
@@ -17,7 +17,7 @@ try:
     main(sys.argv[1:])
 except SystemExit as stopped:
     print("stopped", stopped.code)
-print(sorted({"torch", "numpy", "transformers"} & set(sys.modules)))
+print(sorted({"torch", "numpy", "transformers", "pydantic", "tyro", "rich"} & set(sys.modules)))
 """
 
 
@@ -32,11 +32,25 @@ print(sorted({"torch", "numpy", "transformers"} & set(sys.modules)))
         (["--versoin"], "unknown flag '--versoin'; expected --help, --version or a command first"),
     ],
 )
-def test_what_needs_no_torch_does_not_wait_for_it(words, said):
+def test_what_needs_nothing_heavy_does_not_wait_for_it(words, said):
     done = subprocess.run([sys.executable, "-c", ASK, *words], capture_output=True, text=True)
     assert said in done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "[]", done.stdout
     assert ("stopped 1" in done.stdout) == (words[0] in ("trian", "--versoin"))
+
+
+def test_the_list_of_recipes_is_the_recipes():
+    assert list(cli.RECIPES) == list(recipes.RECIPES)
+    assert all(f"  {name:12} {what}" in cli.usage() for name, what in cli.RECIPES.items())
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS])
+def test_every_command_has_a_function_and_a_line(name):
+    command = cli.COMMANDS[name]
+    assert isinstance(command, cli.Command)
+    module, _, function = command.function.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert command.what in cli.usage() and not command.what.endswith(".")
 
 
 def test_importing_the_library_imports_no_torch():

@@ -7,7 +7,6 @@ import shutil
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from unbraid.text.cache_folder import cache_root
 
@@ -36,10 +35,10 @@ def report(console: Console) -> bool:
     existing = next(path for path in (cache, *cache.parents) if path.exists())
     rows.append(("cache folder", f"{cache} ({shutil.disk_usage(existing).free / 2**30:,.0f} GiB free)", True))
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, finding, good in rows:
-        table.add_row("[green]ok[/]" if good else "[red]missing[/]", name, finding)
-    console.print(table)
+    width = max(len(name) for name, _, _ in rows)
+    for name, finding, good in rows:  # lines, not a table, which would cut or fold a path that is to be copied
+        line = f"{'ok' if good else 'missing':7}  {name:{width}}  {finding}"
+        console.print(line, style=None if good else "red", highlight=False, markup=False, soft_wrap=True)
     return all(good for _, _, good in rows)
 
 

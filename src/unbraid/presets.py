@@ -5,11 +5,12 @@ A recipe says which model, text and size; a preset says the method, so any recip
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unbraid.config import RunConfig, overridden
 from unbraid.errors import ConfigError
-from unbraid.recipes import WITH_TWIN
+
+if TYPE_CHECKING:
+    from unbraid.config import RunConfig
 
 PRESET_K = 32
 FEATURES_PER_K = 16
@@ -53,7 +54,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def with_preset(config: RunConfig, name: str) -> RunConfig:
+def with_preset(config: "RunConfig", name: str) -> "RunConfig":
     """`config` with the method of a preset; what the method does not read is gone.
 
         >>> from unbraid import recipes
@@ -63,6 +64,9 @@ def with_preset(config: RunConfig, name: str) -> RunConfig:
     Raises:
         ConfigError: there is no such preset.
     """
+    from unbraid.config import overridden  # `unbraid --help` lists presets without loading settings
+    from unbraid.recipes import WITH_TWIN
+
     if name not in PRESETS:
         raise ConfigError(f"preset = {name[:80]!r} is unknown; expected one of {', '.join(PRESETS)}")
     settings = dict(PRESETS[name].settings)
@@ -75,3 +79,12 @@ def with_preset(config: RunConfig, name: str) -> RunConfig:
 def listed() -> str:
     """A line for each preset."""
     return "\n".join(f"  {name:6} {preset.summary}" for name, preset in PRESETS.items())
+
+
+def presets(arguments: list[str]) -> None:
+    """The command `unbraid presets`: print that list."""
+    if arguments in (["--help"], ["-h"]):
+        print("unbraid presets: the methods that `--preset NAME` chooses from\n")
+    elif arguments:
+        raise ConfigError(f"presets takes nothing; found {' '.join(arguments)[:80]!r}")
+    print(listed())

@@ -4,6 +4,7 @@ They import what they need only when they run, so that `unbraid --help` stays fa
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from unbraid.errors import ConfigError
 
 console = Console(soft_wrap=True)
 
@@ -70,34 +73,74 @@ def search(arguments: list[str]) -> None:
 
 @dataclasses.dataclass
 class _Compare:
-    runs: tyro.conf.Positional[list[Path]]
-    """Finished run folders; SAEs alike in all but their seed become one point with an interval."""
-    out: Path = Path("comparison")
-    """Folder for frontier.png and frontier.svg."""
+    paths: tyro.conf.Positional[list[str]]
+    """Finished run folders, where SAEs alike in all but their seed become one point with an interval; or two SAEs:
+    folders in any known layout, or names that `unbraid.load` takes."""
+    out: Path | None = None
+    """For runs: folder for frontier.png and frontier.svg; comparison by default."""
     overwrite: bool = False
-    """Replace an earlier comparison in that folder."""
+    """For runs: replace an earlier comparison in that folder."""
+    json: bool = False
+    """Print JSON; for runs no figure is drawn unless --out names its folder."""
 
 
 def compare(arguments: list[str]) -> None:
-    """compare DIR...: what different settings give at which L0, seeds as intervals, as a table and a figure."""
+    """Compare runs (metrics of each setting at its L0), or two SAEs (which features they share)."""
     options = tyro.cli(_Compare, args=arguments, prog="unbraid compare")
+    runs = [path for path in options.paths if _is_run(Path(path))]
+    if not runs and len(options.paths) == 2:
+        _compare_saes(options)
+        return
+    others = [path for path in options.paths if path not in runs]
+    if others and (runs or len(others) != 1):
+        raise ConfigError(
+            f"compare takes run folders, or two SAEs; found {len(runs)} run folders and {len(others)} other paths "
+            f"({', '.join(map(repr, others[:3]))}); name an SAE of a run by its folder, such as RUN/saes/NAME"
+        )
+    _compare_runs(options)
+
+
+def _is_run(path: Path) -> bool:
+    parts = ("saes", "checkpoints", "metrics.jsonl", "summary.json")
+    return (path / "config.json").is_file() and any((path / part).exists() for part in parts)
+
+
+def _compare_saes(options: _Compare) -> None:
+    if options.out is not None or options.overwrite:
+        raise ConfigError("--out and --overwrite are for comparing runs; two SAEs give a table, or --json; drop them")
+    from unbraid.reporting.compare_saes import compare_saes
+
+    found = compare_saes(*options.paths)
+    if options.json:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+    else:
+        console.print(str(found), highlight=False, markup=False)
+
+
+def _compare_runs(options: _Compare) -> None:
     from unbraid.reporting.compare import METRICS, frontier, write_comparison
 
-    points = frontier(list(options.runs))
-    shown = [metric for metric in METRICS if any(metric in point.metrics for point in points)]
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("site", no_wrap=True)
-    table.add_column("settings", overflow="fold")
-    table.add_column("seeds")
-    for metric in shown:
-        table.add_column(METRICS[metric].replace("$", "").replace("^", ""), justify="right")
-    for point in points:
-        values = [str(point.metrics[metric]) if metric in point.metrics else "-" for metric in shown]
-        table.add_row(point.site, escape(point.label), str(point.seeds), *values)
-    console.print(table)
-    console.print("± is half of the 95 % interval of the mean over seeds (Student's t)")
-    for path in write_comparison(points, options.out, overwrite=options.overwrite):
-        console.print(str(path), highlight=False, markup=False)
+    points = frontier(list(options.paths))
+    if options.json:
+        print(json.dumps([dataclasses.asdict(point) for point in points], allow_nan=False))
+    else:
+        shown = [metric for metric in METRICS if any(metric in point.metrics for point in points)]
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        table.add_column("site", no_wrap=True)
+        table.add_column("settings", overflow="fold")
+        table.add_column("seeds")
+        for metric in shown:
+            table.add_column(METRICS[metric].replace("$", "").replace("^", ""), justify="right")
+        for point in points:
+            values = [str(point.metrics[metric]) if metric in point.metrics else "-" for metric in shown]
+            table.add_row(point.site, escape(point.label), str(point.seeds), *values)
+        console.print(table)
+        console.print("± is half of the 95 % interval of the mean over seeds (Student's t)")
+    if options.json and options.out is None:
+        return
+    for path in write_comparison(points, options.out or Path("comparison"), overwrite=options.overwrite):
+        if not options.json:
+            console.print(str(path), highlight=False, markup=False)
 
 
 @dataclasses.dataclass

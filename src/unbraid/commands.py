@@ -1,0 +1,222 @@
+"""What the commands do: they read words, call the library and print what happened.
+
+Each has its line in the table of `unbraid.cli`, which imports this module only when a command runs. Settings are parsed
+from the very models of `config`, so every setting has a flag and a help text.
+"""
+
+import dataclasses
+import difflib
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from unbraid.config import EvaluationConfig, RunConfig, Section, SynthConfig, overridden, read_settings, require_trust
+from unbraid.config.overrides import merged
+from unbraid.distributed.launch import Launch, execute
+from unbraid.errors import ConfigError
+from unbraid.flags import help_of, read_flags
+from unbraid.presets import with_preset
+from unbraid.recipes import RECIPES
+from unbraid.training.changes import words_of_resume
+
+console = Console(soft_wrap=True)
+
+
+class _TrainOptions(Section):
+    run: str | None = None
+    """Run folder to make; runs/<recipe> by default."""
+    preset: str | None = None
+    """The method: paper, apart or best; `unbraid presets` says what each is."""
+    dry_run: bool = False
+    """Print the plan after all of its checks, and stop there."""
+
+
+def train(arguments: list[str]) -> None:
+    """Train SAEs, measure them, draw Figure 1."""
+    config, own = _run_settings("train", arguments, _TrainOptions)
+    from unbraid import run
+
+    path = _path_given(own.get("run"), "--run")
+    if own.get("dry_run"):
+        console.print(str(run.plan(config, path)), highlight=False, markup=False)
+        return
+    run.train(config, path, console=console)
+
+
+class _HarvestOptions(Section):
+    pass
+
+
+def harvest(arguments: list[str]) -> None:
+    """Store the activations a run needs on disk."""
+    config, _ = _run_settings("harvest", arguments, _HarvestOptions)
+    if config.cache is None:
+        raise ConfigError("harvest needs --cache DIR: the folder to write activations into")
+    from unbraid import run
+
+    run.fill_cache(config, config.cache, console=console)
+
+
+def _run_settings(command: str, arguments: list[str], own: type[Section]) -> tuple[RunConfig, dict[str, Any]]:
+    """The settings a command line asks for, and the command's own flags; settings that were dropped are listed."""
+    given = read_flags(arguments, RunConfig, own)
+    if not given.words and not given.wants_help:
+        raise ConfigError(
+            f"{command} needs a recipe or a settings file first; recipes: {', '.join(RECIPES)}; "
+            f"such as `unbraid {command} tiny`"
+        )
+    recipe = given.words[0] if given.words else "demo"
+    if len(given.words) > 1:
+        raise ConfigError(
+            f"{command} takes one recipe or settings file; found {' '.join(given.words)!r}; drop the rest"
+        )
+    base, by_hand = _recipe(recipe)
+    if recipe.endswith(".json"):
+        require_trust(merged(RunConfig, base, by_hand, recipe)[0], TRUST.removeprefix("--") in given.settings, recipe)
+    if given.own.get("preset") is not None:
+        base = with_preset(merged(RunConfig, base, {}, recipe)[0], given.own["preset"]).model_dump(exclude_unset=True)
+    config, dropped = merged(RunConfig, base, by_hand | given.settings, f"{command} {recipe}")
+    if given.wants_help:
+        print(
+            help_of(
+                f"unbraid {command} {recipe}: settings, with their values in {recipe}", config, own, given.everything
+            )
+        )
+        sys.exit(0)
+    for setting in dropped:
+        console.print(f"dropped from {recipe}: {setting}", highlight=False, markup=False)
+    return config, given.own
+
+
+def _path_given(path: str | None, flag: str) -> Path | None:
+    if path is not None and (not path or "\0" in path):
+        raise ConfigError(f"{flag} = {path!r} is no path; expected the name of a folder")
+    return None if path is None else Path(path)
+
+
+def _recipe(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a recipe or a settings file says, and what of it was given by hand."""
+    if name.endswith(".json"):
+        return read_settings(Path(name))
+    key = name.replace("_", "-")
+    if key not in RECIPES:
+        close = difflib.get_close_matches(key, RECIPES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(RECIPES)}"
+        raise ConfigError(f"no recipe {name[:80]!r}; expected a recipe or a path ending in .json; {hint}")
+    return RECIPES[key]().model_dump(exclude_unset=True), {}
+
+
+TRUST = "--model.trust_remote_code"
+Trust = Annotated[
+    bool,
+    tyro.conf.arg(name=TRUST.removeprefix("--"), help="Run code shipped with the model, if the settings ask for it."),
+]
+
+
+def _is_trust(word: str) -> bool:
+    return word.replace("-", "_") == TRUST.replace("-", "_")
+
+
+@dataclasses.dataclass
+class _Resume:
+    run: tyro.conf.Positional[Path]
+    """A run folder."""
+    trust_remote_code: Trust = False
+
+
+def resume(arguments: list[str]) -> None:
+    """Continue an interrupted run exactly from its last checkpoint; only settings in `MAY_CHANGE` may differ."""
+    trusted = [word for word in arguments if _is_trust(word)]
+    folder, changes = words_of_resume([word for word in arguments if word not in trusted])
+    options = tyro.cli(_Resume, args=[*folder, *trusted], prog="unbraid resume")
+    from unbraid import run
+
+    run.resume(options.run, changes=changes, trust_remote_code=options.trust_remote_code, console=console)
+
+
+@dataclasses.dataclass
+class _Figure:
+    run: tyro.conf.Positional[Path]
+    """A run folder."""
+    paper: bool = False
+    """Draw the paper's four panels, into figures/figure1-paper.png and .svg."""
+
+
+def figure(arguments: list[str]) -> None:
+    """Draw Figure 1 of a run from its metrics."""
+    options = tyro.cli(_Figure, args=arguments, prog="unbraid figure")
+    from unbraid.reporting.figures import draw_training
+
+    for path in draw_training(options.run, paper=options.paper):
+        console.print(str(path), highlight=False)
+
+
+def launch(arguments: list[str]) -> None:
+    """Print the torchrun line that runs a command on many processes, or execute it with --run."""
+    at = next((place for place, word in enumerate(arguments) if word in ("train", "resume")), len(arguments))
+    options = tyro.cli(Launch, args=arguments[:at], prog="unbraid launch")
+    if at == len(arguments):
+        raise ConfigError("launch needs a command; such as `unbraid launch --ranks 4 train tiny --run runs/tiny`")
+    words = options.torchrun(arguments[at:])
+    if options.run:
+        execute(words)
+    print(shlex.join(words))
+
+
+class _EvaluateOptions(Section):
+    pass
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure SAEs beside their controls into evaluation.json."""
+    trusted = any(map(_is_trust, arguments))
+    arguments = [word for word in arguments if not _is_trust(word)]
+    given = read_flags(arguments, EvaluationConfig, _EvaluateOptions, {"suite": "suites"})
+    config = overridden(EvaluationConfig(), given.settings, "eval")[0]
+    if given.wants_help:
+        print(help_of("unbraid eval DIR|SAE_DIR|NAME", config, _EvaluateOptions, given.everything))
+        return
+    if len(given.words) != 1:
+        raise ConfigError(
+            f"eval takes one run, SAE folder or published name; found {' '.join(given.words) or 'none'!r}"
+        )
+    from unbraid.evaluation.suites import run_suites
+
+    _path_given(given.words[0], "the folder")
+    run_suites(given.words[0], config, trust_remote_code=trusted, console=console)
+
+
+class _SynthOptions(Section):
+    out: str | None = None
+    """JSON file for the numbers."""
+    resume: str | None = None
+    """Folder for checkpoints; the same command goes on from what it finds there."""
+
+
+def synth(arguments: list[str]) -> None:
+    """Train SAEs on a world with known features and score them against the truth."""
+    given = read_flags(arguments, SynthConfig, _SynthOptions)
+    if len(given.words) > 1 or (given.words and "world" in given.settings):
+        raise ConfigError(f"synth takes one world; found {' '.join(given.words)!r}")
+    world = {"world": given.words[0]} if given.words else {}
+    config = overridden(SynthConfig(), given.settings | world, "synth")[0]
+    if given.wants_help:
+        print(help_of("unbraid synth [WORLD]", config, _SynthOptions, given.everything))
+        return
+    from unbraid.evaluation.synth import run_synth
+
+    out, checkpoints = (_path_given(given.own.get(name), f"--{name}") for name in ("out", "resume"))
+    run_synth(config, console=console, out=out, resume=checkpoints)
+
+
+def doctor(arguments: list[str]) -> None:
+    """Show what is installed, which model, text and device were found, and what is missing."""
+    tyro.cli(dict, args=arguments, prog="unbraid doctor")
+    from unbraid.doctor import report
+
+    if not report(console):
+        sys.exit(1)
