@@ -1,4 +1,4 @@
-"""The promises of the packaging: few dependencies, all declared; a typed wheel; pins that match."""
+"""The promises of the packaging: few dependencies, all declared; pins that match."""
 
 import ast
 import importlib.metadata
@@ -6,8 +6,6 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-
-import pytest
 
 from unbraid.training.loggers import LOGGERS
 
@@ -89,14 +87,3 @@ def test_development_tools_are_pinned_to_the_same_version_in_both_places():
     for requirement in PROJECT["optional-dependencies"]["dev"]:
         name, version = requirement.split("==")
         assert constraints[distribution(name)] == version, requirement
-
-
-def test_the_wheel_is_typed_and_carries_the_licence(tmp_path: Path):
-    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(ROOT))
-    (wheel,) = builder.build(directory=str(tmp_path), versions=["standard"])
-    import zipfile
-
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "unbraid/py.typed" in names
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not [name for name in names if name.startswith("tests/")]

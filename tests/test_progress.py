@@ -56,6 +56,21 @@ def test_lines_come_every_thirty_seconds_where_there_is_no_terminal_and_at_the_e
     assert "1 rows/s, 1:10 left" in lines[0] and "training rows" in lines[0]
 
 
+def test_a_slow_rate_keeps_two_digits_and_the_end_is_said_once(now):
+    text = io.StringIO()
+    with Progress(Console(file=text, width=200), "correlation", 3, "SAEs") as progress:
+        for _ in range(3):
+            progress.update(progress.done + 1)
+            now[0] += 40
+        progress.update(3)
+        progress.update(4)
+    lines = lines_of(text)
+    assert lines == [
+        "correlation: 2 of 3 SAEs  0.025 SAEs/s, 0:40 left",
+        "correlation: 3 of 3 SAEs  0.025 SAEs/s, 0:00 left",
+    ]
+
+
 def test_more_than_the_total_is_shown_as_the_total(now):
     progress = Progress(Console(quiet=True), "harvesting", 10, "rows")
     progress.update(15)

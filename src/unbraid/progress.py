@@ -53,7 +53,7 @@ class Progress:
         below: Callable[[], RenderableType] | None = None,
     ):
         self.console, self.what, self.total, self.unit, self.below = console, what, total, unit, below
-        self.done = start
+        self.done, self._over = start, False
         self._seen: deque[tuple[float, int]] = deque()
         self._spoke = time.monotonic()
         self._bar = Bar(
@@ -85,14 +85,17 @@ class Progress:
             detail: added to a plain line.
             shown: takes the place of the count on a live display.
         """
-        self.done = done if self.total is None else min(done, self.total)
+        was_over, self.done = self._over, done if self.total is None else min(done, self.total)
+        self._over = self.done == self.total
         self._note()
         count = f"{self.done:,} of {self.total:,} {self.unit}" if self.total else f"{self.done:,} {self.unit}"
         pace = self._pace()
         self._bar.update(
             self._task, total=self.total, completed=self.done, description=shown or f"{self.what}: {count}", rate=pace
         )
-        self._speak("  ".join(filter(None, (f"{self.what}: {count}", pace, detail))), self.done == self.total)
+        if not (self._over and was_over):
+            line = "  ".join(filter(None, (f"{self.what}: {count}", pace, detail)))
+            self._speak(line, always=self._over)
 
     @property
     def rate(self) -> float | None:
@@ -119,7 +122,8 @@ class Progress:
         if self.rate is None:
             return ""
         left = self.seconds_left
-        return f"{self.rate:,.0f} {self.unit}/s" + (f", {clock(left)} left" if left is not None else "")
+        rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
+        return f"{rate} {self.unit}/s" + (f", {clock(left)} left" if left is not None else "")
 
     def _speak(self, text: str, always: bool = False) -> None:
         if self._live is None and (always or time.monotonic() - self._spoke >= LINE_EVERY_SECONDS):

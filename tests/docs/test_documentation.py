@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from stand_in_hub import stand_in_hub
 
 import unbraid
-from unbraid import cli, run
+from unbraid import cli, commands, run
 from unbraid.feature_model.live import server
 from unbraid.formats import hub as hub_module
 from unbraid.recipes import RECIPES
@@ -69,7 +69,7 @@ def shell(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             words += [flag, value] if flag not in words else []
         large = words[0] in ("train", "harvest") and words[1] in RECIPES and words[1] != "tiny"
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "execute", lambda words: None)
+            patch.setattr(commands, "execute", lambda words: None)
             patch.setattr(server, "serve", lambda fm, port, run, ready: None)
             if large:
                 patch.setattr(run, "train", lambda config, path, console: None)

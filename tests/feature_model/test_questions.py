@@ -1,11 +1,13 @@
 """Search, contexts, pairs, matches, runs opened by path, and what results turn into."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
 from feature_models import PROMPT, TEXT, random_feature_model, random_sae
+from rich.console import Console
 
 import unbraid
 from unbraid.errors import FeatureError, UnbraidError
@@ -134,17 +136,18 @@ def test_mutual_neighbours_leave_orphans_and_agree_where_the_match_is_clear(monk
 
 
 def test_a_run_is_opened_with_its_text_and_keeps_what_it_computed(run):
-    said = []
-    fm = unbraid.features(run.path, say=said.append)
+    said = io.StringIO()
+    console = Console(file=said, width=200)
+    fm = unbraid.features(run.path, console=console)
     assert set(fm.dictionaries) == set(run.saes) and fm.twins
     feature = next(row["feature"] for row in fm.read(PROMPT).top(1))
     contexts = fm.contexts(feature)
-    assert said and (run.path / "held_out.safetensors").is_file()
-    again, more = unbraid.features(run, say=said.append), len(said)
-    assert again.contexts(feature).to_dict() == contexts.to_dict() and len(said) == more
+    assert "of 16,384 rows" in said.getvalue() and (run.path / "held_out.safetensors").is_file()
+    again, more = unbraid.features(run, console=console), said.getvalue()
+    assert again.contexts(feature).to_dict() == contexts.to_dict() and said.getvalue() == more
     assert fm.prompt("kate").tokens_BT[0, 0] == fm.tokenizer.bos_token_id, "as in training"
     (run.path / "held_out.safetensors").write_bytes(b"damaged")
-    assert unbraid.features(run, say=said.append).contexts(feature).to_dict() == contexts.to_dict()
+    assert unbraid.features(run, console=console).contexts(feature).to_dict() == contexts.to_dict()
 
 
 def test_one_sae_of_a_run_is_opened_alone(run):

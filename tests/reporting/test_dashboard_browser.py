@@ -12,11 +12,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+from rich.console import Console
 from sae_samples import make_sae
 
 from unbraid.activations.rows import Chunk
 from unbraid.config import BufferConfig, ModelConfig, RunConfig, TextConfig
 from unbraid.errors import UnbraidError
+from unbraid.progress import Stages
 from unbraid.recipes import WITH_TWIN
 from unbraid.reporting.dashboard.build import fill_site
 from unbraid.reporting.dashboard.serve import serve
@@ -96,7 +98,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saes = {name: make_sae("topk", seed=at, n_features=widths[name]) for at, name in enumerate(NAMES)}
     metrics = {name: {"r2": 0.9, "l0": 5.0, "correlation_reduction": None, "steps": {}} for name in NAMES}
     summary = {"steps": {"planned": 399, "executed": 399}, "saes": metrics}
-    fill_site(folder, config, HostileSource(config), saes, summary, log, 3000, torch.device("cpu"), lambda _text: None)
+    with Stages(Console(quiet=True)) as stages:
+        fill_site(folder, config, HostileSource(config), saes, summary, log, 3000, torch.device("cpu"), stages)
     return folder
 
 

@@ -49,7 +49,7 @@ class ModelSuites:
         self, run: RunConfig, subjects: list[EvaluatedSAE], config: EvaluationConfig, device: torch.device, bar: Stages
     ):
         self.subjects, self.config, self.device, self.bar = subjects, config, device, bar
-        task = bar.add_task(f"loading {run.model.name}", total=1)
+        task = bar.add_task(f"loading {run.model.name}", total=1, unit="models")
         self.source = LiveActivations(run, device)
         self.filter = RowFilter(run.buffer, self.source.sites, self.source.special_ids)
         self.contexts: list[tuple[Tensor, Tensor]] = []
@@ -96,7 +96,7 @@ class ModelSuites:
         """Held-out chunks, `config.tokens` in whole contexts, and which of their tokens count."""
         text = self.source.text
         wanted = left = -(-self.config.tokens // text.context_length)
-        task = self.bar.add_task("held-out activations", total=wanted)
+        task = self.bar.add_task("held-out activations", total=wanted, unit="contexts")
         if text.held_out_fraction > 0:
             for chunk in self.source.chunks(None, held_out=True):
                 chunk = Chunk(chunk.tokens_BT[:left], [x[:left] for x in chunk.activations], chunk.position)
@@ -114,7 +114,7 @@ class ModelSuites:
 
     def splice(self) -> None:
         """The part of core that continues the model behind reconstructions."""
-        task = self.bar.add_task("spliced passes", total=len(self.contexts))
+        task = self.bar.add_task("spliced passes", total=len(self.contexts), unit="contexts")
 
         def counted() -> Iterator[tuple[Tensor, Tensor]]:
             for tokens_T, keep_T in self.contexts:
@@ -133,7 +133,7 @@ class ModelSuites:
     def correlation(self) -> None:
         """The paper's correlation reduction, on the codes that `read_held_out` kept."""
         with_codes = [subject for subject in self.subjects if subject.codes]
-        task = self.bar.add_task("correlation", total=len(with_codes))
+        task = self.bar.add_task("correlation", total=len(with_codes), unit="SAEs")
         measured: dict[str | None, CorrelationMeasured] = {}
         for subject in with_codes:
             measured[subject.name] = measure_correlation(
@@ -167,7 +167,7 @@ class ModelSuites:
         random_rows = np.random.default_rng(self.config.seed).permutation(len(place_R2))[:RANDOM_CONTEXTS]
         others = encoder([self._window(*place_R2[row].tolist()) for row in random_rows])
         with_codes = [subject for subject in self.subjects if subject.codes]
-        task = self.bar.add_task("contexts", total=len(with_codes))
+        task = self.bar.add_task("contexts", total=len(with_codes), unit="SAEs")
         for subject in with_codes:
             rng = np.random.default_rng(derive_seed(self.config.seed, "contexts", subject.name))
             by_feature = stack_codes(subject.codes, subject.codes[0].n_features).tocsc()
@@ -191,7 +191,7 @@ class ModelSuites:
         settings = self.config.probing
         probed = [subject for subject in self.subjects if subject.has_own_features]
         scores = {subject.name: {} for subject in probed}
-        task = self.bar.add_task("probing tasks", total=len(settings.tasks))
+        task = self.bar.add_task("probing", total=len(settings.tasks), unit="tasks")
         for file in settings.tasks:
             activations, labels = task_activations(self.source.model, file, settings)
             for site, x_BD in enumerate(activations):
@@ -209,7 +209,7 @@ class ModelSuites:
         Raises:
             EvaluationError: the model cannot spell, or its tokenizer has no words.
         """
-        task = self.bar.add_task("first letters", total=None)
+        task = self.bar.add_task("first letters", total=None, unit="prompts")
         spelling = read_spelling(
             self.source.model,
             self.config.spelling,
@@ -226,7 +226,7 @@ class ModelSuites:
             except EvaluationError as problem:
                 refused[str(where)] = str(problem)
                 continue
-            task = self.bar.add_task(f"absorption at {where}", total=len(here))
+            task = self.bar.add_task(f"absorption at {where}", total=len(here), unit="SAEs")
             for subject in here:
                 subject.report["absorption"] = absorption_scores(letters, subject.sae, self.config.seed)
                 self.bar.advance(task)

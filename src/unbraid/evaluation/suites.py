@@ -182,7 +182,7 @@ class _Evaluation:
 
     def _geometry(self) -> None:
         subjects_here = [subject for subject in self.subjects if subject.has_own_features]
-        task = self.bar.add_task("geometry", total=len(subjects_here))
+        task = self.bar.add_task("geometry", total=len(subjects_here), unit="SAEs")
         for subject in subjects_here:
             W_dec = subject.sae.W_dec.detach().float()
             subject.report["geometry"] = {
@@ -205,7 +205,7 @@ class _Evaluation:
                 f"world {self.config.world!r} is {self.world.d_model} wide, the SAE {self.subjects[0].sae.d_in}; name "
                 "the world the SAE was trained on"
             )
-        task = self.bar.add_task("ground truth", total=len(self.subjects))
+        task = self.bar.add_task("ground truth", total=len(self.subjects), unit="SAEs")
         for subject in self.subjects:
             found = evaluate_ground_truth(subject.sae, self.world, self.config.world_samples, self.config.seed)
             subject.report["ground-truth"] = found.to_dict()

@@ -6,14 +6,13 @@ once the next time. The file says which weights it is of; one of other weights i
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
 import torch
+from rich.console import Console
 
 from unbraid.activations.live import LiveActivations
 from unbraid.config import EvaluationConfig, RunConfig
@@ -23,15 +22,15 @@ from unbraid.feature_model.held_out import HeldOut
 from unbraid.feature_model.model import FeatureModel
 from unbraid.files import write_whole
 from unbraid.formats import path_or_name
+from unbraid.progress import Progress
 from unbraid.reporting.dashboard.passes import HeldOutPass, held_out_pass
 
 FILE = "held_out.safetensors"
 TOKENS = 16_384
 VERSION = 1
-Say = Callable[[str], None]
 
 
-def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, say: Say | None = None) -> FeatureModel:
+def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, console: Console | None = None) -> FeatureModel:
     """The model of a run with all its dictionaries standing in it, and the run's held-out text.
 
     Args:
@@ -39,7 +38,7 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, say: Say |
             `unbraid.load` takes, or a `Run`.
         device: where the model and dictionaries go.
         tokens: held-out token rows for maxima, contexts and partners.
-        say: where progress is told; standard error by default.
+        console: where progress is shown; standard error by default.
 
     Raises:
         UnbraidError: there is no finished dictionary, or its model or site is unknown or not there.
@@ -61,10 +60,10 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, say: Say |
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
     is_run = isinstance(path, Path) and (path / "config.json").is_file() and (path / "saes").is_dir()
     kept = Path(path) / FILE if is_run else None
-    tell = say or _to_standard_error
+    console = console or Console(stderr=True, soft_wrap=True)
 
     def held_out(fm: FeatureModel) -> HeldOut:
-        return _held_out(fm, config, source, tokens, kept, place, tell)
+        return _held_out(fm, config, source, tokens, kept, place, console)
 
     language_model = source.model
     return FeatureModel(
@@ -78,10 +77,6 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, say: Say |
     )
 
 
-def _to_standard_error(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _held_out(
     fm: FeatureModel,
     config: RunConfig,
@@ -89,24 +84,19 @@ def _held_out(
     tokens: int,
     kept: Path | None,
     device: torch.device,
-    say: Say,
+    console: Console,
 ) -> HeldOut:
     identity = _identity(fm, config, tokens)
     if kept is not None and (found := _load(kept, identity, list(fm.dictionaries))) is not None:
         return found
     sites = [str(site) for site in config.sites]
     located = {name: (sites.index(one.site), one.sae) for name, one in fm.dictionaries.items()}
-    said = [0]
-
-    def progress(done: int, wanted: int) -> None:
-        if done - said[0] >= wanted / 8 or done >= wanted:
-            said[0] = done
-            say(f"held-out rows for maxima, contexts and partners: {min(done, wanted):,} of {wanted:,}")
-
-    seen = held_out_pass(config, source, located, tokens, device, progress)  # pyright: ignore[reportArgumentType]
+    with Progress(console, "held-out text for maxima, contexts and partners", tokens, "rows") as progress:
+        told = lambda done, _: progress.update(done)  # noqa: E731
+        seen = held_out_pass(config, source, located, tokens, device, told)  # pyright: ignore[reportArgumentType]
     made = HeldOut(seen, seen.norms, np.full(len(seen.tokens_CT), seen.tokens_CT.shape[1]))
     if kept is not None:
-        _save(made, kept, identity, say)
+        _save(made, kept, identity, console)
     return made
 
 
@@ -122,7 +112,7 @@ def _identity(fm: FeatureModel, config: RunConfig, tokens: int) -> str:
     return digest.hexdigest()
 
 
-def _save(made: HeldOut, path: Path, identity: str, say: Say) -> None:
+def _save(made: HeldOut, path: Path, identity: str, console: Console) -> None:
     from safetensors.numpy import save_file
 
     arrays = {"tokens_CT": made.seen.tokens_CT, "context_R": made.seen.context_R, "position_R": made.seen.position_R}
@@ -134,7 +124,8 @@ def _save(made: HeldOut, path: Path, identity: str, say: Say) -> None:
     try:
         write_whole(path, lambda partial: save_file(whole, partial, metadata=metadata))
     except OSError as problem:
-        say(f"the held-out codes are not kept: {str(path)!r} cannot be written ({problem.strerror})")
+        why = f"the held-out codes are not kept: {str(path)!r} cannot be written ({problem.strerror})"
+        console.print(why, highlight=False, markup=False)
 
 
 def _load(path: Path, identity: str, names: list[str]) -> HeldOut | None:

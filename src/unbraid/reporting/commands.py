@@ -167,22 +167,14 @@ def dashboard(arguments: list[str]) -> None:
 
     index = (options.out if options.out is not None else options.run / "report") / "index.html"
     if not (options.serve and index.is_file()):
-        with console.status("reading the run") as status:
-
-            def say(text: str) -> None:
-                if console.is_terminal:
-                    status.update(escape(text))
-                else:
-                    console.print(text, highlight=False, markup=False)
-
-            index = write_dashboard(
-                options.run,
-                options.out,
-                options.tokens,
-                say,
-                overwrite=options.overwrite,
-                trust_remote_code=options.trust_remote_code,
-            )
+        index = write_dashboard(
+            options.run,
+            options.out,
+            options.tokens,
+            console=console,
+            overwrite=options.overwrite,
+            trust_remote_code=options.trust_remote_code,
+        )
     console.print(str(index), highlight=False, markup=False)
     if options.serve:
         with serve(index, options.port) as server:

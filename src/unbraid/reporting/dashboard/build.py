@@ -1,16 +1,19 @@
 """`unbraid dashboard RUN`: from a run folder to `report/index.html`."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from unbraid.activations.rows import ChunkSource
 from unbraid.config import RunConfig
 from unbraid.formats.export import open_source
 from unbraid.owned_folders import check_replaceable, written_folder
+from unbraid.progress import Stages, default_console
 from unbraid.reporting.dashboard.entangled import entangled_pairs, pair_contexts
 from unbraid.reporting.dashboard.features import (
     excerpt,
@@ -39,15 +42,14 @@ from unbraid.training.run_folder import RunFolder
 
 CURVES = ("tau", "correlation_mean", "correlation_std", "updates", "loss")
 CURVE_POINTS = 200
-Say = Callable[[str], None]
 
 
 def write_dashboard(
     run: Path | str,
     out: Path | str | None = None,
     tokens: int = 16_384,
-    say: Say = lambda _text: None,
     *,
+    console: Console | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -57,7 +59,7 @@ def write_dashboard(
         run: a run folder.
         out: where to; `report/` in the run folder by default, where an earlier dashboard is replaced.
         tokens: held-out token rows to look at.
-        say: where progress is told.
+        console: where progress is shown; a terminal or notebook by default.
         overwrite: replace an earlier dashboard in `out`.
         trust_remote_code: allow the run's settings to run code that comes with the model.
 
@@ -75,10 +77,11 @@ def write_dashboard(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     summary = folder.read_summary() if folder.summary.is_file() else {}
     log = TrainingLog.read(folder.metrics)
-    say(f"reading {config.model.name}")
-    source = LiveActivations(config, device)
-    with written_folder(final, KIND, **replacing) as partial:
-        fill_site(partial, config, source, saes, summary, log, tokens, device, say)
+    console = console or default_console()
+    with console.status(f"loading {config.model.name}"):
+        source = LiveActivations(config, device)
+    with written_folder(final, KIND, **replacing) as unfinished, Stages(console) as stages:
+        fill_site(unfinished, config, source, saes, summary, log, tokens, device, stages)
     return final / "index.html"
 
 
@@ -91,15 +94,14 @@ def fill_site(
     log: TrainingLog,
     tokens: int,
     device: torch.device,
-    say: Say,
+    stages: Stages,
 ) -> None:
     """Everything of a dashboard, into the empty folder `folder`."""
     sites = {str(site): index for index, site in enumerate(config.sites)}
     names = [name for name in log.names if name in saes and split_name(name)[0] in sites]
     located = {name: (sites[split_name(name)[0]], saes[name].to(device)) for name in names}
-    held_out = held_out_pass(
-        config, source, located, tokens, device, lambda done, wanted: say(f"held-out rows: {done:,} of {wanted:,}")
-    )
+    reading = stages.add_task("held-out text", tokens, "rows")
+    held_out = held_out_pass(config, source, located, tokens, device, lambda done, _: stages.update(reading, done))
     model = getattr(source, "model", None)
     tokenizer = model.tokenizer if model is not None else None
     texts = [
@@ -109,11 +111,12 @@ def fill_site(
     site = Site(folder, texts)
     described, twins = [], config.twins
     for index, name in enumerate(names):
-        say(f"{name}: {saes[name].n_features:,} features")
+        writing = stages.add_task(name, saes[name].n_features, "features")
         twin = twins.get(name)
         twin = twin if twin in saes else None
         language_model = model.model if model is not None else None
-        pairs = _write_sae(site, index, name, twin, saes, held_out, language_model, tokenizer)
+        written = partial(stages.advance, writing)
+        pairs = _write_sae(site, index, name, twin, saes, held_out, language_model, tokenizer, written)
         described.append(
             {
                 "name": name,
@@ -142,8 +145,9 @@ def _write_sae(
     held_out: HeldOutPass,
     model: Any,
     tokenizer: Any,
+    written: Callable[[], None],
 ) -> int:
-    """Feature and pair data of one SAE; the number of its pairs."""
+    """Feature and pair data of one SAE; the number of its pairs. `written` is called for each feature."""
     sae, codes = saes[name], held_out.codes[name]
     W_dec = sae.W_dec.detach().cpu()
     near_ids, near = neighbours(W_dec)
@@ -171,6 +175,7 @@ def _write_sae(
                     if c > 0
                 ],
             )
+            written()
 
     counts = np.diff(codes.indptr)
     largest = np.array(
