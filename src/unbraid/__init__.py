@@ -1,4 +1,4 @@
-"""unbraid: train sparse autoencoders whose features come apart.
+"""unbraid: train and study sparse autoencoders (SAEs) with feature decorrelation.
 
 run = unbraid.train(unbraid.recipes.tiny())      # a whole run: text, model, SAEs, metrics, figure
 saes = unbraid.fit(unbraid.SAEConfig(...), x)    # SAEs on a tensor of activations, without a run folder

@@ -298,7 +298,7 @@ def _fit_and_finish(
 def _voice(
     folder: RunFolder, config: RunConfig, console: Console, everyone: Ranks
 ) -> Iterator[tuple[Console, Loggers]]:
-    """The run's console and loggers, behind its lock; among ranks the first one speaks, the others are silent."""
+    """The run's console and loggers, behind its lock; among ranks only the first one prints and logs."""
     if not everyone.first:
         yield quiet_console(), Loggers([])
         return

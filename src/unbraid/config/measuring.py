@@ -197,7 +197,7 @@ class SynthConfig(Section):
     decorrelation: SerializeAsAny[DecorrelationConfig] = Field(default_factory=lambda: DecorrelationConfig(lambda2=0.0))
     """Penalty, off by default."""
     eval_samples: int = Field(default=100_000, ge=1)
-    """Samples they are judged on."""
+    """Samples they are evaluated on."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 

@@ -39,7 +39,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank speaks for all where one is enough."""
+        """Whether this rank prints and writes what belongs to all ranks."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:

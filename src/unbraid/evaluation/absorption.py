@@ -100,7 +100,7 @@ def read_spelling(
     )
     if accuracy < LEAST_ACCURACY:
         raise EvaluationError(
-            f"the model cannot spell: asked for the first letter of words it names {accuracy:.0%} rightly; absorption "
+            f"the model cannot spell: asked for the first letter of words it is right for {accuracy:.0%}; absorption "
             f"needs {LEAST_ACCURACY:.0%}; use a larger model"
         )
     activations = cached_activations(model, prompts, places, lambda done: on_prompts(n_asked + done, total))

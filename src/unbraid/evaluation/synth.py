@@ -1,7 +1,7 @@
 """`unbraid synth`: train architectures on a world whose features are known, and print what they found.
 
-Every row of a seed is trained on the same fresh samples, by the trainer that trains on language models, and judged on
-the same tokens; controls stand below. With several seeds a number is a mean with its standard deviation over seeds.
+Every row of a seed is trained on the same fresh samples, by the trainer that trains on language models, and evaluated
+on the same tokens; controls stand below. With several seeds a number is a mean with its standard deviation over seeds.
 """
 
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Features in hand: read the features of a prompt, steer, ablate and splice them, and attribute logits to them."""
+"""Work with features: read the features of a prompt, steer, ablate and splice them, and attribute logits to them."""
 
 from typing import TYPE_CHECKING
 

@@ -29,7 +29,7 @@ from unbraid.feature_model.tables import Table
 
 
 class FeatureModel:
-    """A causal language model and the dictionaries that stand in it.
+    """A causal language model and the dictionaries attached to it.
 
     Args:
         hf_model: any transformers causal language model; it is put in eval mode, its weights are frozen. Take

@@ -31,7 +31,7 @@ VERSION = 1
 
 
 def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, console: Console | None = None) -> FeatureModel:
-    """The model of a run with all its dictionaries standing in it, and the run's held-out text.
+    """The model of a run with all its dictionaries attached, and the run's held-out text.
 
     Args:
         run: a run folder, the folder of one of its SAEs, another SAE folder that says its model and site, a name that

@@ -122,7 +122,7 @@ def _in_slice(at: slice, position_BT: Tensor, length_B1: Tensor) -> Tensor:
 
 
 def _in_mask(mask: Tensor, position_BT: Tensor, length_B: Tensor) -> Tensor:
-    """A mask speaks of the prompt's tokens: of columns where it has padding, else of positions."""
+    """A mask is over the prompt's tokens: over columns where it has padding, else over positions."""
     mask_BL = (
         mask.to(position_BT.device).expand(len(position_BT), -1) if mask.ndim == 1 else mask.to(position_BT.device)
     )
