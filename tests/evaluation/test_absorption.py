@@ -113,7 +113,7 @@ class Illiterate(Model):
 
 def test_a_model_that_names_the_wrong_letters_is_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setattr(Illiterate, "activations", lambda self, tokens, mask: pytest.fail("was read"))
-    with pytest.raises(EvaluationError, match=r"names \d% rightly; absorption needs 25%"):
+    with pytest.raises(EvaluationError, match=r"right for \d%; absorption needs 25%"):
         read_spelling(Illiterate(), SpellingConfig(train=4, test=2))
 
 

@@ -1,11 +1,14 @@
 """The hub, as a stand-in on loopback: what goes up comes down again, with a card that says what it is."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
+from rich.console import Console
 from sae_samples import make_sae
 from stand_in_hub import stand_in_hub
 
@@ -126,3 +129,10 @@ def test_nothing_goes_up_through_a_link(hub, run: Path, tmp_path: Path, name: st
     with pytest.raises(UnbraidError, match="symbolic link"):
         push_to_hub(run, "me/saes", endpoint=hub.endpoint)
     assert not hub.repositories.get("me/saes")
+
+
+def test_an_upload_shows_how_far_it_is(hub, run):
+    said = io.StringIO()
+    push_to_hub(run, "me/saes", endpoint=hub.endpoint, console=Console(file=said, width=200))
+    (line,) = said.getvalue().splitlines()
+    assert re.match(r"uploading to me/saes: ([\d,]+) of \1 kB", line), line

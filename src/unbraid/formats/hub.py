@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from unbraid.errors import FormatError
 from unbraid.files import write_json
 from unbraid.formats import open_folder, save
@@ -22,6 +24,7 @@ from unbraid.formats.export import open_source
 from unbraid.formats.folder import SAEFolder
 from unbraid.formats.reading import read_json
 from unbraid.owned_folders import MARKER
+from unbraid.progress import Progress, default_console
 from unbraid.training.run_folder import RunFolder
 
 SAE_FILES = ("cfg.json", "config.json", "sae_weights.safetensors", "sparsity.safetensors", "sae.safetensors", "ae.pt")
@@ -36,6 +39,7 @@ def push_to_hub(
     private: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
+    console: Console | None = None,
 ) -> str:
     """Upload the SAEs of a run, or one SAE folder, with a model card; returns the address of the commit.
 
@@ -45,6 +49,7 @@ def push_to_hub(
         private: whether a repository made now is private.
         token: access token; `hf auth login`'s by default.
         endpoint: address of the hub or of a mirror; `HF_ENDPOINT` by default.
+        console: where progress is shown; a terminal or notebook by default.
 
     Raises:
         FormatError: there is no SAE at `source`, or the hub refused.
@@ -64,13 +69,38 @@ def push_to_hub(
             _stage_run(RunFolder(Path(source)).path, stage)
         (stage / "README.md").write_text(model_card(repository, folders, stage), encoding="utf-8")
         api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=stage,
-            commit_message=f"{len(folders)} sparse autoencoders",
-            ignore_patterns=[MARKER, f"*/{MARKER}"],
-        )
+        return _upload(api, repository, stage, f"{len(folders)} sparse autoencoders", console or default_console())
+
+
+def _upload(api: Any, repository: str, stage: Path, message: str, console: Console) -> str:
+    """Every file of `stage` in one commit; its address. Large files go one by one, so that progress can be shown."""
+    from huggingface_hub import CommitOperationAdd
+
+    files = sorted(path for path in stage.rglob("*") if path.is_file() and path.name != MARKER)
+    sizes = [max(1, path.stat().st_size // 1000) for path in files]
+    additions = [CommitOperationAdd(path.relative_to(stage).as_posix(), path) for path in files]
+    with _no_bars(), Progress(console, f"uploading to {repository}", sum(sizes), "kB") as progress:
+        for addition, size in zip(additions, sizes, strict=True):
+            api.preupload_lfs_files(repository, [addition])
+            progress.update(min(progress.done + size, sum(sizes) - 1))
+        commit = api.create_commit(repository, additions, commit_message=message)
+        progress.update(sum(sizes))
     return str(commit.commit_url)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """The hub's own progress bars stay out of the way."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _stage_run(run: Path, stage: Path) -> None:
