@@ -52,6 +52,10 @@ def fails(capsys, *arguments: str) -> str:
         (["eval", "nowhere", "--suite", "core,corr"], "there is no suite 'corr'; expected some of core,correlation,"),
         (["eval", "nowhere", "--tokens", "0"], "greater than"),
         (["eval", ".", "--world", "huge"], "no world named 'huge'; expected one of unit"),
+        (["doctor", "tiny"], "doctor takes nothing; found 'tiny'"),
+        (["presets", "best"], "presets takes nothing; found 'best'"),
+        (["compare", "nowhere"], "'nowhere' holds no run"),
+        (["compare", "nowhere", "elsewhere"], "there is no such folder"),
         (["synth", "huge"], "no world named 'huge'; expected one of unit"),
     ],
 )

@@ -215,7 +215,11 @@ def synth(arguments: list[str]) -> None:
 
 def doctor(arguments: list[str]) -> None:
     """Show what is installed, which model, text and device were found, and what is missing."""
-    tyro.cli(dict, args=arguments, prog="unbraid doctor")
+    if arguments in (["--help"], ["-h"]):
+        print("unbraid doctor: what is installed, which model, text and device were found, and what is missing")
+        return
+    if arguments:
+        raise ConfigError(f"doctor takes nothing; found {' '.join(arguments)[:80]!r}; drop it")
     from unbraid.doctor import report
 
     if not report(console):

@@ -86,5 +86,5 @@ def presets(arguments: list[str]) -> None:
     if arguments in (["--help"], ["-h"]):
         print("unbraid presets: the methods that `--preset NAME` chooses from\n")
     elif arguments:
-        raise ConfigError(f"presets takes nothing; found {' '.join(arguments)[:80]!r}")
+        raise ConfigError(f"presets takes nothing; found {' '.join(arguments)[:80]!r}; drop it")
     print(listed())
