@@ -1,6 +1,7 @@
 """What lists or refuses imports nothing heavy; the library's names are there when they are asked for."""
 
 import importlib
+import re
 import subprocess
 import sys
 
@@ -75,3 +76,21 @@ def test_help_of_a_command_is_its_own_help(capsys):
             main(words)
         assert stopped.value.code == 0
         assert "--training.tokens" in capsys.readouterr().out
+
+
+def test_common_settings_come_first_each_group_once_and_every_setting_is_described(capsys):
+    for flag, rare in (("--help", False), ("--help-all", True)):
+        with pytest.raises(SystemExit):
+            main(["train", "tiny", flag])
+        said = capsys.readouterr().out
+        headings = [line for line in said.splitlines() if line.endswith(":") and not line.startswith(" ")]
+        assert len(headings) == len(set(headings)) and "sae:" in headings
+        assert ("--training.keep-checkpoints" in said) is rare and "--sae.n-features" in said
+        assert ("--help-all lists every setting" in said) is not rare
+        assert not re.findall(r"^  --.*\n      \(", said, re.MULTILINE), "a setting without a description"
+
+
+def test_help_of_resume_lists_what_may_change(capsys):
+    with pytest.raises(SystemExit):
+        main(["help", "resume"])
+    assert "--training.tokens" in capsys.readouterr().out

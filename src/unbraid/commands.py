@@ -21,7 +21,7 @@ from unbraid.errors import ConfigError
 from unbraid.flags import help_of, read_flags
 from unbraid.presets import with_preset
 from unbraid.recipes import RECIPES
-from unbraid.training.changes import words_of_resume
+from unbraid.training.changes import MAY_CHANGE, words_of_resume
 
 console = Console(soft_wrap=True)
 
@@ -132,7 +132,13 @@ def resume(arguments: list[str]) -> None:
     """Continue an interrupted run exactly from its last checkpoint; only settings in `MAY_CHANGE` may differ."""
     trusted = [word for word in arguments if _is_trust(word)]
     folder, changes = words_of_resume([word for word in arguments if word not in trusted])
-    options = tyro.cli(_Resume, args=[*folder, *trusted], prog="unbraid resume")
+    settings = ", ".join(f"--{path.replace('_', '-')}" for path in MAY_CHANGE)
+    options = tyro.cli(
+        _Resume,
+        args=[*folder, *trusted],
+        prog="unbraid resume",
+        description=f"Continue an interrupted run, or train a finished one on more tokens. May change: {settings}.",
+    )
     from unbraid import run
 
     run.resume(options.run, changes=changes, trust_remote_code=options.trust_remote_code, console=console)

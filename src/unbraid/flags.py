@@ -225,7 +225,7 @@ def _expected(annotation: Any) -> str:
 def help_of(title: str, config: Section, own: type[Section], everything: bool) -> str:
     """The flags that apply to `config`, with their values there; the common ones, or all."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    lines = [title, "", *_listed("", {name: None for name in own.model_fields}, own, True, width)]
+    lines = [title, "", *_listed("flags of this command", "", dict.fromkeys(own.model_fields), own, True, width)]
     lines += _group("", config.model_dump(), type(config), config, everything, width)
     if not everything:
         lines += ["", "--help-all lists every setting; docs/settings.md describes them."]
@@ -237,26 +237,35 @@ def _group(
 ) -> list[str]:
     plain = {name: value for name, value in values.items() if name in model.model_fields}
     groups = {name for name in plain if group_of(model.model_fields[name].annotation)}
-    lines = _listed(prefix, {n: v for n, v in plain.items() if n not in groups}, model, everything, width)
+    heading = prefix.rstrip(".") or "settings"
+    lines = _listed(heading, prefix, {n: v for n, v in plain.items() if n not in groups}, model, everything, width)
     for name in [name for name in plain if name in groups]:
         inner = getattr(config, name)
         lines += _group(f"{prefix}{name}.", plain[name], type(inner), inner, everything, width)
     return lines
 
 
-def _listed(prefix: str, values: dict[str, Any], model: type[Section], everything: bool, width: int) -> list[str]:
+def _listed(
+    heading: str, prefix: str, values: dict[str, Any], model: type[Section], everything: bool, width: int
+) -> list[str]:
     lines: list[str] = []
     for name, value in values.items():
         found = model.model_fields[name]
         kinds = list(model.kinds()) if issubclass(model, Kinds) and model.names_kind == name else []
         if not everything and not kinds and Common not in found.metadata:
             continue
-        shown = "" if value is None and found.default is None and not prefix else f"  [{_shown(value)}]"
+        shown = "" if value is None and not prefix else f"  [{_shown(value)}]"
         accepts = ", ".join(kinds) or " or ".join(map(_expected, _alternatives(annotation_of(found))))
         lines.append(f"  --{prefix}{name}".replace("_", "-") + shown)
-        text = f"{' '.join((found.description or '').split())} ({accepts})".lstrip()
+        text = f"{' '.join(_described(model, name).split())} ({accepts})".lstrip()
         lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return [f"{prefix.rstrip('.') or 'the command'}:", *lines, ""] if lines else []
+    return [f"{heading}:", *lines, ""] if lines else []
+
+
+def _described(model: type[Section], name: str) -> str:
+    """A setting's description; a kind that only gives it another default leaves that to its base."""
+    found = (base.model_fields[name] for base in model.__mro__ if name in getattr(base, "model_fields", {}))
+    return next((field.description for field in found if field.description), "")
 
 
 def _shown(value: Any) -> str:

@@ -100,7 +100,7 @@ class TrainingConfig(Section):
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     loggers: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], Common] = []
-    """Where those lines go as well; each is an extra: pip install 'unbraid[wandb]'."""
+    """Where metrics go besides metrics.jsonl; each is an extra: pip install 'unbraid[wandb]'."""
     log_project: Annotated[str, active_when(loggers=including("wandb", "trackio"))] = "unbraid"
     """Project under which wandb and trackio file the run."""
     checkpoint_every: int = Field(default=1000, ge=0)
