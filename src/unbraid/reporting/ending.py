@@ -89,11 +89,14 @@ def _cell(key: str, value: float | None, twin: float | None) -> str:
 def most_changed(codes: Csc, W_dec: Tensor, twin_codes: Csc, twin_W_dec: Tensor, count: int = 3) -> list[Pair]:
     """The pairs, entangled here or in the twin, whose correlation differs most between the two; no feature twice.
 
+    Features that never fire on these rows are left out.
+
     Args:
         codes, W_dec: `[R, N]` codes of held-out rows, and the decoder.
         twin_codes, twin_W_dec: the same of the twin, on the same rows.
         count: how many.
     """
+    fires_N = np.diff(codes.indptr)
     here = entangled_pairs(codes, W_dec, twin_codes, twin_W_dec)
     there = [
         replace(
@@ -105,7 +108,11 @@ def most_changed(codes: Csc, W_dec: Tensor, twin_codes: Csc, twin_W_dec: Tensor,
             decoder_cosine=float(torch.cosine_similarity(*W_dec[list(pair.counterparts)], dim=0)),
         )
         for pair in entangled_pairs(twin_codes, twin_W_dec, codes, W_dec)
-        if pair.counterparts is not None and len(set(pair.counterparts)) == 2 and pair.twin_correlation is not None
+        if pair.counterparts is not None
+        and len(set(pair.counterparts)) == 2
+        and pair.twin_correlation is not None
+        # The nearest decoder row of a dead feature says nothing about the twin's feature.
+        and fires_N[list(pair.counterparts)].all()
     ]
     chosen: list[Pair] = []
     seen: set[int] = set()

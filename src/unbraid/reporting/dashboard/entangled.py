@@ -97,7 +97,8 @@ def pair_contexts(held_out: HeldOutPass, codes: Csc, pair: Pair) -> dict[str, li
     """Contexts where both fire on a token, and where one fires on a token without the other, strongest first."""
     one, other = (firing(codes, feature) for feature in pair.features)
     _, at_one, at_other = np.intersect1d(one.rows, other.rows, assume_unique=True, return_indices=True)
-    strength = np.minimum(one.values[at_one] / one.values.max(), other.values[at_other] / other.values.max())
+    peaks = one.values.max(initial=0.0), other.values.max(initial=0.0)  # 0 of a feature that is silent here
+    strength = np.minimum(one.values[at_one] / peaks[0], other.values[at_other] / peaks[1])
     both = one.rows[at_one[np.argsort(-strength, kind="stable")]]
     rows = {"both": both, "first": alone(held_out, one, other), "second": alone(held_out, other, one)}
     return {
