@@ -13,8 +13,8 @@ from unbraid.activations.block import find_blocks
 from unbraid.activations.language_model import LanguageModel, load_language_model
 from unbraid.activations.packaged_model import find_packaged_model, packaged_model_folder
 from unbraid.activations.random_model import FAMILIES
-from unbraid.config import ModelConfig
-from unbraid.errors import ModelError
+from unbraid.config import ModelConfig, validated
+from unbraid.errors import ConfigError, ModelError
 from unbraid.text.tokens import tokenise
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,74 @@ def test_a_model_is_loaded_in_the_asked_precision() -> None:
     model = load_language_model(model_config("random:llama", "mlp_out.1", dtype="bfloat16"))
     assert model.dtype == torch.bfloat16
     assert model.activations(torch.arange(20).reshape(2, 10))[0].dtype == torch.bfloat16
+
+
+def saved(tmp_path: Path, dtype: str = "float32") -> LanguageModel:
+    original = load_language_model(model_config("random:llama", "resid_post.1", dtype=dtype))
+    original.model.save_pretrained(tmp_path)  # pyright: ignore
+    original.tokenizer.save_pretrained(tmp_path)
+    return original
+
+
+@pytest.mark.parametrize(("asked", "found"), [("stored", torch.bfloat16), ("float16", torch.float16)])
+def test_the_stored_precision_is_kept_when_asked_for(asked: str, found: torch.dtype, tmp_path: Path) -> None:
+    saved(tmp_path, "bfloat16")
+    assert load_language_model(model_config(str(tmp_path), dtype=asked)).dtype == found
+    assert load_language_model(model_config("random:llama", dtype="stored")).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "packages"),
+    [("quantisation", "4bit", "bitsandbytes accelerate"), ("device_map", "auto", "accelerate")],
+)
+def test_packages_for_quantising_and_spreading_are_named_where_missing(
+    setting: str, value: str, packages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "_is_installed", lambda package: False)
+    config = ModelConfig.model_validate({"name": str(tmp_path), "sites": ["resid_post.0"], setting: value})
+    with pytest.raises(ModelError, match=rf"model\.{setting} = '{value}' needs .*`pip install {packages}`"):
+        load_language_model(config)
+    gguf = config.model_copy(update={"name": str(tmp_path / "x.gguf")})
+    with pytest.raises(ModelError, match=rf"model\.{setting} = '{value}' is not read for .*GGUF"):
+        load_language_model(gguf)
+    with pytest.raises(ConfigError, match=rf"{setting}.*something other than packaged"):
+        validated(ModelConfig, {"name": "random:llama", setting: value}, "test")
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [
+        ({"quantisation": "8bit"}, ("quantization_config", "load_in_8bit")),
+        ({"quantisation": "4bit"}, ("quantization_config", "load_in_4bit")),
+        ({"device_map": "auto"}, ("device_map", None)),
+    ],
+)
+def test_a_quantised_or_spread_model_is_loaded_so_and_not_moved(
+    settings: dict, option: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither bitsandbytes nor a second device is there: this checks what transformers is asked for."""
+    import transformers
+
+    original, asked = saved(tmp_path), {}
+
+    class Quantisation(dict):
+        def __init__(self, **options):
+            super().__init__(options)
+
+    def from_pretrained(name, **options):
+        asked.update(options)
+        original.model.hf_device_map = {"": 0}  # pyright: ignore
+        monkeypatch.setattr(original.model, "to", None)
+        return original.model
+
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", Quantisation)
+    monkeypatch.setattr(load, "_is_installed", lambda package: True)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    config = ModelConfig.model_validate({"name": str(tmp_path), "sites": ["resid_post.1"], **settings})
+    loaded = load_language_model(config, "cuda:99")
+    name, key = option
+    assert asked[name] == "auto" if key is None else asked[name][key] is True
+    assert torch.equal(*(one.activations(torch.arange(8)[None])[0] for one in (loaded, original)))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_neox"])

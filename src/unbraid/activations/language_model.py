@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unbraid.activations.block import BlockTrace, find_blocks
 from unbraid.activations.hooks import Place, Visit, place_outside_blocks, visited
-from unbraid.activations.load import load_model_and_tokenizer
+from unbraid.activations.load import is_placed, load_model_and_tokenizer
 from unbraid.activations.suitability import check_causal, check_vocabulary, trial_tokens
 from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
@@ -210,7 +210,7 @@ class LanguageModel:
         def keep(i: int) -> Visit:
             def visit(x: Tensor) -> None:
                 with torch.inference_mode(False):  # Falcon adds to its MLP's output in place; a copy can be learnt from
-                    captured[i] = self._checked(i, x, tokens).clone()
+                    captured[i] = self._checked(i, x, tokens).clone().to(self.device)  # a spread model has several
                 if len(captured) == len(self.sites):
                     raise _DeepestSiteReached
 
@@ -370,7 +370,7 @@ def load_language_model(config: ModelConfig, device: torch.device | str = "cpu",
     """
     model, tokenizer = load_model_and_tokenizer(config, seed)
     try:
-        model = model.to(device)
+        model = model if is_placed(model) else model.to(device)
     except (RuntimeError, AssertionError) as problem:
         raise ModelError(
             f"{config.name} cannot be put on device {str(device)!r} ({problem}); expected a device with enough memory; "

@@ -3,6 +3,7 @@
 transformers is imported on first use only: importing it costs seconds and most of unbraid does not need it.
 """
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ PACKAGED = ", ".join(f"packaged:{name}" for name in MODELS)
 
 
 def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Module, Any]:
-    """The transformers model, in `config.dtype` on the CPU, and its tokenizer.
+    """The transformers model, in `config.dtype`, and its tokenizer; on the CPU but where it is quantised or spread.
 
     Raises:
         ModelError: the model is not installed, not found or not readable.
@@ -34,7 +35,7 @@ def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Mod
                 raise ModelError(
                     f"model.name = {config.name!r}: no such family; expected random: and one of {', '.join(FAMILIES)}"
                 )
-            return random_model(rest, config.dtype, seed)
+            return random_model(rest, "float32" if config.dtype == "stored" else config.dtype, seed)
         if kind == "packaged":
             return _pretrained(config, str(packaged_model_folder(rest)))
         if config.name.endswith(".gguf"):
@@ -46,9 +47,9 @@ def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Mod
 
 
 def _pretrained(config: ModelConfig, name: str, on_hub: bool = False) -> tuple[nn.Module, Any]:
-    import torch
     from transformers import AutoConfig
 
+    placing = _placing(config)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     unreachable = why_unreachable() if on_hub else None
     if unreachable is not None:
@@ -59,7 +60,7 @@ def _pretrained(config: ModelConfig, name: str, on_hub: bool = False) -> tuple[n
         tokenizer = _tokenizer(config, name, options)
         if getattr(settings.get_text_config(), "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # the fused kernels of some versions leave the soft-cap out
-        model = model_class.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
+        model = model_class.from_pretrained(name, dtype=_dtype(config), **options, **placing)
     except ModelError:
         raise
     except Exception as problem:  # transformers, safetensors and hub clients raise too many kinds to list
@@ -72,6 +73,50 @@ def _pretrained(config: ModelConfig, name: str, on_hub: bool = False) -> tuple[n
             "allowed to read; change model.name, or log in to the hub"
         ) from problem
     return model, tokenizer
+
+
+def _dtype(config: ModelConfig) -> Any:
+    """What transformers takes as a dtype."""
+    import torch
+
+    return "auto" if config.dtype == "stored" else getattr(torch, config.dtype)
+
+
+def _placing(config: ModelConfig) -> dict[str, Any]:
+    """Options that quantise a model and spread it over devices.
+
+    Raises:
+        ModelError: a package for it is not installed.
+    """
+    options: dict[str, Any] = {}
+    if config.quantisation != "none":
+        _require(config, "quantisation", "bitsandbytes", "accelerate")
+        from transformers import BitsAndBytesConfig
+
+        bits = {"load_in_8bit": True} if config.quantisation == "8bit" else {"load_in_4bit": True}
+        options["quantization_config"] = BitsAndBytesConfig(**bits)
+    if config.device_map is not None:
+        _require(config, "device_map", "accelerate")
+        options["device_map"] = config.device_map
+    return options
+
+
+def _require(config: ModelConfig, setting: str, *packages: str) -> None:
+    missing = [package for package in packages if not _is_installed(package)]
+    if missing:
+        raise ModelError(
+            f"model.{setting} = {getattr(config, setting)!r} needs {' and '.join(missing)}, not installed here; run "
+            f"`pip install {' '.join(missing)}`, or drop the setting"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether loading chose the model's devices, so that it must not be moved: it is quantised or spread."""
+    return any(getattr(model, name, None) is not None for name in ("hf_quantizer", "hf_device_map"))
 
 
 def _model_class(config: ModelConfig, settings: Any) -> Any:
@@ -116,16 +161,19 @@ def _tokenizer(config: ModelConfig, name: str, options: dict[str, Any]) -> Any:
 
 
 def _gguf(config: ModelConfig, path: Path) -> tuple[nn.Module, Any]:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    given = {"quantisation": config.quantisation != "none", "device_map": config.device_map is not None}
+    for setting in (name for name, asked in given.items() if asked):
+        raise ModelError(
+            f"model.{setting} = {getattr(config, setting)!r} is not read for {config.name!r}: transformers widens a "
+            "GGUF file's weights and puts them on one device; drop the setting, or name the original model"
+        )
     if not path.is_file():
         raise ModelError(f"model.name = {config.name!r}: no such file; expected a .gguf file; change model.name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=getattr(torch, config.dtype)
-        )
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=_dtype(config))
     except Exception as problem:  # transformers, safetensors and hub clients raise too many kinds to list
         raise ModelError(
             f"cannot read {config.name!r}: {_reason(problem)}; expected a GGUF file of an architecture that "

@@ -73,8 +73,15 @@ class ModelConfig(Section):
     gpt_neox, qwen2), a hub id, a local folder, or a .gguf file."""
     revision: Annotated[str | None, active_when(name=not_of("packaged", "random"))] = None
     """Hub revision."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the model's weights and pass; bfloat16 is slower than float32 on most CPUs."""
+    dtype: Literal["float32", "bfloat16", "float16", "stored"] = "float32"
+    """Precision of the model's weights and pass; stored: that of its files. bfloat16 is slower than float32 on most
+    CPUs."""
+    quantisation: Annotated[Literal["none", "8bit", "4bit"], active_when(name=not_of("packaged", "random"))] = "none"
+    """Quantise the model while it is loaded, with bitsandbytes. A model stored quantised is loaded as it is."""
+    device_map: Annotated[
+        Literal["auto", "balanced", "sequential"] | None, active_when(name=not_of("packaged", "random"))
+    ] = None
+    """Spread the model over this machine's devices, with accelerate; by default it is put on training.device whole."""
     sites: Annotated[list[str], Common] = ["resid_post.6"]
     """KIND.LAYER, KIND one of resid_pre, resid_mid, resid_post, attn_in, attn_z, attn_out, mlp_in, mlp_normed, mlp_act,
     mlp_out; or embed, module:PATH, module:PATH:input; all are read in one pass."""
