@@ -93,7 +93,8 @@ def _placing(config: ModelConfig) -> dict[str, Any]:
         _require(config, "quantisation", "bitsandbytes", "accelerate")
         from transformers import BitsAndBytesConfig
 
-        bits = {"load_in_8bit": True} if config.quantisation == "8bit" else {"load_in_4bit": True}
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        bits = {"load_in_8bit": True} if config.quantisation == "8bit" else four
         options["quantization_config"] = BitsAndBytesConfig(**bits)
     if config.device_map is not None:
         _require(config, "device_map", "accelerate")

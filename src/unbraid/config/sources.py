@@ -77,7 +77,8 @@ class ModelConfig(Section):
     """Precision of the model's weights and pass; stored: that of its files. bfloat16 is slower than float32 on most
     CPUs."""
     quantisation: Annotated[Literal["none", "8bit", "4bit"], active_when(name=not_of("packaged", "random"))] = "none"
-    """Quantise the model while it is loaded, with bitsandbytes. A model stored quantised is loaded as it is."""
+    """Quantise the model while it is loaded, with bitsandbytes (4bit: nf4). A model stored quantised is loaded as it
+    is."""
     device_map: Annotated[
         Literal["auto", "balanced", "sequential"] | None, active_when(name=not_of("packaged", "random"))
     ] = None
