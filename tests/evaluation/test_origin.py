@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import unbraid
 from unbraid import formats
+from unbraid.activations.language_model import load_language_model
 from unbraid.cli import main
-from unbraid.config import EvaluationConfig, SAEConfig
-from unbraid.errors import EvaluationError
+from unbraid.config import EvaluationConfig, ModelConfig, SAEConfig
+from unbraid.errors import EvaluationError, FeatureError
 from unbraid.evaluation.origin import CentredInput, hub_name, origin
 from unbraid.evaluation.subjects import centre_where_needed, open_subjects
 from unbraid.evaluation.suites import run_suites
@@ -115,6 +118,34 @@ def test_what_cannot_be_followed_is_a_failure_that_names_it(metadata, problem, t
         main(["eval", str(folder), "--suite", "core", "--text.source", "generated"])
     assert ended.value.code == 1 and "every suite was skipped" in capsys.readouterr().err
     assert not (folder / "evaluation.json").exists()
+
+
+def transcoder_folder(folder: Path, **metadata) -> Path:
+    shapes = {"W_enc": (64, 96), "b_enc": (96,), "W_dec": (96, 64), "b_dec": (64,)}
+    generator = torch.Generator().manual_seed(0)
+    folder.mkdir()
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    hooks = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}
+    settings = {"architecture": "transcoder", "d_in": 64, "d_out": 64, "d_sae": 96, "apply_b_dec_to_input": False}
+    (folder / "cfg.json").write_text(
+        json.dumps(settings | {"metadata": {"model_name": "random:llama"} | hooks | metadata})
+    )
+    return folder
+
+
+def test_a_transcoder_reads_one_site_of_its_model_and_is_edited_at_another(tmp_path: Path):
+    fm = unbraid.features(transcoder_folder(tmp_path / "tc"))
+    assert fm.dictionaries["tc"].site == "mlp_in.1 -> mlp_out.1"
+    lm = load_language_model(ModelConfig(name="random:llama", sites=["mlp_in.1", "mlp_out.1"]))
+    reading = fm.read("bade gale")
+    mlp_in, _ = lm.activations(reading.ids_BT)
+    expected = fm.dictionaries["tc"].sae.encode(mlp_in) * reading.read_BT.unsqueeze(-1)
+    torch.testing.assert_close(reading.codes["tc"].to_dense(), expected, rtol=1e-5, atol=1e-5)
+    assert len(reading.codes["tc"].values()) > 0
+    centred = transcoder_folder(tmp_path / "centred", model_from_pretrained_kwargs={"center_writing_weights": True})
+    with pytest.raises(FeatureError, match=r"center_writing_weights is true for a transcoder that predicts mlp_out\.1"):
+        unbraid.features(centred)
 
 
 def test_how_the_model_was_loaded_is_followed():

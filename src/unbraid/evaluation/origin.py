@@ -39,12 +39,13 @@ CENTRED_KINDS = {"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def origin(metadata: dict[str, Any], config: EvaluationConfig) -> RunConfig:
+def origin(metadata: dict[str, Any], config: EvaluationConfig, transcoders: bool = False) -> RunConfig:
     """The settings under which the activations of an SAE can be had again.
 
     Args:
         metadata: what its folder says, under SAELens' names.
         config: what was said by hand, which goes first.
+        transcoders: accept a dictionary that predicts another site than it reads, whose `output_site` says which.
 
     Raises:
         EvaluationError: naming what is not said, or not possible here.
@@ -52,6 +53,17 @@ def origin(metadata: dict[str, Any], config: EvaluationConfig) -> RunConfig:
     name = config.model or metadata.get("model_name")
     if name is None:
         raise EvaluationError("the folder does not say which model the SAE belongs to; give --model")
+    written = output_site(metadata)
+    if written is not None and not transcoders:
+        raise EvaluationError(
+            f"the SAE reads {metadata.get('hook_name')} and predicts {metadata['hook_name_out']}: it is a transcoder; "
+            "expected an SAE that reconstructs what it reads"
+        )
+    if written is not None and is_centred(metadata, written):
+        raise EvaluationError(
+            f"model_from_pretrained_kwargs.center_writing_weights is true for a transcoder that predicts {written}; "
+            "expected false, because its output lacks the mean that this model's has"
+        )
     site = _site(metadata, config, str(name))
     settings = {"name": hub_name(str(name)), "sites": [str(site)]} | _loading(metadata, site)
     text: dict[str, Any] = config.text.model_dump()
@@ -82,13 +94,22 @@ def is_centred(metadata: dict[str, Any], site: Site) -> bool:
     return loading.get("center_writing_weights") is True and site.kind in CENTRED_KINDS
 
 
-def _site(metadata: dict[str, Any], config: EvaluationConfig, model: str) -> Site:
+def output_site(metadata: dict[str, Any]) -> Site | None:
+    """What a transcoder predicts; None for an SAE, which reconstructs what it reads.
+
+    Raises:
+        EvaluationError: the hook is no site of unbraid's.
+    """
     out = metadata.get("hook_name_out")
-    if out is not None and out != metadata.get("hook_name"):
-        raise EvaluationError(
-            f"the SAE reads {metadata.get('hook_name')} and predicts {out}: it is a transcoder; expected an SAE that "
-            "reconstructs what it reads"
-        )
+    if out is None or out == metadata.get("hook_name"):
+        return None
+    try:
+        return Site.parse(str(out))
+    except ConfigError as problem:
+        raise EvaluationError(f"hook_name_out {out!r}: {problem}") from None
+
+
+def _site(metadata: dict[str, Any], config: EvaluationConfig, model: str) -> Site:
     hook = config.site or metadata.get("hook_name")
     if hook is None:
         said = metadata.get("submodule_name")

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from unbraid import formats
 from unbraid.config import EvaluationConfig, RunConfig
 from unbraid.errors import ConfigError, EvaluationError, FormatError
-from unbraid.evaluation.origin import CentredInput, has_layer_norm, is_centred, origin
+from unbraid.evaluation.origin import CentredInput, has_layer_norm, is_centred, origin, output_site
 from unbraid.sae import Codes
+from unbraid.sites import Site
 from unbraid.training.run_folder import RunFolder
 
 
@@ -32,6 +33,7 @@ class EvaluatedSAE:
         report: results by suite.
         codes: of held-out tokens, in chunks, for the correlation suite.
         features: `[N]` numbers by name.
+        writes: the site that a transcoder predicts; None for an SAE.
         centred: whether the SAE was made for activations without their mean over the width.
         unknown: why its activations cannot be had again; None where they can.
     """
@@ -44,6 +46,7 @@ class EvaluatedSAE:
     report: dict[str, Any] = field(default_factory=dict)
     codes: list[Codes] = field(default_factory=list)
     features: dict[str, Tensor] = field(default_factory=dict)
+    writes: Site | None = None
     centred: bool = False
     unknown: str | None = None
 
@@ -54,7 +57,11 @@ class EvaluatedSAE:
 
 
 def open_subjects(
-    path: Path | str, config: EvaluationConfig, device: torch.device, trust_remote_code: bool = False
+    path: Path | str,
+    config: EvaluationConfig,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    transcoders: bool = False,
 ) -> tuple[list[EvaluatedSAE], RunConfig | None]:
     """The SAEs at `path`, and the settings under which their activations can be had again, None where unknown.
 
@@ -63,6 +70,7 @@ def open_subjects(
         config: says what an SAE folder does not.
         device: where the SAEs go.
         trust_remote_code: allow a run's settings to run code that comes with the model.
+        transcoders: place transcoders in their model as well; otherwise their model stays unknown.
 
     Raises:
         ConfigError: the settings ask for the model's own code and nobody allowed it.
@@ -71,7 +79,7 @@ def open_subjects(
     """
     path = formats.path_or_name(path)
     if isinstance(path, str):
-        return _of_folder(path, config, device)
+        return _of_folder(path, config, device, transcoders)
     if _is_run(path):
         _require_left_to_the_run(path, config)
         return _of_run(RunFolder(path, trust_remote_code), None, device)
@@ -79,7 +87,7 @@ def open_subjects(
     if path.resolve().parent.name == "saes" and _is_run(run):
         _require_left_to_the_run(path, config)
         return _of_run(RunFolder(run, trust_remote_code), path.resolve().name, device)
-    return _of_folder(path, config, device)
+    return _of_folder(path, config, device, transcoders)
 
 
 def centre_where_needed(subjects: list[EvaluatedSAE], model: nn.Module) -> None:
@@ -126,7 +134,7 @@ def _of_run(folder: RunFolder, only: str | None, device: torch.device) -> tuple[
 
 
 def _of_folder(
-    path: Path | str, config: EvaluationConfig, device: torch.device
+    path: Path | str, config: EvaluationConfig, device: torch.device, transcoders: bool
 ) -> tuple[list[EvaluatedSAE], RunConfig | None]:
     try:
         found = formats.open_folder(path)
@@ -136,9 +144,10 @@ def _of_folder(
         raise FormatError(f"nothing to evaluate: no run folder (config.json beside saes/), and {problem}") from None
     subject = EvaluatedSAE(formats.folder_name(path), 0, found.sae.to(device))
     try:
-        run = origin(found.metadata, config)
+        run = origin(found.metadata, config, transcoders)
     except EvaluationError as problem:
         subject.unknown = str(problem)
         return [subject], None
+    subject.writes = output_site(found.metadata)
     subject.centred = is_centred(found.metadata, run.sites[0])
     return [subject], run

@@ -28,6 +28,8 @@ from unbraid.reporting.dashboard.passes import HeldOutPass, held_out_pass
 FILE = "held_out.safetensors"
 TOKENS = 16_384
 VERSION = 1
+ARROW = " -> "
+"""Between what a transcoder reads and what it predicts, in the name of its site."""
 
 
 def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, console: Console | None = None) -> FeatureModel:
@@ -47,15 +49,16 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, console: C
 
     path = path_or_name(getattr(run, "path", run))
     place = pick_device(device)
-    subjects, config = open_subjects(path, EvaluationConfig(), place)
+    subjects, config = open_subjects(path, EvaluationConfig(), place, transcoders=True)
     if config is None:
         raise FeatureError(
-            f"{str(path)!r} does not say which model and site it is of; expected a run folder, or SAELens metadata "
-            "with model_name and hook_name; build FeatureModel(hf_model, tokenizer, {site: sae}) yourself"
+            f"{str(path)!r} cannot be placed in a model: {subjects[0].unknown}; expected a run folder, or SAELens "
+            "metadata with model_name and hook_name; build FeatureModel(hf_model, tokenizer, {site: sae}) yourself"
         )
     source = LiveActivations(config, place)
     centre_where_needed(subjects, source.model.model)
-    sites = {one.name: str(config.sites[one.site]) for one in subjects}
+    ends = {one.name: [config.sites[one.site], *([] if one.writes is None else [one.writes])] for one in subjects}
+    sites = {name: ARROW.join(map(str, places)) for name, places in ends.items()}
     saes = {one.name: one.sae for one in subjects}
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
     is_run = isinstance(path, Path) and (path / "config.json").is_file() and (path / "saes").is_dir()
@@ -90,7 +93,7 @@ def _held_out(
     if kept is not None and (found := _load(kept, identity, list(fm.dictionaries))) is not None:
         return found
     sites = [str(site) for site in config.sites]
-    located = {name: (sites.index(one.site), one.sae) for name, one in fm.dictionaries.items()}
+    located = {name: (sites.index(one.site.partition(ARROW)[0]), one.sae) for name, one in fm.dictionaries.items()}
     with Progress(console, "held-out text for maxima, contexts and partners", tokens, "rows") as progress:
         told = lambda done, _: progress.update(done)  # noqa: E731
         seen = held_out_pass(config, source, located, tokens, device, told)  # pyright: ignore[reportArgumentType]
