@@ -212,7 +212,7 @@ def test_commands_take_names(hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("clt/layer_0", "layout 'mntss_clt_layer_transcoder', which unbraid does not read"),
+        ("clt/layer_0", r"layout 'mntss_clt_layer_transcoder', which unbraid does not read: a layer of a cross-layer"),
         ("qwen/layer7", "such as qwen/layer1"),
         ("gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonica", "layer_12/width_16k/canonical"),
         ("hf://x", "no path on the hub"),

@@ -168,7 +168,7 @@ def examine(family: str) -> Findings:
     for kind in KINDS:
         for layer in range(n_layers):
             try:
-                LanguageModel(model, _Tokenizer, [f"{kind}.{layer}"])
+                LanguageModel(model, _Tokenizer, [f"{kind}.{layer}"], bidirectional=True)  # causality: once, below
                 layers[kind].append(layer)
             except ModelError as problem:
                 reasons[kind] = str(problem)

@@ -47,6 +47,11 @@ def main() -> None:
     for (loader, layout), count in counts.most_common():
         state = "not read" if layout is None else "passing" if passing.get(layout) else "FAILING"
         print(f"{loader:28} {layout or '-':20} {count:6,} {state}")
+    missing = Counter(
+        entry.name.partition("/")[0] for entry in registry().values() if not passing.get(entry.layout or "")
+    )
+    for release, count in missing.most_common():
+        print(f"missing: {release:60} {count:6,}")
     readable, total = share(passing)
     print(f"{readable:,} of {total:,} ids: {readable / total:.2%}")
     sys.exit(readable < 0.95 * total)

@@ -50,6 +50,12 @@ READERS = {
     "deepseek_r1": "linear_layers",
 }
 """The registry's name of a layout -> unbraid's; those not listed are not read."""
+REFUSED = {
+    "mntss_clt_layer_transcoder": "a layer of a cross-layer transcoder, whose features write to every later layer, so "
+    "that it predicts no site alone",
+    "temporal": "a temporal SAE, whose codes depend on the whole sequence",
+}
+"""What the registry's other layouts are."""
 IN_A_FOLDER = (
     *("cfg.json", "config.json", "hyperparams.json", "sae_weights.safetensors", "sparsity.safetensors"),
     *("sae.safetensors", "ae.pt", "params.npz", "params.safetensors", "checkpoints/final.safetensors"),
@@ -265,7 +271,8 @@ def open_named(name: str, known: Known) -> SAEFolder:
         return _open_on_hub(name, known)
     if entry.layout is None:
         raise FormatError(
-            f"{name!r} is in the layout {entry.loader!r}, which unbraid does not read; expected one of "
+            f"{name!r} is in the layout {entry.loader!r}, which unbraid does not read: "
+            f"{REFUSED.get(entry.loader, 'it is newer than this version')}; expected one of "
             f"{', '.join(sorted(READERS))}; choose another dictionary"
         )
     factor = known.norm_scaling_factor
