@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from published_fixtures import gemma_scope_2, goodfire, llama_scope
 from rich.console import Console
 from sae_samples import make_sae
 from stand_in_hub import stand_in_hub
@@ -84,6 +85,17 @@ def test_a_repository_with_one_sae_needs_no_name_and_one_with_several_lists_them
         from_hub("me/two", endpoint=hub.endpoint, cache=tmp_path)
     with pytest.raises(FormatError, match=r"no SAE 'x'"):
         from_hub("me/two", "x", endpoint=hub.endpoint, cache=tmp_path)
+
+
+def test_layouts_of_other_libraries_come_down_by_folder_and_by_file(hub, tmp_path: Path, x):
+    for make in (llama_scope, goodfire, gemma_scope_2):
+        made = make(tmp_path / make.__name__ / "up", "float32")
+        root = made.place.parent
+        files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        hub.repositories["me/other"] = files | {"optimiser.pt": b"x"}
+        found = from_hub("me/other", str(made.place.relative_to(root)), endpoint=hub.endpoint, cache=tmp_path / "cache")
+        assert torch.equal(found.sae.encode(x) != 0, made.run(x.double())[0] != 0)
+    assert not any("optimiser" in request for request in hub.requests)
 
 
 def test_a_refusal_a_missing_repository_and_offline_mode_end_in_one_message(hub, run, tmp_path, monkeypatch):

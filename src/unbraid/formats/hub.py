@@ -23,11 +23,16 @@ from unbraid.formats import open_folder, save
 from unbraid.formats.export import open_source
 from unbraid.formats.folder import SAEFolder
 from unbraid.formats.reading import read_json
+from unbraid.formats.registry import files_of
 from unbraid.owned_folders import MARKER
 from unbraid.progress import Progress, default_console
 from unbraid.training.run_folder import RunFolder
 
-SAE_FILES = ("cfg.json", "config.json", "sae_weights.safetensors", "sparsity.safetensors", "sae.safetensors", "ae.pt")
+WEIGHTS = (
+    *("sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz", "params.safetensors"),
+    "checkpoints/final.safetensors",
+)
+"""Files that stand for the folder they lie in."""
 LOCAL_PATH = re.compile(r"[/~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:", re.IGNORECASE)
 CARD_METRICS = ("r2", "l0", "correlation_mean", "correlation_top", "dead_fraction")
 
@@ -148,7 +153,8 @@ def from_hub(
 
     Args:
         repository: `owner/name`.
-        name: folder of the SAE; may be left out where the repository holds only one.
+        name: folder of the SAE, or its file in layouts with one per file; may be left out where the repository holds
+            only one folder.
         revision: branch, tag or commit.
         token: access token, for private and gated repositories.
         endpoint: address of the hub or of a mirror; `HF_ENDPOINT` by default.
@@ -162,22 +168,21 @@ def from_hub(
     with _hub_errors(repository):
         files = HfApi(endpoint=endpoint, token=token).list_repo_files(repository, revision=revision)
         chosen = _choose(repository, files, name)
-        prefix = f"{chosen}/" if chosen else ""
         local = snapshot_download(
             repository,
             revision=revision,
             token=token,
             endpoint=endpoint,
             cache_dir=cache,
-            allow_patterns=[f"{prefix}{file}" for file in (*SAE_FILES, "params.npz")],
+            allow_patterns=files_of(chosen),
         )
     return open_folder(Path(local) / chosen)
 
 
 def _choose(repository: str, files: list[str], name: str | None) -> str:
-    weights = {"sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz"}
-    found = sorted({path.rpartition("/")[0] for path in files if path.rpartition("/")[2] in weights})
-    if name is not None and name.strip("/") in found:
+    ends = [(f"/{path}", f"/{end}") for path in files for end in WEIGHTS]
+    found = sorted({path.removesuffix(end).strip("/") for path, end in ends if path.endswith(end)})
+    if name is not None and name.strip("/") in [*found, *files]:
         return name.strip("/")
     if name is None and len(found) == 1:
         return found[0]

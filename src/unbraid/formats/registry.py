@@ -320,11 +320,8 @@ def _open(repository: str, path: str, known: Known) -> SAEFolder:
     place = PurePosixPath(path)
     if ".." in place.parts or place.is_absolute():
         raise FormatError(f"the path {path!r} leads out of the repository {repository!r}; expected one inside it")
-    prefix = f"{path}/" if path else ""
-    beside = [str(place.parent / name) for name in (*BESIDE_A_FILE, f"{place.stem}_cfg.json")] if path else []
-    wanted = [*([path] if path else []), *(f"{prefix}{name}" for name in IN_A_FOLDER), *beside]
     try:
-        local = Path(snapshot_download(repository, allow_patterns=[_literal(pattern) for pattern in wanted]))
+        local = Path(snapshot_download(repository, allow_patterns=files_of(path)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as problem:
         raise FormatError(
             f"cannot download {path or 'anything'!r} of the repository {repository!r}: {_first_line(problem)}; "
@@ -332,6 +329,14 @@ def _open(repository: str, path: str, known: Known) -> SAEFolder:
             "(`hf auth login`)"
         ) from problem
     return open_folder(local / path, known=known)
+
+
+def files_of(path: str) -> list[str]:
+    """Patterns, for `snapshot_download`, of the files that a dictionary at `path` in a repository may consist of."""
+    place, prefix = PurePosixPath(path), f"{path}/" if path else ""
+    beside = [str(place.parent / name) for name in (*BESIDE_A_FILE, f"{place.stem}_cfg.json")] if path else []
+    wanted = [*([path] if path else []), *(f"{prefix}{name}" for name in IN_A_FOLDER), *beside]
+    return [_literal(pattern) for pattern in wanted]
 
 
 def _literal(path: str) -> str:
