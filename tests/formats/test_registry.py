@@ -131,6 +131,8 @@ def test_a_path_on_the_hub_needs_no_registry(hub, x, tmp_path: Path, monkeypatch
     sae = unbraid.load("google/gemma-scope-2-1b-pt/resid_post/layer_3_width_16k_l0_big")
     f, _ = plain_form(t := doubled(t), lambda pre: jump(t, pre))(x.double())
     assert torch.equal(sae.encode(x) != 0, f != 0)
+    unbraid.load("hf://google/gemma-scope-2-1b-pt@v1.0/resid_post/layer_3_width_16k_l0_big")
+    assert any(request.endswith("gemma-scope-2-1b-pt/revision/v1.0") for request in hub.requests)
     assert sae.metadata["hook_name"] == "blocks.3.hook_resid_post"
     assert sae.metadata["model_name"] == "google/gemma-3-1b-pt"
     with pytest.raises(FormatError, match=r"registry .* cannot be downloaded .*pip install --no-deps sae-lens"):

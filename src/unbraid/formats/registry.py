@@ -61,7 +61,8 @@ IN_A_FOLDER = (
     *("sae.safetensors", "ae.pt", "params.npz", "params.safetensors", "checkpoints/final.safetensors"),
 )
 BESIDE_A_FILE = ("config.json", "config.yaml")
-HUB_PATH = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)((?:/[^/\0]+)*)/?")
+HUB_PATH = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[^/\0]+)*)/?")
+"""OWNER/NAME[@REVISION][/FOLDER]"""
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def _text(entry: Entry) -> str:
 
 
 def open_named(name: str, known: Known) -> SAEFolder:
-    """The dictionary of a name of the registry, or of a path on the hub: `hf://OWNER/NAME/FOLDER-OR-FILE`.
+    """The dictionary of a name of the registry, or of a path on the hub: `hf://OWNER/NAME[@REVISION]/FOLDER-OR-FILE`.
 
     Args:
         name: `release/id`, or a path on the hub.
@@ -289,8 +290,10 @@ def open_named(name: str, known: Known) -> SAEFolder:
 def _open_on_hub(path: str, known: Known) -> SAEFolder:
     match = HUB_PATH.fullmatch(path)
     if match is None:
-        raise FormatError(f"{path!r} is no path on the hub; expected hf://OWNER/NAME/FOLDER")
-    return _open(match[1], match[2].strip("/"), known)
+        raise FormatError(
+            f"{path!r} is no path on the hub; expected hf://OWNER/NAME/FOLDER, or hf://OWNER/NAME@REVISION/FOLDER"
+        )
+    return _open(match[1], match[3].strip("/"), known, match[2])
 
 
 def _found(name: str) -> Entry | None:
@@ -311,7 +314,7 @@ def _found(name: str) -> Entry | None:
     )
 
 
-def _open(repository: str, path: str, known: Known) -> SAEFolder:
+def _open(repository: str, path: str, known: Known, revision: str | None = None) -> SAEFolder:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -321,7 +324,7 @@ def _open(repository: str, path: str, known: Known) -> SAEFolder:
     if ".." in place.parts or place.is_absolute():
         raise FormatError(f"the path {path!r} leads out of the repository {repository!r}; expected one inside it")
     try:
-        local = Path(snapshot_download(repository, allow_patterns=files_of(path)))
+        local = Path(snapshot_download(repository, revision=revision, allow_patterns=files_of(path)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as problem:
         raise FormatError(
             f"cannot download {path or 'anything'!r} of the repository {repository!r}: {_first_line(problem)}; "
