@@ -181,3 +181,9 @@ def test_names_of_transformer_lens_become_names_of_the_hub():
         *("openai-community/gpt2", "google/gemma-2-2b", "google/gemma-2b-it", "Qwen/Qwen3-1.7B"),
         *("google/gemma-2-2b", "random:gpt2"),
     ]
+    assert hub_name("qwen3-0.6b") == "Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-1.7B-Base", "meta-llama/Llama-3.1-8B", "someone/gpt2", "Qwen/local"])
+def test_a_name_with_an_owner_is_the_hubs_own(name: str):
+    assert hub_name(name) == name

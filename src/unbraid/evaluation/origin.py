@@ -20,6 +20,7 @@ TRANSFORMER_LENS_NAMES = (
     (r"(pythia-.+)", r"EleutherAI/\1"),
     (r"((Meta-)?Llama-.+)", r"meta-llama/\1"),
     (r"(Qwen.+)", r"Qwen/\1"),
+    (r"qwen3-([\d.]+)b", r"Qwen/Qwen3-\1B"),
     (r"mistral-7b", "mistralai/Mistral-7B-v0.1"),
 )
 """Names that TransformerLens gives to models of the hub, as patterns."""
@@ -81,7 +82,9 @@ def origin(metadata: dict[str, Any], config: EvaluationConfig, transcoders: bool
 
 
 def hub_name(name: str) -> str:
-    """A model's name on the hub, from TransformerLens' name; any other name is kept."""
+    """A model's name on the hub, from TransformerLens' name; any other name, and one with an owner, is kept."""
+    if "/" in name:
+        return name
     for pattern, known in TRANSFORMER_LENS_NAMES:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, known, name)
