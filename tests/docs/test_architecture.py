@@ -1,0 +1,51 @@
+"""What docs/architecture.md says of the code is so: its names exist, its walk is short, its example trains."""
+
+import importlib
+import re
+import textwrap
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from unbraid import cli
+from unbraid.sae import ARCHITECTURES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+NAMES = sorted(set(re.findall(r"`(unbraid\.[\w.]+(?::\w+)?)`", PAGE)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_on_the_page_is_one_of_the_code(name: str):
+    module, _, thing = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError:
+        parent, _, thing = module.rpartition(".")
+        found = importlib.import_module(parent)
+    assert not thing or hasattr(found, thing)
+
+
+def test_a_batch_goes_from_text_to_gradient_in_ten_steps():
+    walk = PAGE.split("## One batch")[1].split("## To add")[0]
+    assert [int(step) for step in re.findall(r"^\| (\d+) \|", walk, re.MULTILINE)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("file", sorted(set(re.findall(r"`(examples/[\w.]+)`", PAGE))))
+def test_an_example_on_the_page_exists(file: str):
+    assert (Path(__file__).parents[2] / file).is_file()
+
+
+def test_the_architecture_of_the_page_trains_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    code = PAGE.split("`mine.py`:\n\n")[1].split("\nSettings, help")[0]
+    line = re.findall(r"`unbraid (train [^`]*--plugin mine\.py[^`]*)`", PAGE)
+    assert len(line) == 1
+    (tmp_path / "mine.py").write_text(textwrap.dedent(code))
+    try:
+        cli.main([*line[0].split(), "--training.tokens", "768", "--training.held-out-tokens", "256", "--run", "run"])
+        import unbraid
+
+        assert unbraid.load(tmp_path / "run" / "saes" / "resid_post.0_twin").architecture == "gentle"
+    finally:
+        cast(dict, ARCHITECTURES).pop("gentle", None)
