@@ -29,7 +29,7 @@ def test_a_lock_that_is_a_link_is_refused_and_two_cannot_hold_one_folder(tmp_pat
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / ".lock").symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic link"), held(tmp_path):
+    with pytest.raises(OSError, match="not written by unbraid"), held(tmp_path):
         pass
     assert victim.read_text() == "precious"
     (tmp_path / ".lock").unlink()
@@ -47,11 +47,13 @@ def test_files_follow_the_umask(tmp_path: Path):
 
 
 def test_a_folder_with_only_system_files_holds_nothing_and_a_download_is_something(tmp_path: Path):
-    for name in (".DS_Store", "Thumbs.db", "._a", ".lock", ".a.json.partial"):
+    for name in (".DS_Store", "Thumbs.db", "._a", ".lock", ".config.json.partial"):
         (tmp_path / name).write_text("")
     assert holds_nothing(tmp_path)
-    (tmp_path / "film.partial").write_text("")
-    assert not holds_nothing(tmp_path)
+    for name in ("film.partial", ".film.partial", ".a.json.partial"):
+        (tmp_path / name).write_text("")
+        assert not holds_nothing(tmp_path)
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,9 @@ def evaluate(arguments: list[str]) -> None:
 
 class _SynthOptions(Section):
     out: str | None = None
-    """JSON file for the numbers."""
+    """JSON file for the numbers, a new one."""
+    overwrite: bool = False
+    """Replace the file of an earlier `unbraid synth` there."""
     resume: str | None = None
     """Folder for checkpoints; the same command goes on from what it finds there."""
 
@@ -216,7 +218,10 @@ def synth(arguments: list[str]) -> None:
     from unbraid.evaluation.synth import run_synth
 
     out, checkpoints = (_path_given(given.own.get(name), f"--{name}") for name in ("out", "resume"))
-    run_synth(config, console=console, out=out, resume=checkpoints)
+    overwrite = given.own.get("overwrite", False)
+    if overwrite and out is None:
+        raise ConfigError("--overwrite is read only beside --out FILE; add --out, or drop it")
+    run_synth(config, console=console, out=out, resume=checkpoints, overwrite=overwrite)
 
 
 def doctor(arguments: list[str]) -> None:

@@ -19,6 +19,10 @@ from filelock import FileLock, Timeout
 LOCK = ".lock"
 SYSTEM_FILES = {".DS_Store", ".localized", "Icon\r", "Thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"}
 """Files that file managers leave in any folder they show."""
+LEFT_BY_A_KILLED_WRITE = re.compile(
+    r"\.(\.unbraid\.json|config\.json|manifest\.json|changes\.jsonl|step_[0-9]+)\.partial"
+)
+"""What a process that was killed before it had written anything whole leaves in a folder."""
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -54,17 +58,14 @@ def follow_umask(*paths: Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
-def discard(folder: Path) -> None:
-    """Delete a folder that others may look for: at any instant it is there whole or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    folder.rename(partial)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
 def is_system_file(name: str) -> bool:
     """Whether a file manager made a file of this name, so that it says nothing about who uses the folder."""
     return name in SYSTEM_FILES or name.startswith("._")
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file can be a lock of unbraid, which holds no byte."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == 0
 
 
 def holds_nothing(folder: Path) -> bool:
@@ -72,7 +73,8 @@ def holds_nothing(folder: Path) -> bool:
     return not folder.exists() or (
         folder.is_dir()
         and all(
-            p.name == LOCK or re.fullmatch(r"\..+\.partial", p.name) or is_system_file(p.name) for p in folder.iterdir()
+            (p.name == LOCK and is_lock(p)) or LEFT_BY_A_KILLED_WRITE.fullmatch(p.name) or is_system_file(p.name)
+            for p in folder.iterdir()
         )
     )
 
@@ -87,12 +89,9 @@ def held(folder: Path, wait: float = 0.0) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it.
-        OSError: the lock file cannot be opened, or is a symbolic link.
+        OSError: the lock file cannot be opened, or is no lock file.
     """
-    path = folder / LOCK
-    if path.is_symlink():
-        raise OSError(0, "the lock file is a symbolic link", str(path))
-    with locked(path, wait):
+    with locked(folder / LOCK, wait):
         yield
 
 
@@ -102,7 +101,10 @@ def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it longer than `wait` seconds.
+        OSError: something else has its name; locking would empty it.
     """
+    if os.path.lexists(path) and not is_lock(path):
+        raise OSError(0, "is in the way of a lock file and was not written by unbraid; move it away", str(path))
     lock = FileLock(path, timeout=wait)
     try:
         lock.acquire()

@@ -20,10 +20,10 @@ from unbraid.evaluation.geometry import max_cosines
 from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.evaluation.splice import preservation
 from unbraid.files import write_json
+from unbraid.json_files import finite
 from unbraid.training.loop import Trained
 from unbraid.training.run_folder import RunFolder
 from unbraid.training.sae_trainer import SAETrainer
-from unbraid.training.stopping import finite
 
 SPLICED_CONTEXTS = 8
 """Held-out contexts on which the language model goes on from reconstructions; each costs two passes and one per SAE."""

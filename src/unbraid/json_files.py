@@ -5,6 +5,7 @@ through text that no terminal prints and no path may hold.
 """
 
 import json
+import math
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -87,6 +88,15 @@ def _strings(data: Any) -> Iterator[str]:
 
 def _printable(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def finite(data: Any) -> Any:
+    """JSON data with null for every number that is none (NaN, infinities)."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def is_number(value: Any) -> bool:

@@ -18,6 +18,7 @@ from unbraid.files import (
     LOCK,
     follow_umask,
     holds_nothing,
+    is_lock,
     is_system_file,
     locked,
     sync,
@@ -116,7 +117,9 @@ def foreign_files(folder: Path, marker: dict[str, Any]) -> list[str]:
     files = marker.get("files")
     known = {MARKER, *(files if isinstance(files, list) else [])}
     return [
-        name for name in _files(folder) if name not in known and name != LOCK and not is_system_file(Path(name).name)
+        name
+        for name in _files(folder)
+        if name not in known and not (name == LOCK and is_lock(folder / LOCK)) and not is_system_file(Path(name).name)
     ]
 
 
@@ -240,5 +243,7 @@ def _delete_empty(folder: Path) -> None:
     """Delete a folder of which `holds_nothing` is true, so that another can take its name."""
     if folder.exists():
         for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                raise OSError(0, f"{path.name} is in the way", str(folder))
             path.unlink()
         folder.rmdir()

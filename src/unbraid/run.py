@@ -122,7 +122,6 @@ def train(
     inputs = Inputs(model, tokenizer, text, activations, penalty)
     config = inputs.settings(config)
     check_settings(config)
-    check_loggers(config)
     path = Path(path) if path is not None else default_run_folder(config)
     trusted = config.model.trust_remote_code
     with joined() as everyone, process_as_found(config.training.threads):
@@ -131,6 +130,7 @@ def train(
         check_machine(config, pick_device(config.training.device), everyone.size)
         if everyone.first:  # The others may come when the first one has made it.
             RunFolder.require_free(path)
+            check_loggers(config)
         source, device = _opened(config, inputs, everyone, console)
         plan = make_plan(config, source, device, path, dropped=dropped, first=everyone.first)
         if everyone.first:
@@ -151,9 +151,9 @@ def plan(
     """
     config = inputs.settings(config)
     check_settings(config)
-    check_loggers(config)
     path = Path(path) if path is not None else default_run_folder(config)
     RunFolder.require_free(path)
+    check_loggers(config)
     check_machine(config, pick_device(config.training.device), ALONE.size)
     with process_as_found(config.training.threads):
         source, device = _opened(config, inputs, ALONE, quiet_console())
@@ -241,6 +241,8 @@ def _opened(
 
 def _go_on(folder: RunFolder, inputs: Inputs, console: Console, everyone: Ranks, callbacks: Sequence[Callback]) -> Run:
     config = folder.config
+    if everyone.first:
+        check_loggers(config)
     source, device = _opened(config, inputs, everyone, console)
     done = steps_done(folder.checkpoints)
     if done == 0:

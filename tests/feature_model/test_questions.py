@@ -192,5 +192,5 @@ def test_json_is_written_where_asked(tmp_path, fm):
     fm.read(PROMPT).to_json(path)
     tokens = json.loads(path.read_text())["prompts"][0]
     assert tokens[0]["features"] == {} and tokens[2]["features"]
-    with pytest.raises(FeatureError, match="cannot write"):
+    with pytest.raises(FeatureError, match="cannot be written"):
         fm.read(PROMPT).to_json(tmp_path / "no" / "such.json")

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,16 +139,61 @@ def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_that_cannot_start_says_how_to_work_offline(tmp_path: Path, monkeypatch):
+@pytest.fixture
+def nothing_begins(tmp_path: Path, monkeypatch):
+    """No model is loaded and no folder made, whatever a test does."""
+    monkeypatch.setattr(run, "open_activations", lambda *_: pytest.fail("the model was loaded"))
+    yield tmp_path / "run"
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_cannot_start_is_refused_before_the_model_loads(nothing_begins: Path, monkeypatch):
     wandb = pytest.importorskip("wandb")
 
-    def refuse(**_):
+    def refuse(verify):
+        assert verify, "the key must be shown to the server"
         raise wandb.errors.UsageError("No API key configured")
 
-    monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(ConfigError, match=r"No API key configured.*WANDB_MODE=offline"):
-        unbraid.train(config("wandb"), tmp_path / "run")
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "login", refuse)
+    for begin in (unbraid.train, run.plan):
+        with pytest.raises(ConfigError, match=r"wandb, which could not start \(No API key.*WANDB_MODE=offline"):
+            begin(config("wandb"), nothing_begins)
+
+
+def test_trackio_that_cannot_write_is_refused_before_the_model_loads(nothing_begins: Path, monkeypatch):
+    (nothing_begins.parent / "file").write_text("")
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", nothing_begins.parent / "file" / "trackio")
+    with pytest.raises(ConfigError, match=r"trackio, which could not start .*set TRACKIO_DIR"):
+        unbraid.train(config("trackio"), nothing_begins)
+
+
+def test_a_tensorboard_that_does_not_import_is_refused_before_the_model_loads(nothing_begins: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"tensorboard, which could not start .*pip install --upgrade tensorboard"):
+        unbraid.train(config("tensorboard"), nothing_begins)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken\npipe"), OSError(5, "no"), ValueError()])
+def test_a_logger_that_breaks_down_when_it_starts_is_one_message(tmp_path: Path, monkeypatch, error):
+    class Broken(LOGGERS["tensorboard"]):
+        def __init__(self, *_):
+            raise error
+
+    monkeypatch.setitem(LOGGERS, "tensorboard", Broken)
+    with pytest.raises(ConfigError, match=r"tensorboard, which could not start \([^\n]*\); expected"):
+        unbraid.train(config("tensorboard"), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    monkeypatch.undo()
+
+
+def test_a_resumed_run_asks_its_loggers_before_the_model_loads(tmp_path: Path, monkeypatch, plain):
+    folder = Path(shutil.copytree(plain.path, tmp_path / "run"))
+    (folder / "summary.json").unlink()
+    monkeypatch.setattr(LOGGERS["tensorboard"], "check", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(run, "open_activations", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(pytest.fail.Exception, match="asked"):
+        unbraid.resume(folder, changes={"training.loggers": ["tensorboard"]})
 
 
 def test_an_interrupted_run_is_closed_as_failed(tmp_path: Path, monkeypatch):

@@ -23,6 +23,7 @@ from unbraid.activations.rows import (
 )
 from unbraid.config import BufferConfig
 from unbraid.errors import ConfigError, RowsUsedUp
+from unbraid.json_files import is_count
 from unbraid.randomness import generator
 
 
@@ -182,7 +183,16 @@ class ActivationBuffer:
         }
 
     def load_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        """Go on from `state()`."""
+        """Go on from `state()`.
+
+        Raises:
+            ValueError: the data is nothing that `state` gave.
+        """
+        flags = isinstance(data["exhausted"], bool) and isinstance(data["returned"], bool)
+        if not flags or not is_count(data["handed_out"]):
+            raise ValueError(f"the buffer's state is {str(data)[:80]}")
+        if not isinstance(data["position"], dict | None):
+            raise ValueError(f"the buffer's position is {str(data['position'])[:80]}")
         self._unread = tensors["unread"].clone()
         for i, pool in enumerate(self._pools):
             pool[self._unread] = tensors[f"rows.{i}"]

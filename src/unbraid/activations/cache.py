@@ -21,7 +21,9 @@ from unbraid.config import RunConfig, TextConfig
 from unbraid.errors import ActivationError, TextError
 from unbraid.files import checksum, free_bytes, held, holds_nothing, write_json, write_whole
 from unbraid.json_files import is_count, read_json_object
+from unbraid.owned_folders import mark, read_marker
 
+KIND = "activation cache"
 FORMAT_VERSION = 1
 CHUNKS_PER_SHARD = 8
 PARTS = ("training", "held_out")
@@ -58,6 +60,7 @@ def harvest(
         TextError: the text is too small for the run.
     """
     try:
+        _open_manifest(config, folder)  # refuses before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         with held(folder):
             manifest = _open_manifest(config, folder)
@@ -84,14 +87,21 @@ def _harvest(
     should_stop: StopSignal,
 ) -> dict[str, Any]:
     live = LiveActivations(config, device)
+    identity = {"model": live.model.identity, "text": live.documents.identity}
+    odd = [name for name in identity if any(manifest["parts"].values()) and manifest.get(name) != identity[name]]
+    if odd:
+        raise ActivationError(
+            f"{str(folder)!r} was begun with another {' and '.join(odd)}: {manifest.get(odd[0])} then, "
+            f"{identity[odd[0]]} now; expected the same; put it back, or harvest into another folder"
+        )
     manifest |= {
-        "model": live.model.identity,
-        "text": live.documents.identity,
+        **identity,
         "widths": dict(zip(map(str, live.sites), live.widths, strict=True)),
         "special_ids": sorted(live.special_ids),
         "prepends_bos": live.prepends_bos,
     }
     write_json(folder / "manifest.json", manifest)
+    mark(folder, KIND)
     limits: list[float] | None = None
     for part in PARTS:
         wanted = wanted_rows(config, part)
@@ -99,7 +109,13 @@ def _harvest(
         counter = RowFilter(config.buffer, config.sites, live.special_ids)
         counter.limits = limits
         if shards:
-            counter.load_state(shards[-1]["filter"])
+            try:
+                counter.load_state(shards[-1]["filter"])
+            except ValueError as error:
+                raise ActivationError(
+                    f"{str(folder / 'manifest.json')!r} is damaged: {error}; expected what an earlier part of the "
+                    "harvest wrote; harvest into a new folder"
+                ) from error
         chunks = live.chunks(shards[-1]["positions"][-1] if shards else None, held_out=part == "held_out")
         group: list[Chunk] = []
         while counter.kept < wanted:
@@ -142,8 +158,18 @@ def wanted_rows(config: RunConfig, part: str) -> int:
 
 
 def _open_manifest(config: RunConfig, folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    recipe = recipe_of_activations(config)
+    path, recipe, marker = folder / "manifest.json", recipe_of_activations(config), read_marker(folder)
+    if marker is not None and marker.get("kind") != KIND:
+        raise ActivationError(
+            f"{str(folder)!r} is a folder of another kind ({marker.get('kind')}); expected a new or empty folder, or a "
+            "harvest; choose another --cache"
+        )
+    link = next((entry for entry in folder.iterdir() if entry.is_symlink()), None) if folder.is_dir() else None
+    if link is not None:
+        raise ActivationError(
+            f"{str(link)!r} is a symbolic link; expected a harvest without any, because what is written through one "
+            "lies elsewhere; choose another --cache"
+        )
     if not path.exists():
         if not holds_nothing(folder):
             raise ActivationError(
@@ -217,6 +243,9 @@ def _problem_in_manifest(manifest: dict[str, Any]) -> str | None:
     if not isinstance(parts, dict) or not all(isinstance(parts.get(part), list) for part in PARTS):
         return f"parts {parts!r}"
     if manifest["complete"]:
+        odd = next((name for name in ("model", "text") if not isinstance(manifest.get(name), dict)), None)
+        if odd is not None:
+            return f"{odd} {manifest.get(odd)!r}"
         widths, d_model = manifest.get("widths", {}), manifest.get("d_model")
         if not isinstance(widths, dict) or not all(is_count(widths.get(site, d_model), 1) for site in sites):
             return f"widths {widths!r}, d_model {d_model!r}"

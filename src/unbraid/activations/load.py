@@ -93,8 +93,8 @@ def _placing(config: ModelConfig) -> dict[str, Any]:
         _require(config, "quantisation", "bitsandbytes", "accelerate")
         from transformers import BitsAndBytesConfig
 
-        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        bits = {"load_in_8bit": True} if config.quantisation == "8bit" else four
+        four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        bits: dict[str, Any] = {"load_in_8bit": True} if config.quantisation == "8bit" else four
         options["quantization_config"] = BitsAndBytesConfig(**bits)
     if config.device_map is not None:
         _require(config, "device_map", "accelerate")

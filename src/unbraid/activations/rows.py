@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unbraid.config import BufferConfig
 from unbraid.errors import ActivationError
+from unbraid.json_files import is_count, is_number
 from unbraid.sites import Site
 
 
@@ -131,8 +132,22 @@ class RowFilter:
         return {"limits": self.limits, "dropped": dict(self.dropped), "kept": self.kept}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
-        self.limits, self.dropped, self.kept = state["limits"], dict(state["dropped"]), state["kept"]
+        """Go on from `state()`.
+
+        Raises:
+            ValueError: the data is nothing that `state` gave.
+        """
+        limits, dropped = state.get("limits"), state.get("dropped")
+        kept: Any = state.get("kept")
+        if limits is not None and not (
+            isinstance(limits, list) and len(limits) == len(self.sites) and all(map(is_number, limits))
+        ):
+            raise ValueError(f"limits of norms are {str(limits)[:80]}")
+        if not isinstance(dropped, dict) or not {*self.dropped} <= {*dropped} or not is_count(kept):
+            raise ValueError(f"counts of rows are {str(dropped)[:80]}, {str(kept)[:80]}")
+        if not all(map(is_count, dropped.values())):
+            raise ValueError(f"counts of rows are {str(dropped)[:80]}")
+        self.limits, self.dropped, self.kept = limits, dict(dropped), kept
 
 
 class RefillInterrupted(Exception):

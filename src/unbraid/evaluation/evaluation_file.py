@@ -5,13 +5,12 @@ So each suite stands with the settings it ran under, and one that is not run aga
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,9 +18,11 @@ from unbraid.config.measuring import SUITES
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.subjects import EvaluatedSAE
 from unbraid.files import held, write_json, write_whole
-from unbraid.json_files import read_json_object
+from unbraid.json_files import finite, read_json_object
 
 Report = dict[str, Any]
+WRITTEN_BY = {"written_by": "unbraid eval"}
+"""Metadata of evaluation_features.safetensors, which is replaced only where it has this."""
 
 
 class EvaluationFile:
@@ -32,7 +33,8 @@ class EvaluationFile:
         subjects: the SAEs this evaluation is about.
 
     Raises:
-        EvaluationError: there is an evaluation.json that cannot be read.
+        EvaluationError: there is an evaluation.json that cannot be read, or a file of that name that no evaluation
+            wrote.
     """
 
     def __init__(self, folder: Path, subjects: Sequence[EvaluatedSAE]):
@@ -40,7 +42,7 @@ class EvaluationFile:
         self.path, self.features_path = folder / "evaluation.json", folder / "evaluation_features.safetensors"
         self.weights = _checksum(subjects)
         self.earlier: Report = {}
-        read_evaluation(self.path)
+        self._read()
 
     def write(self, report: Report, subjects: Sequence[EvaluatedSAE]) -> tuple[Report, list[str]]:
         """Write `report` with the earlier suites that were not run again; returns what was written and their names.
@@ -53,7 +55,7 @@ class EvaluationFile:
         """
         try:
             with held(self.folder, wait=60.0):
-                found = read_evaluation(self.path)
+                found = self._read()
                 self.earlier = found if found.get("weights") == self.weights else {}
                 return self._merge(report, subjects)
         except BlockingIOError:
@@ -66,6 +68,18 @@ class EvaluationFile:
                 f"cannot write {str(self.path)!r}: {problem.strerror or problem}; expected a writable folder with "
                 "free space"
             ) from problem
+
+    def _read(self) -> Report:
+        """What is there now; both files may be replaced."""
+        found = read_evaluation(self.path)
+        others = [self.features_path] if _is_of_others(self.features_path) else []
+        if self.path.exists() and not {"saes", "weights"} <= found.keys():
+            others.insert(0, self.path)
+        if others:
+            raise EvaluationError(
+                f"{str(others[0])!r} was not written by an evaluation; expected a folder without it; move it away"
+            )
+        return found
 
     def _merge(self, report: Report, subjects: Sequence[EvaluatedSAE]) -> tuple[Report, list[str]]:
         earlier = self.earlier.get("settings", {}).keys() - report["settings"].keys()
@@ -81,7 +95,7 @@ class EvaluationFile:
                 report["skipped"][suite] = reason
         for table in ("settings", "seconds"):
             report[table] = self.earlier.get(table, {}) | report[table]
-        report = _plain(report | {"weights": self.weights})
+        report = finite(report | {"weights": self.weights})
         write_json(self.path, report)
         self._write_features(subjects)
         return report, kept
@@ -90,7 +104,7 @@ class EvaluationFile:
         features = {f"{one.name}.{key}": x.contiguous() for one in subjects for key, x in one.features.items()}
         if features:
             features = self._earlier_features() | features
-            write_whole(self.features_path, lambda partial: save_file(features, partial))
+            write_whole(self.features_path, lambda partial: save_file(features, partial, WRITTEN_BY))
         elif not self.earlier:
             self.features_path.unlink(missing_ok=True)
 
@@ -104,6 +118,18 @@ class EvaluationFile:
                 f"{str(self.features_path)!r} cannot be read ({problem}); expected what an earlier evaluation wrote; "
                 "move it away"
             ) from problem
+
+
+def _is_of_others(features: Path) -> bool:
+    """Whether a file of features is none that an evaluation wrote; version 0.1 left no word in it."""
+    if not features.exists():
+        return features.is_symlink()
+    try:
+        with safe_open(features, "pt") as file:
+            of_0_1 = any(name.endswith(".feature_density") for name in file.keys())  # noqa: SIM118
+            return not of_0_1 and (file.metadata() or {}) != WRITTEN_BY
+    except (SafetensorError, OSError):
+        return True
 
 
 def read_evaluation(path: Path) -> Report:
@@ -143,12 +169,3 @@ def _checksum(subjects: Sequence[EvaluatedSAE]) -> str:
             content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(f"{name}{tuple(tensor.shape)}".encode() + content.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """The same as JSON has it: what is undefined (NaN) is null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

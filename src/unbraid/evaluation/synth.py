@@ -13,11 +13,12 @@ from rich.console import Console
 
 from unbraid.config import OptimiserConfig, SAEConfig, SynthConfig, VariantConfig
 from unbraid.device import pick_device
+from unbraid.errors import EvaluationError
 from unbraid.evaluation.controls import controls_of
 from unbraid.evaluation.geometry import max_cosines
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
 from unbraid.evaluation.tables import ground_truth_tables
-from unbraid.files import write_json
+from unbraid.owned_files import check_owned_json, write_owned_json
 from unbraid.progress import Stages
 from unbraid.randomness import generator
 from unbraid.synthetic import World, build_world
@@ -28,18 +29,25 @@ SAMPLES_PER_FEATURE = 16_000
 WIDTH_SHARE, L0_SHARE = 1 / 3, 3 / 4
 WARMUP_SHARE = 20
 CONTROL = "control: "
+REPORT = "synth"
 
 
 def run_synth(
-    config: SynthConfig, *, console: Console | None = None, out: Path | None = None, resume: Path | None = None
+    config: SynthConfig,
+    *,
+    console: Console | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train, judge, print; write the numbers to `out` (JSON) if given.
 
     Args:
         config: what is trained on which world.
         console: where progress and tables go.
-        out: file of the numbers.
+        out: file of the numbers, a new one.
         resume: folder for the checkpoints of each seed's training, from which the same call goes on.
+        overwrite: whether `out` may be the report of an earlier call, which is replaced.
 
     Returns:
         `rows`: name -> list of ground-truth metrics (with `mean_max_decoder_cosine`), one per seed; `world`, `true_l0`,
@@ -50,6 +58,8 @@ def run_synth(
     """
 
     console = console or Console(quiet=True)
+    if out is not None:
+        check_owned_json(out, REPORT, error=EvaluationError, overwrite=overwrite)
     world = build_world(config.world, pick_device(config.device))
     x_BD, codes = world.sample(PROBE_SAMPLES, generator(config.seeds[0], "synth", device=world.device))
     true_l0 = float(codes.l0)
@@ -88,7 +98,7 @@ def run_synth(
     for part in ground_truth_tables(summary, {name for name in rows if name.startswith(CONTROL)}):
         console.print(part, highlight=False, markup=False)
     if out is not None:
-        write_json(out, report)
+        write_owned_json(out, report, REPORT, error=EvaluationError, overwrite=overwrite)
     return report
 
 

@@ -1,9 +1,8 @@
 """The command line of working with features: read, feature, steer, attribute and live."""
 
 import dataclasses
-import json
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -12,8 +11,12 @@ from rich.markup import escape
 from unbraid.errors import FeatureError
 from unbraid.feature_model.edits import Ablate, Clamp, Edit, Scale, Steer
 from unbraid.feature_model.tables import visible
+from unbraid.owned_files import json_text
 
 console = Console(soft_wrap=True)
+
+
+Trust = Annotated[bool, tyro.conf.arg(name="model.trust_remote_code")]
 
 
 @dataclasses.dataclass
@@ -28,12 +31,14 @@ class _Read:
     """Features per token."""
     json: bool = False
     """Print JSON."""
+    trust_remote_code: Trust = False
+    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def read(arguments: list[str]) -> None:
     """read RUN PROMPT [--sae NAME] [--k N] [--json]: which features a prompt makes fire, token by token."""
     options = tyro.cli(_Read, args=arguments, prog="unbraid read")
-    fm = _open(options.run)
+    fm = _open(options.run, options.trust_remote_code)
     _shares(fm)
     reading = fm.read(options.prompt)
     if options.sae is not None:
@@ -53,12 +58,14 @@ class _Feature:
     """Only contexts where this feature is silent."""
     json: bool = False
     """Print JSON."""
+    trust_remote_code: Trust = False
+    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def feature(arguments: list[str]) -> None:
     """feature RUN NAME/index [--alone-from NAME/index] [--json]: where a feature fires, and its partners."""
     options = tyro.cli(_Feature, args=arguments, prog="unbraid feature")
-    fm = _open(options.run)
+    fm = _open(options.run, options.trust_remote_code)
     contexts = fm.contexts(options.feature, options.k, alone_from=options.alone_from)
     found = {"contexts": contexts, "pairs": fm.pairs(options.feature, options.k)}
     if fm.tokenizer is not None:
@@ -90,6 +97,8 @@ class _Steer:
     """0 takes the likeliest token."""
     json: bool = False
     """Print JSON."""
+    trust_remote_code: Trust = False
+    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def steer(arguments: list[str]) -> None:
@@ -97,7 +106,7 @@ def steer(arguments: list[str]) -> None:
     # Tyro would take an edit such as `-1` for an option, so options are left to it and edits hold a `=`.
     options = tyro.cli(_Steer, args=arguments, prog="unbraid steer")
     edits = [parse_edit(text, options.without) for text in options.edits]
-    fm = _open(options.run)
+    fm = _open(options.run, options.trust_remote_code)
     sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
         sampling["temperature"] = options.temperature
@@ -182,12 +191,14 @@ class _Attribute:
     """Contributions shown."""
     json: bool = False
     """Print JSON."""
+    trust_remote_code: Trust = False
+    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def attribute(arguments: list[str]) -> None:
     """attribute RUN PROMPT [--metric " Paris - London"] [--method ig] [--json]: which features a logit comes from."""
     options = tyro.cli(_Attribute, args=arguments, prog="unbraid attribute")
-    fm = _open(options.run)
+    fm = _open(options.run, options.trust_remote_code)
     metric = parse_metric(fm, options.prompt, options.metric)
     sites = None if options.sae is None else [options.sae]
     found = fm.attribute(options.prompt, metric, method=options.method, sites=sites)
@@ -222,6 +233,8 @@ class _Live:
     """A run folder, or an SAE folder or a published SAE's name that say their model and site."""
     port: int = 0
     """0 takes a free one."""
+    trust_remote_code: Trust = False
+    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def live(arguments: list[str]) -> None:
@@ -229,15 +242,15 @@ def live(arguments: list[str]) -> None:
     options = tyro.cli(_Live, args=arguments, prog="unbraid live")
     from unbraid.feature_model.live.server import serve
 
-    fm = _open(options.run)
+    fm = _open(options.run, options.trust_remote_code)
     _shares(fm)
     serve(fm, options.port, str(options.run), lambda url: console.print(f"{url} (Ctrl-C ends it)", highlight=False))
 
 
-def _open(run: str) -> Any:
+def _open(run: str, trust_remote_code: bool) -> Any:
     from unbraid.feature_model.opening import features
 
-    return features(run)
+    return features(run, trust_remote_code=trust_remote_code)
 
 
 def _shares(fm: Any) -> None:
@@ -248,6 +261,6 @@ def _shares(fm: Any) -> None:
 
 def _show(result: Any, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+        print(json_text(result))
     else:
         console.print(result)

@@ -6,6 +6,7 @@ once the next time. The file says which weights it is of; one of other weights i
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from unbraid.feature_model.held_out import HeldOut
 from unbraid.feature_model.model import FeatureModel
 from unbraid.files import write_whole
 from unbraid.formats import path_or_name
+from unbraid.json_files import is_number, parse_json
 from unbraid.progress import Progress
 from unbraid.reporting.dashboard.passes import HeldOutPass, held_out_pass
 
@@ -32,7 +34,14 @@ ARROW = " -> "
 """Between what a transcoder reads and what it predicts, in the name of its site."""
 
 
-def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, console: Console | None = None) -> FeatureModel:
+def features(
+    run: Any,
+    *,
+    device: str = "auto",
+    tokens: int = TOKENS,
+    console: Console | None = None,
+    trust_remote_code: bool = False,
+) -> FeatureModel:
     """The model of a run with all its dictionaries attached, and the run's held-out text.
 
     Args:
@@ -41,6 +50,7 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, console: C
         device: where the model and dictionaries go.
         tokens: held-out token rows for maxima, contexts and partners.
         console: where progress is shown; standard error by default.
+        trust_remote_code: allow a run's settings to run code that comes with the model.
 
     Raises:
         UnbraidError: there is no finished dictionary, or its model or site is unknown or not there.
@@ -49,7 +59,7 @@ def features(run: Any, *, device: str = "auto", tokens: int = TOKENS, console: C
 
     path = path_or_name(getattr(run, "path", run))
     place = pick_device(device)
-    subjects, config = open_subjects(path, EvaluationConfig(), place, transcoders=True)
+    subjects, config = open_subjects(path, EvaluationConfig(), place, trust_remote_code, transcoders=True)
     if config is None:
         raise FeatureError(
             f"{str(path)!r} cannot be placed in a model: {subjects[0].unknown}; expected a run folder, or SAELens "
@@ -90,7 +100,8 @@ def _held_out(
     console: Console,
 ) -> HeldOut:
     identity = _identity(fm, config, tokens)
-    if kept is not None and (found := _load(kept, identity, list(fm.dictionaries))) is not None:
+    widths = {name: one.n_features for name, one in fm.dictionaries.items()}
+    if kept is not None and (found := _load(kept, identity, widths)) is not None:
         return found
     sites = [str(site) for site in config.sites]
     located = {name: (sites.index(one.site.partition(ARROW)[0]), one.sae) for name, one in fm.dictionaries.items()}
@@ -118,6 +129,10 @@ def _identity(fm: FeatureModel, config: RunConfig, tokens: int) -> str:
 def _save(made: HeldOut, path: Path, identity: str, console: Console) -> None:
     from safetensors.numpy import save_file
 
+    if os.path.lexists(path) and "identity" not in _metadata(path):
+        why = f"the held-out codes are not kept: {str(path)!r} was not written by unbraid; move it away"
+        console.print(why, highlight=False, markup=False)
+        return
     arrays = {"tokens_CT": made.seen.tokens_CT, "context_R": made.seen.context_R, "position_R": made.seen.position_R}
     for name, codes in made.seen.codes.items():
         arrays |= {f"{name}/indptr": codes.indptr, f"{name}/indices": codes.indices, f"{name}/data": codes.data}
@@ -131,26 +146,53 @@ def _save(made: HeldOut, path: Path, identity: str, console: Console) -> None:
         console.print(why, highlight=False, markup=False)
 
 
-def _load(path: Path, identity: str, names: list[str]) -> HeldOut | None:
-    """What the file holds, if it is whole and of these weights."""
+def _metadata(path: Path) -> dict[str, str]:
+    """What the file says of itself; nothing where it is none of ours."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _load(path: Path, identity: str, widths: dict[str, int]) -> HeldOut | None:
+    """What the file holds, if it is whole, of these weights, and something such a pass could have seen."""
+    from safetensors import SafetensorError, safe_open
+
+    if _metadata(path).get("identity") != identity:
         return None
     try:
         with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("identity") != identity:
-                return None
+            metadata = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        shapes, norms = json.loads(metadata["shapes"]), json.loads(metadata["norms"])
+        tokens_CT, context_R, position_R = (arrays[name] for name in ("tokens_CT", "context_R", "position_R"))
+        shapes, norms = (parse_json(metadata[name], ValueError) for name in ("shapes", "norms"))
+        contexts, length = tokens_CT.shape
         codes = {
             name: sparse.csc_array(
                 (arrays[f"{name}/data"], arrays[f"{name}/indices"], arrays[f"{name}/indptr"]), shape=tuple(shapes[name])
             )
-            for name in names
+            for name in widths
         }
-        seen = HeldOutPass(arrays["tokens_CT"], arrays["context_R"], arrays["position_R"], codes, norms)
-    except (OSError, SafetensorError, KeyError, ValueError):
+        for one in codes.values():
+            one.check_format(full_check=True)  # the file may come from anywhere, and scipy trusts its indices
+        sound = (
+            context_R.shape == position_R.shape == (len(context_R),)
+            and all(array.dtype.kind in "iu" for array in (tokens_CT, context_R, position_R))
+            and all(
+                ((array >= 0) & (array < end)).all() for array, end in ((context_R, contexts), (position_R, length))
+            )
+            and all(codes[name].shape == (len(context_R), width) for name, width in widths.items())
+            and all(one.dtype.kind == "f" and np.isfinite(one.data).all() for one in codes.values())
+            and all(is_number(norms[name]) for name in widths)
+        )
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError):
         return None
-    return HeldOut(seen, norms, np.full(len(seen.tokens_CT), seen.tokens_CT.shape[1]))
+    if not sound:
+        return None
+    seen = HeldOutPass(tokens_CT, context_R, position_R, codes, norms)
+    return HeldOut(seen, norms, np.full(contexts, length))

@@ -5,7 +5,6 @@ bytes: rows beyond it are counted, not shown.
 """
 
 import html
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from unbraid.errors import FeatureError
+from unbraid.owned_files import json_text, write_owned_json
 
 HTML_LIMIT = 100_000
 TERMINAL_ROWS = 40
@@ -155,21 +155,15 @@ def as_text(renderable: Any, width: int = 120) -> str:
     return capture.get().rstrip()
 
 
-def as_json(data: Any, path: Path | str | None) -> str:
-    """JSON text, also written to `path` if there is one.
+def as_json(data: Mapping[str, Any], path: Path | str | None) -> str:
+    """JSON text, also written to `path` if there is one: a new file, or one that was written so.
 
     Raises:
-        FeatureError: the file cannot be written.
+        FeatureError: the file cannot be written, or holds something else.
     """
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     if path is not None:
-        try:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        except OSError as problem:
-            raise FeatureError(
-                f"cannot write {str(path)!r}: {problem.strerror}; expected a writable place"
-            ) from problem
-    return text
+        return write_owned_json(Path(path), data, "features", error=FeatureError)
+    return json_text(data)
 
 
 def needed(package: str) -> Any:

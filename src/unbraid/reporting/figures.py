@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unbraid.errors import UnbraidError
+from unbraid.errors import TrainingError, UnbraidError
 from unbraid.files import write_whole
 from unbraid.reporting.training_log import Curve, TrainingLog, split_name
-from unbraid.training.run_folder import refuse_links
+from unbraid.training.run_folder import is_run, refuse_links
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,13 @@ def draw_training(run: Path | str, *, paper: bool = False) -> list[Path]:
     """
     run = Path(run)
     refuse_links(run)
-    figure = training_figure(TrainingLog.read(run / "metrics.jsonl"), paper=paper)
+    metrics = run / "metrics.jsonl"
+    if is_run(run) and not (metrics.is_file() and metrics.stat().st_size):
+        raise TrainingError(
+            f"run {str(run)!r} has logged no step yet (metrics.jsonl); expected one that has begun to train; go on "
+            f"with it by `unbraid resume {run}`"
+        )
+    figure = training_figure(TrainingLog.read(metrics), paper=paper)
     return save_figure(figure, run / "figures" / ("figure1-paper" if paper else "figure1"))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from unbraid.errors import TrainingError
 from unbraid.json_files import is_count, is_number
-from unbraid.training.run_folder import read_json_lines
+from unbraid.training.json_lines import read_json_lines
 
 NAME_PATTERN = re.compile(r"^(?P<site>[a-z_]+\.\d+)(?:_(?P<variant>.+))?$")
 

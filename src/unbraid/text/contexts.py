@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unbraid.config import TextConfig
 from unbraid.errors import TextError
+from unbraid.json_files import is_count
 from unbraid.text.documents import TOO_LONG, Content, TextSource, key_of, usable
 from unbraid.text.tokens import DocumentTokenizer
 
@@ -56,8 +57,22 @@ class Position:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Position":
-        """The inverse of `to_json`."""
-        return cls(data["document"], data["token"], Counts(**data["counts"]), data["bookmark"])
+        """The inverse of `to_json`.
+
+        Raises:
+            TextError: the data is nothing that `to_json` gave.
+        """
+        counts: Any = data.get("counts")
+        bookmark = data.get("bookmark")
+        numbers = [data.get("document"), data.get("token")]
+        if isinstance(counts, dict) and isinstance(counts.get("skipped"), dict):
+            numbers += [counts.get("seen"), counts.get("used"), *counts["skipped"].values()]
+        if len(numbers) < 4 or not all(map(is_count, numbers)) or not isinstance(bookmark, dict | None):
+            raise TextError(
+                f"a place in the text is {str(data)[:200]}; expected what an earlier part of the run wrote; what holds "
+                "it is damaged"
+            )
+        return cls(data["document"], data["token"], Counts(**counts), bookmark)
 
 
 class Context(NamedTuple):

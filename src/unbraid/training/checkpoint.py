@@ -2,11 +2,13 @@
 
 A checkpoint is a folder `step_N` of safetensors files, a `state.json`, and a `manifest.json` with the format version
 and a checksum of every other file. It is written beside its final place, synced to disk, then renamed; a crash at any
-instant leaves either the old set of checkpoints or the old set plus a complete new one. Nothing is ever unpickled.
+instant leaves either the old set of checkpoints or the old set plus a complete new one. Nothing is ever unpickled, and
+no folder is deleted that holds anything but the files of a checkpoint.
 Among many ranks each writes its own files, and the first one, when all are on disk, the manifest that makes them one
 checkpoint.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -20,13 +22,15 @@ from torch import Tensor
 
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import CheckpointError
-from unbraid.files import checksum, discard, follow_umask, free_bytes, sync
+from unbraid.files import checksum, follow_umask, free_bytes, is_system_file, sync
 from unbraid.json_files import is_count, is_number, read_json_object
 
 FORMAT_VERSION = 2
 """2: SAEs train on centred activations, and a checkpoint knows its mean."""
 SPARE_BYTES = 1 << 20
 """Space left on the disk beyond the checkpoint's tensors, for JSON and the log."""
+A_FILE = re.compile(r"[^/\\\0]+\.(safetensors|json)")
+"""The names of a checkpoint's files."""
 
 CheckpointTensors = dict[str, dict[str, Tensor]]
 """File stem -> tensor name -> tensor."""
@@ -50,7 +54,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: the disk has too little space, or the write failed; earlier checkpoints are untouched.
     """
-    final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
+    final, partial = folder / f"step_{step}", _aside(folder, step)
     if ranks.any(final.exists()):
         return final
     (together,) = ranks.total(sum(tensor.nbytes for group in tensors.values() for tensor in group.values()))
@@ -58,7 +62,8 @@ def write_checkpoint(
     try:
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
-            _discard_leftovers(folder)
+            for leftover in folder.glob(".step_*.partial"):
+                _delete_partial(leftover)
             free = free_bytes(folder)
             if free < needed:
                 raise CheckpointError(
@@ -86,14 +91,15 @@ def write_checkpoint(
             partial.rename(final)
             sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the next checkpoint sweeps it away
+            _delete_partial(partial)
         raise CheckpointError(
             f"could not write the checkpoint of step {step} into {str(folder)!r}: {error}; earlier checkpoints are "
             "intact; make the folder writable or free some space, then run `unbraid resume` on this run"
         ) from error
     if ranks.first:
         for old in list_checkpoints(folder)[:-keep]:
-            discard(old)
+            _discard(old)
     ranks.wait()
     return final
 
@@ -143,7 +149,7 @@ def read_checkpoint(path: Path, wanted: Callable[[str], bool] = every_file) -> t
                 "this version; finish this run with `pip install 'unbraid<0.2'`, or train again into a new run folder"
             )
         for name in checksums:
-            if not re.fullmatch(r"[^/\\\0]+\.(safetensors|json)", name):
+            if not A_FILE.fullmatch(name):
                 raise ValueError(f"manifest.json names {name!r}, which is no file of a checkpoint")
         stems = [name.removesuffix(".safetensors") for name in checksums if name.endswith(".safetensors")]
         stems = [stem for stem in stems if wanted(stem)]
@@ -185,6 +191,28 @@ def damaged(path: Path, what: str) -> str:
     )
 
 
-def _discard_leftovers(folder: Path) -> None:
-    for leftover in folder.glob(".step_*.partial"):
-        shutil.rmtree(leftover)
+def _aside(folder: Path, step: int | str) -> Path:
+    return folder / f".step_{step}.partial"
+
+
+def _discard(checkpoint: Path) -> None:
+    """Delete an old checkpoint: at any instant it is there whole or not at all. One with other files in it stays."""
+    aside = _aside(checkpoint.parent, checkpoint.name.removeprefix("step_"))
+    with contextlib.suppress(ValueError):
+        named = read_json_object(checkpoint / "manifest.json", ValueError).get("checksums")
+        if isinstance(named, dict) and _holds_only(checkpoint, {*named, "manifest.json"}) and not aside.exists():
+            checkpoint.rename(aside)
+            shutil.rmtree(aside)
+
+
+def _delete_partial(folder: Path) -> None:
+    """Delete what an unfinished write left."""
+    if folder.is_dir() and _holds_only(folder, {path.name for path in folder.iterdir() if A_FILE.fullmatch(path.name)}):
+        shutil.rmtree(folder)
+
+
+def _holds_only(folder: Path, names: set[str]) -> bool:
+    return not folder.is_symlink() and all(
+        path.is_file() and not path.is_symlink() and (path.name in names or is_system_file(path.name))
+        for path in folder.iterdir()
+    )

@@ -5,11 +5,14 @@ record, and a run gives the same bytes with loggers and without. A resumed run g
 repeats repeat their values, because resuming is exact. The packages are extras, imported only here and only when asked.
 """
 
+import errno
 import importlib.util
+import os
 import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from unbraid.config import RunConfig
@@ -34,6 +37,13 @@ class Logger(Protocol):
 class TensorBoard:
     """Event files in the run folder: `tensorboard --logdir RUN/tensorboard`."""
 
+    expected = "a tensorboard that torch can use; run `pip install --upgrade tensorboard`"
+
+    @staticmethod
+    def check() -> None:
+        """What this imports is there."""
+        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
     def __init__(self, folder: RunFolder, _config: RunConfig):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -54,25 +64,29 @@ class TensorBoard:
 class WeightsAndBiases:
     """A Weights & Biases run; WANDB_MODE=offline keeps it in the run folder until `wandb sync`."""
 
+    expected = "a login and a network; run `wandb login`, or set WANDB_MODE=offline"
+
+    @staticmethod
+    def check() -> None:
+        """There is a key and the server takes it; offline none is needed."""
+        import wandb
+
+        if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+            wandb.login(verify=True)
+
     def __init__(self, folder: RunFolder, config: RunConfig):
         import wandb
 
-        try:
-            self._run = wandb.init(
-                project=config.training.log_project,
-                name=folder.path.name,
-                id=_tracking_id(folder),
-                resume="allow",
-                dir=str(folder.path),
-                config=config.model_dump(mode="json"),
-                # The terminal belongs to the run's own display.
-                settings=wandb.Settings(console="off", silent=True),
-            )
-        except wandb.Error as error:
-            raise ConfigError(
-                f"training.loggers asks for wandb, which could not start ({error}); expected a login and a network; "
-                "run `wandb login`, or set WANDB_MODE=offline"
-            ) from error
+        self._run = wandb.init(
+            project=config.training.log_project,
+            name=folder.path.name,
+            id=_tracking_id(folder),
+            resume="allow",
+            dir=str(folder.path),
+            config=config.model_dump(mode="json"),
+            # The terminal belongs to the run's own display.
+            settings=wandb.Settings(console="off", silent=True),
+        )
         # Not wandb's own step, which only ever rises: a resumed run repeats some.
         self._run.define_metric("*", step_metric="step")
 
@@ -87,6 +101,18 @@ class WeightsAndBiases:
 
 class Trackio:
     """A trackio run on this machine: `trackio show` opens it."""
+
+    expected = "a folder it can write; set TRACKIO_DIR to one"
+
+    @staticmethod
+    def check() -> None:
+        """Its data base can be written."""
+        import trackio.utils
+
+        place = Path(trackio.utils.TRACKIO_DIR)
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable", str(place))
 
     def __init__(self, folder: RunFolder, config: RunConfig):
         import trackio
@@ -138,10 +164,10 @@ class Loggers:
 
 
 def check_loggers(config: RunConfig) -> None:
-    """Every logger asked for must be installed.
+    """Every logger asked for must be installed, and able to start: this is asked before a model is loaded.
 
     Raises:
-        ConfigError: naming the package and the command that installs it.
+        ConfigError: naming the package and the command that installs it, or why it cannot start.
     """
     for name in config.training.loggers:
         if importlib.util.find_spec(name) is None:
@@ -149,6 +175,21 @@ def check_loggers(config: RunConfig) -> None:
                 f"training.loggers asks for {name!r}, and the package {name} is not installed; expected loggers that "
                 f"are; run `pip install 'unbraid[{name}]'`, or leave it out: metrics.jsonl is always written"
             )
+        with _starting(name):
+            LOGGERS[name].check()
+
+
+@contextmanager
+def _starting(name: str) -> Iterator[None]:
+    """A logger's own errors, of whatever class, as one message."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(
+            f"training.loggers asks for {name}, which could not start ({reason}); expected {LOGGERS[name].expected}, "
+            "or leave it out: metrics.jsonl is always written"
+        ) from error
 
 
 @contextmanager
@@ -156,13 +197,13 @@ def open_loggers(folder: RunFolder, config: RunConfig) -> Iterator[Loggers]:
     """Start the loggers a run asks for, or go on with those of its earlier part; they are closed whatever happens.
 
     Raises:
-        ConfigError: one is not installed or cannot start.
+        ConfigError: one cannot start, although `check_loggers` found that it can.
     """
-    check_loggers(config)
     with ExitStack() as stack:
         loggers: list[Logger] = []
         for name in config.training.loggers:
-            logger = LOGGERS[name](folder, config)
+            with _starting(name):
+                logger = LOGGERS[name](folder, config)
             stack.push(lambda kind, _error, _trace, logger=logger: _close(logger, kind is not None))
             loggers.append(logger)
         yield Loggers(loggers)

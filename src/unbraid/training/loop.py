@@ -22,6 +22,7 @@ from unbraid.config import RunConfig
 from unbraid.distributed.mesh import SINGLE, Mesh
 from unbraid.distributed.ranks import ALONE
 from unbraid.errors import CheckpointError, ConfigError, RowsUsedUp, TrainingError, UnbraidError
+from unbraid.json_files import finite
 from unbraid.training.changes import require_same_run
 from unbraid.training.checkpoint import (
     damaged,
@@ -31,12 +32,13 @@ from unbraid.training.checkpoint import (
     write_checkpoint,
 )
 from unbraid.training.fit import Records, train_steps
+from unbraid.training.json_lines import JsonLines
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.own_penalty import name_of
-from unbraid.training.run_folder import JsonLines, RunFolder
+from unbraid.training.run_folder import RunFolder
 from unbraid.training.sae_trainer import SAETrainer, new_trainer
 from unbraid.training.sharded_checkpoint import join, overlaps, piece_stem
-from unbraid.training.stopping import TrainingInterrupted, finite
+from unbraid.training.stopping import TrainingInterrupted
 
 
 @runtime_checkable

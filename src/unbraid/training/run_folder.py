@@ -9,7 +9,6 @@ figures/, report/          drawn from the files above
 summary.json               held-out metrics of every SAE; present once the run is complete
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.config import RunConfig, load_config, require_trust
-from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import ConfigError, TrainingError
 from unbraid.files import (
+    LEFT_BY_A_KILLED_WRITE,
     LOCK,
     first_link,
     held,
@@ -29,7 +28,7 @@ from unbraid.files import (
     is_system_file,
     write_json,
 )
-from unbraid.json_files import is_count, is_number, parse_json, read_json_object
+from unbraid.json_files import is_count, is_number, read_json_object
 from unbraid.owned_folders import MARKER, mark, read_marker, recover
 from unbraid.training.changes import FILE as CHANGES
 from unbraid.training.changes import with_changes
@@ -56,6 +55,7 @@ ENTRIES = (
     "summary.json",
     "evaluation.json",
     "evaluation_features.safetensors",
+    "held_out.safetensors",
     "labels.json",
 )
 WITH_LINKS_OF_THEIR_OWN = ("wandb",)
@@ -188,15 +188,19 @@ class RunFolder:
             TrainingError: the run is not complete, or the file is damaged.
         """
         if not self.summary.exists():
-            raise TrainingError(
-                f"run {str(self.path)!r} is not complete (no summary.json); finish it with `unbraid resume {self.path}`"
-            )
+            raise self._not_complete("no summary.json")
         expected = "the summary of a finished run"
         summary = read_json_object(self.summary, TrainingError, expected)
         problem = _problem_in_summary(summary, self.recorded_config.sae_names)
         if problem is not None:
             raise TrainingError(f"{str(self.summary)!r}: {problem}; expected {expected}")
         return summary
+
+    def _not_complete(self, why: str) -> TrainingError:
+        return TrainingError(
+            f"run {str(self.path)!r} is not complete ({why}); expected one that has ended; finish it with "
+            f"`unbraid resume {self.path}`"
+        )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -207,6 +211,12 @@ class RunFolder:
         """
         with _locked(self.path):
             yield
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's, ended or not; other folders have a config.json too, such as a language model's."""
+    begun = ("saes", "checkpoints", "metrics.jsonl")
+    return (path / "config.json").is_file() and (_is_marked(path) or any((path / name).exists() for name in begun))
 
 
 def default_run_folder(config: RunConfig) -> Path:
@@ -232,6 +242,11 @@ def _locked(path: Path) -> Iterator[None]:
             raise TrainingError(
                 f"another process is training in {str(path)!r}; wait for it or choose another run folder"
             ) from None
+        except OSError as error:
+            raise TrainingError(
+                f"cannot hold {str(path / LOCK)!r}: {error.strerror or error}; expected a folder that can be written, "
+                "with no other file of that name; make it writable, or choose another run folder"
+            ) from error
         yield
 
 
@@ -257,7 +272,7 @@ def _is_failed_start(path: Path) -> bool:
         return False
     checkpoints = path / "checkpoints"
     begun = all(
-        entry.name in OF_A_START or is_system_file(entry.name) or entry.name.endswith(".partial")
+        entry.name in OF_A_START or is_system_file(entry.name) or LEFT_BY_A_KILLED_WRITE.fullmatch(entry.name)
         for entry in path.iterdir()
         if entry != checkpoints
     )
@@ -286,77 +301,6 @@ def _clear(path: Path) -> None:
             shutil.rmtree(entry)
         elif name != LOCK:
             entry.unlink(missing_ok=True)
-
-
-class JsonLines:
-    """An append-only log that can be cut back to where a checkpoint stood. Use as a context manager.
-
-    Args:
-        path: the file.
-        offset: bytes to keep of what is there; none keeps all.
-        ranks: who logs the same; only the first writes.
-
-    Raises:
-        TrainingError: lines that a checkpoint counts on are gone.
-    """
-
-    def __init__(self, path: Path, offset: int | None = None, ranks: Ranks = ALONE):
-        self._file = None
-        if not ranks.first:
-            return
-        if offset is not None:
-            size = path.stat().st_size if path.exists() else 0
-            if size < offset:
-                raise TrainingError(
-                    f"{str(path)!r} has {size:,} bytes; expected the {offset:,} logged before the checkpoint; "
-                    "restore the file, or train again into a new run folder"
-                )
-            if size > offset:
-                os.truncate(path, offset)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line and hand it to the operating system at once."""
-        if self._file is not None:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
-
-    def sync(self) -> int:
-        """Force the log to disk; its length in bytes, 0 where another rank writes it."""
-        if self._file is None:
-            return 0
-        os.fsync(self._file.fileno())
-        return self._file.tell()
-
-    def __enter__(self) -> "JsonLines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every complete line of a log; a last line cut off by a crash is left out.
-
-    Raises:
-        TrainingError: the file cannot be read or a complete line is not JSON.
-    """
-    expected = "the log of a run that has started, one JSON object per line"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"cannot read {str(path)!r}: {error}; expected {expected}") from error
-    lines = []
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        lines.append(parse_json(line, lambda why, at=number: _damaged_line(path, at, why, expected)))
-        if not isinstance(lines[-1], dict):
-            raise _damaged_line(path, number, f"holds {type(lines[-1]).__name__}", expected)
-    return lines
-
-
-def _damaged_line(path: Path, number: int, why: str, expected: str) -> TrainingError:
-    return TrainingError(f"{str(path)!r} is damaged: line {number} {why}; expected {expected}")
 
 
 def _problem_in_summary(summary: dict[str, Any], names: list[str]) -> str | None:

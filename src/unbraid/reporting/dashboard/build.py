@@ -75,7 +75,7 @@ def write_dashboard(
     config = folder.config
     saes = {name: found.sae for name, found in open_source(folder.path).items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    summary = folder.read_summary() if folder.summary.is_file() else {}
+    summary = folder.read_summary()
     log = TrainingLog.read(folder.metrics)
     console = console or default_console()
     with console.status(f"loading {config.model.name}"):
