@@ -90,6 +90,8 @@ def offline(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
+        if "wandb" in sys.modules:  # What it read of the environment before is forgotten.
+            sys.modules["wandb"].teardown()
         yield
 
 
