@@ -29,7 +29,7 @@ def test_two_evaluations_at_once_both_end_up_in_the_file(tmp_path: Path):
 
 
 def test_evaluations_of_many_threads_lose_nothing(tmp_path: Path):
-    subjects = [EvaluatedSAE("x", 0, make_sae("topk"))]
+    subjects = [EvaluatedSAE("x", 0, make_sae("topk"), features={"density": torch.ones(3)})]
 
     def write(suite: str) -> None:
         report = {"settings": {suite: {}}, "saes": {"x": {"site": None, suite: {}}}, "controls": {}}
@@ -38,6 +38,16 @@ def test_evaluations_of_many_threads_lose_nothing(tmp_path: Path):
     with ThreadPoolExecutor() as threads:
         list(threads.map(write, SUITES))
     assert set(json.loads((tmp_path / "evaluation.json").read_text())["settings"]) == set(SUITES)
+
+
+def test_a_file_written_while_another_evaluation_starts_is_not_taken_for_a_strangers(tmp_path: Path, monkeypatch):
+    def looks_too_early(path: Path) -> dict:
+        found = read_evaluation(path)
+        path.write_text('{"saes": {}, "weights": "0"}')
+        return found
+
+    monkeypatch.setattr("unbraid.evaluation.evaluation_file.read_evaluation", looks_too_early)
+    EvaluationFile(tmp_path, [EvaluatedSAE("x", 0, make_sae("topk"))])
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"saes": [1]}', '{"saes": {"x": 1}}', "[" * 100_000])

@@ -71,9 +71,10 @@ class EvaluationFile:
 
     def _read(self) -> Report:
         """What is there now; both files may be replaced."""
-        found = read_evaluation(self.path)
+        there = self.path.exists()
+        found = read_evaluation(self.path) if there else {}
         others = [self.features_path] if _is_of_others(self.features_path) else []
-        if self.path.exists() and not {"saes", "weights"} <= found.keys():
+        if there and not {"saes", "weights"} <= found.keys():
             others.insert(0, self.path)
         if others:
             raise EvaluationError(
@@ -122,12 +123,12 @@ class EvaluationFile:
 
 def _is_of_others(features: Path) -> bool:
     """Whether a file of features is none that an evaluation wrote; version 0.1 left no word in it."""
-    if not features.exists():
-        return features.is_symlink()
     try:
         with safe_open(features, "pt") as file:
             of_0_1 = any(name.endswith(".feature_density") for name in file.keys())  # noqa: SIM118
             return not of_0_1 and (file.metadata() or {}) != WRITTEN_BY
+    except FileNotFoundError:
+        return features.is_symlink()
     except (SafetensorError, OSError):
         return True
 
