@@ -6,7 +6,8 @@ from feature_models import PROMPT, random_feature_model
 
 from unbraid.errors import FeatureError
 from unbraid.feature_model import Ablate, logit
-from unbraid.feature_model.attribution import bound_metric, gradients_at, parts_of
+from unbraid.feature_model.attribution import gradients_at, parts_of
+from unbraid.feature_model.logit_metric import bound_metric
 from unbraid.feature_model.passes import Recorded
 
 FAMILIES = ["llama", "gemma2", "gpt2", "gpt_neox", "qwen2"]

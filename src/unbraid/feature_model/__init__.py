@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from unbraid.lazy_names import imported_when_asked_for
 
 if TYPE_CHECKING:
-    from unbraid.feature_model.attribution import logit
     from unbraid.feature_model.edits import Ablate, Clamp, Patch, Scale, Splice, Steer
+    from unbraid.feature_model.logit_metric import logit
     from unbraid.feature_model.matching import match
     from unbraid.feature_model.model import FeatureModel
     from unbraid.feature_model.opening import features
@@ -15,7 +15,7 @@ __all__ = ["Ablate", "Clamp", "FeatureModel", "Patch", "Scale", "Splice", "Steer
 __getattr__ = imported_when_asked_for(
     __name__,
     {
-        "unbraid.feature_model.attribution": ["logit"],
+        "unbraid.feature_model.logit_metric": ["logit"],
         "unbraid.feature_model.edits": ["Ablate", "Clamp", "Patch", "Scale", "Splice", "Steer"],
         "unbraid.feature_model.matching": ["match"],
         "unbraid.feature_model.model": ["FeatureModel"],

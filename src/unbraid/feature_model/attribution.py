@@ -17,80 +17,15 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import FeatureError
-from unbraid.feature_model.dictionaries import Dictionary
+from unbraid.feature_model.dictionaries import Dictionary, split_address
+from unbraid.feature_model.logit_metric import bound_metric
 from unbraid.feature_model.passes import TOKENS_AT_ONCE, Recorded
-from unbraid.feature_model.positions import check_positions
 from unbraid.feature_model.prompts import Prompt
 from unbraid.feature_model.reading import ReadingHook
-from unbraid.feature_model.tables import Table, as_json, as_text
+from unbraid.feature_model.tables import Result, Table
 
 ENTRIES_AT_ONCE = 4096
 FIRST_STEPS, MOST_STEPS, CLOSE = 8, 256, 0.01
-
-
-@dataclass(frozen=True)
-class LogitMetric:
-    """A token's logit, less another's, as a mean over positions; made by `unbraid.logit`."""
-
-    token: Any
-    minus: Any = None
-    at: Any = -1
-
-    def bound(self, fm: Any, batch: Prompt) -> Callable[[Tensor], Tensor]:
-        """The metric as a function of logits `[1, T, V]` of a prompt."""
-        mask_T = check_positions(self.at, batch.span)[0]
-        token = _id(fm, self.token)
-        other = None if self.minus is None else _id(fm, self.minus)
-
-        def metric(logits_1TV: Tensor) -> Tensor:
-            logits_tV = logits_1TV[0, mask_T].float()
-            found = logits_tV[:, token] - (logits_tV[:, other] if other is not None else 0.0)
-            return found.mean()
-
-        return metric
-
-
-Metric = LogitMetric | Callable[[Tensor], Tensor]
-
-
-def logit(token: Any, minus: Any = None, at: Any = -1) -> LogitMetric:
-    """The logit of a token (text or id), less that of `minus`, at a position of the prompt: a metric to attribute.
-
-    Example:
-        >>> logit(" Paris", minus=" London")
-        LogitMetric(token=' Paris', minus=' London', at=-1)
-    """
-    return LogitMetric(token, minus, at)
-
-
-def _id(fm: Any, token: Any) -> int:
-    size = fm.hf_model.config.get_text_config().vocab_size
-    if isinstance(token, int):
-        if not 0 <= token < size:
-            raise FeatureError(f"token {token} does not exist; expected an id from 0 to {size - 1}")
-        return token
-    if fm.tokenizer is None:
-        raise FeatureError(f"{token!r} is text but there is no tokenizer; expected a token's id")
-    ids = fm.tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        pieces = [fm.tokenizer.decode([one]) for one in ids]
-        raise FeatureError(f"{token!r} is {len(ids)} tokens, {pieces}; expected one; mind the leading space")
-    return ids[0]
-
-
-def bound_metric(fm: Any, batch: Prompt, metric: Any) -> Callable[[Tensor], Tensor]:
-    """A metric as a function of `[1, T, V]` that is checked to give a finite scalar."""
-    if not callable(metric) and not isinstance(metric, LogitMetric):
-        raise FeatureError(f"metric is {metric!r}; expected unbraid.logit(...) or a function of logits [B, T, V]")
-    function = metric.bound(fm, batch) if isinstance(metric, LogitMetric) else metric
-
-    def checked(logits_1TV: Tensor) -> Tensor:
-        value = function(logits_1TV)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value).all()):
-            raise FeatureError(f"the metric gave {value!r}; expected a finite scalar tensor made from the logits")
-        return value.reshape(())
-
-    return checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +54,8 @@ class SiteAttribution:
         return float(self.values.double().sum())
 
 
-@dataclass(frozen=True, eq=False)
-class Attribution:
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution(Result):
     """Contributions to a metric.
 
     Attributes:
@@ -165,8 +100,12 @@ class Attribution:
     def top(self, k: int = 10) -> Table:
         """The largest contributions, of either sign."""
         table = self._largest(k)
-        rows = [row | {"words": self.fm.words(*_split(row["feature"]))} for row in table.rows]
+        rows = [row | {"words": self.fm.words(*split_address(row["feature"]))} for row in table.rows]
         return Table([*table.columns, "words"], rows, table.caption, table.notes)
+
+    def to_table(self) -> Table:
+        """The ten largest."""
+        return self.top()
 
     def _largest(self, k: int) -> Table:
         rows = []
@@ -214,27 +153,12 @@ class Attribution:
     def _all(self) -> Table:
         return self._largest(sum(len(site.values) for site in self.sites.values()))
 
-    def to_json(self, path: Any = None) -> str:
-        """`to_dict` as JSON text, also written to `path` if there is one."""
-        return as_json(self.to_dict(), path)
-
     def to_pandas(self) -> Any:
         """All contributions as a DataFrame."""
         return self._all().to_pandas()
 
-    def __rich__(self) -> Any:
-        return self.top().__rich__()
-
-    def __repr__(self) -> str:
-        return as_text(self.__rich__())
-
     def _repr_html_(self) -> str:
         return self.top(50)._repr_html_()
-
-
-def _split(address: str) -> tuple[str, int]:
-    name, _, index = address.rpartition("/")
-    return name, int(index)
 
 
 @dataclass(eq=False)

@@ -211,7 +211,7 @@ def attribute(arguments: list[str]) -> None:
 
 def parse_metric(fm: Any, prompt: Any, text: str | None) -> Any:
     """A metric from its form on the command line; without one, the likeliest next token less the second."""
-    from unbraid.feature_model.attribution import logit
+    from unbraid.feature_model.logit_metric import logit
 
     if text is not None:
         token, separator, minus = text.partition(" -")

@@ -30,6 +30,12 @@ class Feature(NamedTuple):
         return f"{self.dictionary.name}/{'all' if self.index is None else self.index}"
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """NAME and index of a feature that is known to exist; `Dictionaries.feature` checks what a user gives."""
+    name, _, index = address.rpartition("/")
+    return name, int(index)
+
+
 class Dictionary:
     """One dictionary standing in a model.
 

@@ -16,22 +16,22 @@ from torch import Tensor
 from unbraid.errors import FeatureError
 from unbraid.feature_model.attribution import (
     attribute,
-    bound_metric,
     gradients_at,
     one_prompt,
     parts_of,
 )
 from unbraid.feature_model.dictionaries import Dictionary
+from unbraid.feature_model.logit_metric import bound_metric
 from unbraid.feature_model.passes import Recorded
 from unbraid.feature_model.positions import check_positions
-from unbraid.feature_model.tables import Table, as_json, as_text, needed
+from unbraid.feature_model.tables import Result, Table, needed
 
 Target = tuple[int, int]
 """Position and feature."""
 
 
-@dataclass(frozen=True, eq=False)
-class Edges:
+@dataclass(frozen=True, eq=False, repr=False)
+class Edges(Result):
     """Edges from one dictionary's features to some of another's.
 
     Attributes:
@@ -52,6 +52,10 @@ class Edges:
     error: Tensor
     bias: Tensor
     total: Tensor
+
+    def to_table(self) -> Table:
+        """The twenty strongest."""
+        return self.top()
 
     def top(self, k: int = 20) -> Table:
         """The strongest edges of either sign."""
@@ -84,26 +88,16 @@ class Edges:
             "bias": self.bias.tolist(),
         }
 
-    def to_json(self, path: Any = None) -> str:
-        """`to_dict` as JSON text, also written to `path` if there is one."""
-        return as_json(self.to_dict(), path)
-
     def to_pandas(self) -> Any:
         """All edges as a DataFrame."""
         return self.top(len(self.values.values())).to_pandas()
-
-    def __rich__(self) -> Any:
-        return self.top().__rich__()
-
-    def __repr__(self) -> str:
-        return as_text(self.__rich__())
 
     def _repr_html_(self) -> str:
         return self.top(50)._repr_html_()
 
 
-@dataclass(frozen=True)
-class Graph:
+@dataclass(frozen=True, repr=False)
+class Graph(Result):
     """The strongest features of several sites for a metric, with edges between neighbouring sites.
 
     Attributes:
@@ -140,23 +134,6 @@ class Graph:
         edges = [{"source": a, "target": b, "value": value} for a, b, value in self.edges]
         gap = self.gap if self.gap < float("inf") else None
         return {"nodes": self.nodes, "edges": edges, "metric": self.metric, "gap": gap}
-
-    def to_json(self, path: Any = None) -> str:
-        """`to_dict` as JSON text, also written to `path` if there is one."""
-        return as_json(self.to_dict(), path)
-
-    def to_pandas(self) -> Any:
-        """The edges as a DataFrame."""
-        return self.to_table().to_pandas()
-
-    def __rich__(self) -> Any:
-        return self.to_table().__rich__()
-
-    def __repr__(self) -> str:
-        return as_text(self.__rich__())
-
-    def _repr_html_(self) -> str:
-        return self.to_table()._repr_html_()
 
 
 def edges(fm: Any, prompt: Any, source: str, target: str, at: Any, top: int, metric: Any) -> Edges:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbraid.feature_model.dictionaries import split_address
 from unbraid.feature_model.edits import Edit, Splice
 from unbraid.feature_model.positions import chosen
 from unbraid.feature_model.prompts import Prompt
 from unbraid.feature_model.reading import Reading
-from unbraid.feature_model.tables import Table, as_json, as_text
+from unbraid.feature_model.tables import Result, Table
 
 
 def edited_mask(batch: Prompt, edits: Sequence[Edit]) -> Tensor:
@@ -23,8 +24,8 @@ def edited_mask(batch: Prompt, edits: Sequence[Edit]) -> Tensor:
     return mask_BT
 
 
-@dataclass(frozen=True, eq=False)
-class Effect:
+@dataclass(frozen=True, eq=False, repr=False)
+class Effect(Result):
     """One edited pass beside the unedited one.
 
     Attributes:
@@ -56,7 +57,7 @@ class Effect:
     @cached_property
     def readback(self) -> dict[str, Tensor]:
         """Address -> `[B, T]` code of each edited feature, re-encoded from the edited stream."""
-        return {address: self.after.code(*_split(address)) for address in self.features}
+        return {address: self.after.code(*split_address(address)) for address in self.features}
 
     def moved(self, k: int = 10) -> Table:
         """The codes that changed most, those of the edited features aside."""
@@ -64,7 +65,9 @@ class Effect:
         for name in self.after.codes:
             change = (self.after.codes[name] - self.before.codes[name]).coalesce()
             rows, tokens, features = change.indices()
-            own = torch.tensor([_split(one)[1] for one in self.features if _split(one)[0] == name], dtype=torch.long)
+            own = torch.tensor(
+                [split_address(one)[1] for one in self.features if split_address(one)[0] == name], dtype=torch.long
+            )
             kept = ~torch.isin(features, own) & (change.values() != 0)
             rows, tokens, features, values = rows[kept], tokens[kept], features[kept], change.values()[kept]
             for place in values.abs().argsort(descending=True, stable=True)[:k].tolist():
@@ -79,7 +82,7 @@ class Effect:
                     line | {"before": after - float(values[place]), "after": after, "change": float(values[place])}
                 )
         found.sort(key=lambda line: (-abs(line["change"]), line["feature"]))
-        lines = [line | {"words": self.fm.words(*_split(line["feature"]))} for line in found[:k]]
+        lines = [line | {"words": self.fm.words(*split_address(line["feature"]))} for line in found[:k]]
         columns = ["feature", *(["prompt"] if len(self.after.tokens) > 1 else [])]
         return Table([*columns, "position", "token", "before", "after", "change", "words"], lines, "codes that moved")
 
@@ -135,7 +138,7 @@ class Effect:
     def _means(effect: "Effect", address: str, before: str, after: str) -> dict[str, float]:
         mask_BT = effect.batch.span.content_BT.cpu()
         count = max(1, int(mask_BT.sum()))
-        codes = {before: effect.before.code(*_split(address)), after: effect.after.code(*_split(address))}
+        codes = {before: effect.before.code(*split_address(address)), after: effect.after.code(*split_address(address))}
         return {name: float(code_BT[mask_BT].sum()) / count for name, code_BT in codes.items()}
 
     def to_table(self, k: int = 10) -> Table:
@@ -156,24 +159,6 @@ class Effect:
             "partners": self.partners.rows,
         }
 
-    def to_json(self, path: Any = None) -> str:
-        """`to_dict` as JSON text, also written to `path` if there is one."""
-        return as_json(self.to_dict(), path)
-
     def to_pandas(self) -> Any:
         """The moved codes as a DataFrame."""
         return self.moved(100).to_pandas()
-
-    def __rich__(self) -> Any:
-        return self.to_table().__rich__()
-
-    def __repr__(self) -> str:
-        return as_text(self.__rich__())
-
-    def _repr_html_(self) -> str:
-        return self.to_table()._repr_html_()
-
-
-def _split(address: str) -> tuple[str, int]:
-    name, _, index = address.rpartition("/")
-    return name, int(index)

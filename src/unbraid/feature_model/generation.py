@@ -13,7 +13,7 @@ from torch import Tensor
 from unbraid.errors import FeatureError
 from unbraid.feature_model.edits import Edit
 from unbraid.feature_model.prompts import Prompt
-from unbraid.feature_model.tables import Table, as_json, as_text
+from unbraid.feature_model.tables import Result, Table
 
 REFUSED = {
     "num_beams": (1, None),
@@ -51,8 +51,8 @@ def generate(
     return made
 
 
-@dataclass(eq=False)
-class Generation:
+@dataclass(eq=False, repr=False)
+class Generation(Result):
     """A continuation. Iterating gives pieces of the edited text, as they come if it was asked to stream.
 
     Attributes:
@@ -182,20 +182,6 @@ class Generation:
     def to_dict(self) -> dict[str, Any]:
         """Both texts."""
         return {"plain": self.plain, "steered": self.text}
-
-    def to_json(self, path: Any = None) -> str:
-        """`to_dict` as JSON text, also written to `path` if there is one."""
-        return as_json(self.to_dict(), path)
-
-    def to_pandas(self) -> Any:
-        """A DataFrame with the two texts."""
-        return self.to_table().to_pandas()
-
-    def __rich__(self) -> Any:
-        return self.to_table().__rich__()
-
-    def __repr__(self) -> str:
-        return as_text(self.__rich__())
 
     def _repr_html_(self) -> str:
         cell = "vertical-align:top;padding:4px 10px;white-space:pre-wrap;text-align:left;max-width:40em"

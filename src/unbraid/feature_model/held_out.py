@@ -10,7 +10,7 @@ import scipy.sparse as sparse
 
 from unbraid.errors import FeatureError
 from unbraid.feature_model.dictionaries import Feature
-from unbraid.feature_model.tables import as_json, as_text, limited, needed
+from unbraid.feature_model.tables import Result, Table, limited
 from unbraid.reporting.dashboard.entangled import alone
 from unbraid.reporting.dashboard.features import Firing, excerpt, firing
 from unbraid.reporting.dashboard.passes import HeldOutPass, token_texts
@@ -34,8 +34,8 @@ class Context:
     others: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class Contexts:
+@dataclass(frozen=True, repr=False)
+class Contexts(Result):
     """The strongest contexts of a feature, at most one per row of a document.
 
     Attributes:
@@ -72,14 +72,10 @@ class Contexts:
             "contexts": items,
         }
 
-    def to_json(self, path: Any = None) -> str:
-        """`to_dict` as JSON text, also written to `path` if there is one."""
-        return as_json(self.to_dict(), path)
-
-    def to_pandas(self) -> Any:
-        """A DataFrame with the text and largest code of each context."""
+    def to_table(self) -> Table:
+        """The text and largest code of each context."""
         rows = [{"text": "".join(one.tokens), "code": float(one.codes.max())} for one in self.items]
-        return needed("pandas").DataFrame(rows, columns=["text", "code"])
+        return Table(["text", "code"], rows, self.caption)
 
     def __rich__(self) -> Any:
         from rich.markup import escape
@@ -93,9 +89,6 @@ class Contexts:
             coloured = [token_rich(text, float(s)) for text, s in zip(one.tokens, strengths, strict=True)]
             lines.append(f"{one.codes[one.peak]:8.3g}  " + "".join(coloured))
         return Text.from_markup("\n".join(lines))
-
-    def __repr__(self) -> str:
-        return as_text(self.__rich__())
 
     def _repr_html_(self) -> str:
         from html import escape

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.errors import FeatureError
-from unbraid.feature_model.tables import Table, as_json, as_text
+from unbraid.feature_model.tables import Result, Table
 
 HUNGARIAN_UP_TO = 8192
 ROWS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True, eq=False)
-class Match:
+@dataclass(frozen=True, eq=False, repr=False)
+class Match(Result):
     """A one-to-one match of features.
 
     Attributes:
@@ -42,23 +42,6 @@ class Match:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
         return {"pairs": self.to_table().rows, "orphans": self.orphans.tolist()}
-
-    def to_json(self, path: Any = None) -> str:
-        """`to_dict` as JSON text, also written to `path` if there is one."""
-        return as_json(self.to_dict(), path)
-
-    def to_pandas(self) -> Any:
-        """The pairs as a DataFrame."""
-        return self.to_table().to_pandas()
-
-    def __rich__(self) -> Any:
-        return self.to_table().__rich__()
-
-    def __repr__(self) -> str:
-        return as_text(self.__rich__())
-
-    def _repr_html_(self) -> str:
-        return self.to_table()._repr_html_()
 
 
 @torch.no_grad()

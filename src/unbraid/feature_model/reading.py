@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 from rich.markup import escape
-from rich.table import Table as RichTable
 from torch import Tensor
 
-from unbraid.feature_model.dictionaries import ROWS_AT_ONCE, Dictionary
+from unbraid.feature_model.dictionaries import ROWS_AT_ONCE, Dictionary, split_address
 from unbraid.feature_model.hooks import StopPass
 from unbraid.feature_model.positions import Span, chosen
-from unbraid.feature_model.tables import Table, as_json, as_text, limited, shown, visible
+from unbraid.feature_model.tables import Result, Table, limited, shown, visible
 
 FeaturesOfToken = list[tuple[str, float]]
 
 
-@dataclass(frozen=True, eq=False)
-class Reading:
+@dataclass(frozen=True, eq=False, repr=False)
+class Reading(Result):
     """Codes of a prompt.
 
     Attributes:
@@ -61,7 +60,7 @@ class Reading:
     def top(self, k: int = 10, at: Any = "all") -> Table:
         """The k largest codes, and what share of each feature's maximum they are where that is known."""
         table = self._largest(k, at)
-        rows = [row | {"words": self.words(*_split(row["feature"]))} for row in table.rows]
+        rows = [row | {"words": self.words(*split_address(row["feature"]))} for row in table.rows]
         return Table([*table.columns, "words"], rows)
 
     def _largest(self, k: int, at: Any) -> Table:
@@ -106,7 +105,8 @@ class Reading:
                 read = bool(self.read_BT[row, token])
                 for name, features in self.of_token(row, token, k).items():
                     described = [
-                        f"{_split(address)[1]} {shown(code)}{self._aside(address, code)}" for address, code in features
+                        f"{split_address(address)[1]} {shown(code)}{self._aside(address, code)}"
+                        for address, code in features
                     ]
                     line = {"prompt": row, "position": int(self.span.position_BT[row, token]), "token": text}
                     line |= {"dictionary": name, "features": " | ".join(described)}
@@ -116,7 +116,7 @@ class Reading:
         return Table(columns, lines)
 
     def _aside(self, address: str, code: float) -> str:
-        share, words = self.share(*_split(address), code), self.words(*_split(address))
+        share, words = self.share(*split_address(address), code), self.words(*split_address(address))
         return (f" ({share:.2f} of max)" if share is not None else "") + (f" {words}" if words else "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,20 +142,9 @@ class Reading:
             )
         return {"prompts": prompts}
 
-    def to_json(self, path: Any = None) -> str:
-        """`to_dict` as JSON text, also written to `path` if there is one."""
-        return as_json(self.to_dict(), path)
-
     def to_pandas(self) -> Any:
         """A DataFrame with a row per code: feature, prompt, position, token, code, share of max."""
         return self._largest(sum(len(codes.values()) for codes in self.codes.values()), "all").to_pandas()
-
-    def __rich__(self) -> RichTable:
-        """One row per token."""
-        return self.to_table().__rich__()
-
-    def __repr__(self) -> str:
-        return as_text(self.__rich__())
 
     def _repr_html_(self) -> str:
         """Coloured tokens: the darker, the larger the strongest code; its features are in the tooltip."""
@@ -194,11 +183,6 @@ def token_rich(text: str, strength: float) -> str:
         return escape(visible(text))
     blue = round(255 - 190 * shade)
     return f"[black on rgb(255,{round(235 - 95 * shade)},{blue})]{escape(visible(text))}[/]"
-
-
-def _split(address: str) -> tuple[str, int]:
-    name, _, index = address.rpartition("/")
-    return name, int(index)
 
 
 class ReadingHook:

@@ -5,6 +5,7 @@ bytes: rows beyond it are counted, not shown.
 """
 
 import html
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,49 @@ CELL = "padding:1px 8px;text-align:"
 LONGEST_CELL = 400
 
 
-@dataclass(frozen=True)
-class Table:
+class Result(ABC):
+    """What every result can do; it looks like its table where it does not say otherwise."""
+
+    @abstractmethod
+    def to_table(self) -> "Table":
+        """What is shown."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+
+    def to_json(self, path: Path | str | None = None) -> str:
+        """`to_dict` as JSON text, also written to `path` if there is one: a new file, or one that was written so.
+
+        Raises:
+            FeatureError: the file cannot be written, or holds something else.
+        """
+        if path is not None:
+            return write_owned_json(Path(path), self.to_dict(), "features", error=FeatureError)
+        return json_text(self.to_dict())
+
+    def to_pandas(self) -> Any:
+        """The table as a pandas DataFrame.
+
+        Raises:
+            FeatureError: pandas is not installed.
+        """
+        table = self.to_table()
+        return needed("pandas").DataFrame(table.rows, columns=table.columns)
+
+    def __rich__(self) -> Any:
+        """For `rich.print` and the command line."""
+        return self.to_table().__rich__()
+
+    def __repr__(self) -> str:
+        return as_text(self.__rich__())
+
+    def _repr_html_(self) -> str:
+        return self.to_table()._repr_html_()
+
+
+@dataclass(frozen=True, repr=False)
+class Table(Result):
     """Rows of named values.
 
     Attributes:
@@ -56,21 +98,13 @@ class Table:
         """One column's values."""
         return [row[name] for row in self.rows]
 
+    def to_table(self) -> "Table":
+        """This one."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Caption and rows as plain values."""
         return {"caption": self.caption, "notes": list(self.notes), "rows": self.rows}
-
-    def to_json(self, path: Path | str | None = None) -> str:
-        """`to_dict` as JSON text, also written to `path` if there is one."""
-        return as_json(self.to_dict(), path)
-
-    def to_pandas(self) -> Any:
-        """A pandas DataFrame.
-
-        Raises:
-            FeatureError: pandas is not installed.
-        """
-        return needed("pandas").DataFrame(self.rows, columns=self.columns)
 
     def __rich__(self) -> RichTable:
         """For `rich.print` and the command line."""
@@ -85,9 +119,6 @@ class Table:
         table.caption = "\n".join(escape(visible(note)) for note in notes) or None
         table.caption_justify = "left"
         return table
-
-    def __repr__(self) -> str:
-        return as_text(self.__rich__())
 
     def _repr_html_(self) -> str:
         return html_table(self.columns, self.rows, self.caption, self.notes)
@@ -153,17 +184,6 @@ def as_text(renderable: Any, width: int = 120) -> str:
     with console.capture() as capture:
         console.print(renderable)
     return capture.get().rstrip()
-
-
-def as_json(data: Mapping[str, Any], path: Path | str | None) -> str:
-    """JSON text, also written to `path` if there is one: a new file, or one that was written so.
-
-    Raises:
-        FeatureError: the file cannot be written, or holds something else.
-    """
-    if path is not None:
-        return write_owned_json(Path(path), data, "features", error=FeatureError)
-    return json_text(data)
 
 
 def needed(package: str) -> Any:

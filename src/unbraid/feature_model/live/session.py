@@ -12,6 +12,7 @@ import torch
 
 from unbraid.errors import FeatureError
 from unbraid.feature_model.commands import describe, parse_metric
+from unbraid.feature_model.dictionaries import split_address
 from unbraid.feature_model.edits import Steer
 from unbraid.feature_model.tables import visible
 
@@ -96,7 +97,7 @@ class Session:
         address = str(feature)
         pairs = self.fm.pairs(address, PARTNERS)
         contexts = self.fm.contexts(address, CONTEXTS).to_dict()
-        words = self.fm.words(*_split(address))
+        words = self.fm.words(*split_address(address))
         return {"feature": address, "words": words, "partners": pairs.rows, "counterpart": pairs.counterpart} | {
             "largest": contexts["largest"],
             "fires": contexts["fires"],
@@ -206,8 +207,3 @@ def _edit_code(edit: Steer) -> str:
 
 def _metric_code(metric: Any) -> str:
     return f"logit({metric.token!r}" + (f", minus={metric.minus!r})" if metric.minus is not None else ")")
-
-
-def _split(address: str) -> tuple[str, int]:
-    name, _, index = address.rpartition("/")
-    return name, int(index)
