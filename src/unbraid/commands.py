@@ -9,7 +9,7 @@ import difflib
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -18,7 +18,7 @@ from unbraid.config import EvaluationConfig, RunConfig, Section, SynthConfig, ov
 from unbraid.config.overrides import merged
 from unbraid.distributed.launch import Launch, execute
 from unbraid.errors import ConfigError
-from unbraid.flags import help_of, read_flags
+from unbraid.flags import TRUST, Trust, help_of, read_flags
 from unbraid.presets import with_preset
 from unbraid.recipes import RECIPES
 from unbraid.training.changes import MAY_CHANGE, words_of_resume
@@ -47,13 +47,9 @@ def train(arguments: list[str]) -> None:
     run.train(config, path, console=console)
 
 
-class _HarvestOptions(Section):
-    pass
-
-
 def harvest(arguments: list[str]) -> None:
     """Store the activations a run needs on disk."""
-    config, _ = _run_settings("harvest", arguments, _HarvestOptions)
+    config, _ = _run_settings("harvest", arguments, Section)
     if config.cache is None:
         raise ConfigError("harvest needs --cache DIR: the folder to write activations into")
     from unbraid import run
@@ -108,13 +104,6 @@ def _recipe(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(RECIPES)}"
         raise ConfigError(f"no recipe {name[:80]!r}; expected a recipe or a path ending in .json; {hint}")
     return RECIPES[key]().model_dump(exclude_unset=True), {}
-
-
-TRUST = "--model.trust_remote_code"
-Trust = Annotated[
-    bool,
-    tyro.conf.arg(name=TRUST.removeprefix("--"), help="Run code shipped with the model, if the settings ask for it."),
-]
 
 
 def _is_trust(word: str) -> bool:
@@ -173,18 +162,14 @@ def launch(arguments: list[str]) -> None:
     print(shlex.join(words))
 
 
-class _EvaluateOptions(Section):
-    pass
-
-
 def evaluate(arguments: list[str]) -> None:
     """Measure SAEs beside their controls into evaluation.json."""
     trusted = any(map(_is_trust, arguments))
     arguments = [word for word in arguments if not _is_trust(word)]
-    given = read_flags(arguments, EvaluationConfig, _EvaluateOptions, {"suite": "suites"})
+    given = read_flags(arguments, EvaluationConfig, Section, {"suite": "suites"})
     config = overridden(EvaluationConfig(), given.settings, "eval")[0]
     if given.wants_help:
-        print(help_of("unbraid eval DIR|SAE_DIR|NAME", config, _EvaluateOptions, given.everything))
+        print(help_of("unbraid eval DIR|SAE_DIR|NAME", config, Section, given.everything))
         return
     if len(given.words) != 1:
         raise ConfigError(

@@ -9,7 +9,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from unbraid import commands
@@ -24,7 +24,6 @@ from unbraid.training.changes import MAY_CHANGE
 
 SHELLS = ("bash", "zsh", "fish")
 EVERYWHERE = ("--help", "--debug", "--plugin")
-FORMATS = ("sae_lens", "dictionary_learning", "sparsify")
 
 
 class Flag(NamedTuple):
@@ -57,6 +56,8 @@ def command_words() -> dict[str, Words]:
     """Command -> what may follow it."""
     from unbraid.cli import COMMANDS
     from unbraid.feature_model import commands as features
+    from unbraid.feature_model.attribution import METHODS
+    from unbraid.formats import WRITABLE
     from unbraid.reporting import commands as reporting
 
     recipes = tuple(RECIPES)
@@ -65,19 +66,19 @@ def command_words() -> dict[str, Words]:
     changes = tuple(flag for flag in run if flag.name.removeprefix("--").replace("-", "_") in MAY_CHANGE)
     found = {
         "train": Words(recipes, (*_settings(commands._TrainOptions, own), *run)),
-        "harvest": Words(recipes, (*_settings(commands._HarvestOptions), *run)),
+        "harvest": Words(recipes, run),
         "resume": Words((), (*_options(commands._Resume), *changes)),
         "launch": Words(("train", "resume"), _options(commands.Launch)),
         "eval": Words((), (Flag("--suite", _suites(), "Suites to run."), *_settings(EvaluationConfig))),
         "figure": Words((), _options(commands._Figure)),
         "compare": Words((), _options(reporting._Compare)),
-        "export": Words((), _options(reporting._Export, {"to": FORMATS})),
+        "export": Words((), _options(reporting._Export, {"to": tuple(WRITABLE)})),
         "search": Words((), _options(reporting._Search)),
         "dashboard": Words((), _options(reporting._Dashboard)),
         "read": Words((), _options(features._Read)),
         "feature": Words((), _options(features._Feature)),
         "steer": Words((), _options(features._Steer)),
-        "attribute": Words((), _options(features._Attribute, {"method": ("gradient", "ig", "ablate")})),
+        "attribute": Words((), _options(features._Attribute, {"method": METHODS})),
         "live": Words((), _options(features._Live)),
         "synth": Words(_worlds(), (*_settings(commands._SynthOptions), *_settings(SynthConfig))),
         "doctor": Words(),
@@ -211,10 +212,6 @@ def _bash() -> str:
             "",
         ]
     )
-
-
-def _case(name: str, words: Iterable[str]) -> str:
-    return f'            {name}) words="{" ".join(words)}" ;;'
 
 
 def _bash_values(table: Mapping[str, Words]) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import tyro
 from pydantic.fields import FieldInfo
 
 from unbraid.config.checks import Common, Section, group_of, setting_paths, suggestion
@@ -21,6 +22,11 @@ from unbraid.errors import ConfigError
 from unbraid.json_files import parse_json
 
 NONE = ("none", "None", "null")
+TRUST = "--model.trust_remote_code"
+Trust = Annotated[
+    bool,
+    tyro.conf.arg(name=TRUST.removeprefix("--"), help="Run code shipped with the model, if its settings ask for it."),
+]
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 

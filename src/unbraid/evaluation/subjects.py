@@ -17,7 +17,7 @@ from unbraid.errors import ConfigError, EvaluationError, FormatError
 from unbraid.evaluation.origin import CentredInput, has_layer_norm, is_centred, origin, output_site
 from unbraid.sae import Codes
 from unbraid.sites import Site
-from unbraid.training.run_folder import RunFolder
+from unbraid.training.run_folder import RunFolder, is_run
 
 
 @dataclass(eq=False)
@@ -80,11 +80,11 @@ def open_subjects(
     path = formats.path_or_name(path)
     if isinstance(path, str):
         return _of_folder(path, config, device, transcoders)
-    if _is_run(path):
+    if is_run(path):
         _require_left_to_the_run(path, config)
         return _of_run(RunFolder(path, trust_remote_code), None, device)
     run = path.resolve().parent.parent
-    if path.resolve().parent.name == "saes" and _is_run(run):
+    if path.resolve().parent.name == "saes" and is_run(run):
         _require_left_to_the_run(path, config)
         return _of_run(RunFolder(run, trust_remote_code), path.resolve().name, device)
     return _of_folder(path, config, device, transcoders)
@@ -95,10 +95,6 @@ def centre_where_needed(subjects: list[EvaluatedSAE], model: nn.Module) -> None:
     for one in subjects:
         if one.centred and has_layer_norm(model):
             one.sae, one.centred = CentredInput(one.sae), False
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "config.json").is_file() and ((path / "saes").is_dir() or (path / "checkpoints").is_dir())
 
 
 def _require_left_to_the_run(path: Path, config: EvaluationConfig) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -11,12 +11,10 @@ from rich.markup import escape
 from unbraid.errors import FeatureError
 from unbraid.feature_model.edits import Ablate, Clamp, Edit, Scale, Steer
 from unbraid.feature_model.tables import visible
+from unbraid.flags import Trust
 from unbraid.owned_files import json_text
 
 console = Console(soft_wrap=True)
-
-
-Trust = Annotated[bool, tyro.conf.arg(name="model.trust_remote_code")]
 
 
 @dataclasses.dataclass
@@ -32,11 +30,10 @@ class _Read:
     json: bool = False
     """Print JSON."""
     trust_remote_code: Trust = False
-    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def read(arguments: list[str]) -> None:
-    """read RUN PROMPT [--sae NAME] [--k N] [--json]: which features a prompt makes fire, token by token."""
+    """Show which features a prompt makes fire, token by token."""
     options = tyro.cli(_Read, args=arguments, prog="unbraid read")
     fm = _open(options.run, options.trust_remote_code)
     _shares(fm)
@@ -59,11 +56,10 @@ class _Feature:
     json: bool = False
     """Print JSON."""
     trust_remote_code: Trust = False
-    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def feature(arguments: list[str]) -> None:
-    """feature RUN NAME/index [--alone-from NAME/index] [--json]: where a feature fires, and its partners."""
+    """Show where a feature fires, its partners and the words it promotes."""
     options = tyro.cli(_Feature, args=arguments, prog="unbraid feature")
     fm = _open(options.run, options.trust_remote_code)
     contexts = fm.contexts(options.feature, options.k, alone_from=options.alone_from)
@@ -98,11 +94,10 @@ class _Steer:
     json: bool = False
     """Print JSON."""
     trust_remote_code: Trust = False
-    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def steer(arguments: list[str]) -> None:
-    """steer RUN PROMPT NAME/index=+2 ... [--without NAME/index] [--json]: text with and without edits of features."""
+    """Continue a prompt with and without edits of features."""
     # Tyro would take an edit such as `-1` for an option, so options are left to it and edits hold a `=`.
     options = tyro.cli(_Steer, args=arguments, prog="unbraid steer")
     edits = [parse_edit(text, options.without) for text in options.edits]
@@ -192,11 +187,10 @@ class _Attribute:
     json: bool = False
     """Print JSON."""
     trust_remote_code: Trust = False
-    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def attribute(arguments: list[str]) -> None:
-    """attribute RUN PROMPT [--metric " Paris - London"] [--method ig] [--json]: which features a logit comes from."""
+    """Show which features a logit comes from."""
     options = tyro.cli(_Attribute, args=arguments, prog="unbraid attribute")
     fm = _open(options.run, options.trust_remote_code)
     metric = parse_metric(fm, options.prompt, options.metric)
@@ -234,11 +228,10 @@ class _Live:
     port: int = 0
     """0 takes a free one."""
     trust_remote_code: Trust = False
-    """Run code shipped with the model, if the run's settings ask for it."""
 
 
 def live(arguments: list[str]) -> None:
-    """live RUN [--port N]: a page to read and steer features of a run, for this machine and this user alone."""
+    """Serve a page to read and steer features, for this machine and this user alone."""
     options = tyro.cli(_Live, args=arguments, prog="unbraid live")
     from unbraid.feature_model.live.server import serve
 

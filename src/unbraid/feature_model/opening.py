@@ -26,6 +26,7 @@ from unbraid.formats import path_or_name
 from unbraid.json_files import is_number, parse_json
 from unbraid.progress import Progress
 from unbraid.reporting.dashboard.passes import HeldOutPass, held_out_pass
+from unbraid.training.run_folder import is_run
 
 FILE = "held_out.safetensors"
 TOKENS = 16_384
@@ -71,8 +72,7 @@ def features(
     sites = {name: ARROW.join(map(str, places)) for name, places in ends.items()}
     saes = {one.name: one.sae for one in subjects}
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
-    is_run = isinstance(path, Path) and (path / "config.json").is_file() and (path / "saes").is_dir()
-    kept = Path(path) / FILE if is_run else None
+    kept = path / FILE if isinstance(path, Path) and is_run(path) else None
     console = console or Console(stderr=True, soft_wrap=True)
 
     def held_out(fm: FeatureModel) -> HeldOut:

@@ -61,6 +61,7 @@ FILES: dict[str, ModuleType] = {
 }
 """Layouts with one dictionary per file."""
 LAYOUTS = FOLDERS | FILES
+WRITABLE = {name: module for name, module in LAYOUTS.items() if hasattr(module, "save")}
 OF_A_FOLDER = (
     *("cfg.json", "config.json", "hyperparams.json", "ae.pt", "params.npz", "params.safetensors"),
     *("sae_weights.safetensors", "sparsity.safetensors", "sae.safetensors"),
@@ -218,14 +219,13 @@ def writable_layout(name: str) -> ModuleType:
     Raises:
         FormatError: there is none.
     """
-    writable = {key: module for key, module in LAYOUTS.items() if hasattr(module, "save")}
-    spelled = {_bare(key): key for key in writable} | SPELLINGS
+    spelled = {_bare(key): key for key in WRITABLE} | SPELLINGS
     key = spelled.get(_bare(name))
     if key is None:
         close = difflib.get_close_matches(_bare(name), spelled, n=1)
         hint = f"; did you mean {spelled[close[0]]!r}?" if close else ""
-        raise FormatError(f"no layout {name!r} can be written; expected one of {', '.join(writable)}{hint}")
-    return writable[key]
+        raise FormatError(f"no layout {name!r} can be written; expected one of {', '.join(WRITABLE)}{hint}")
+    return WRITABLE[key]
 
 
 def _bare(name: str) -> str:

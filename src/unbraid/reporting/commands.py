@@ -1,4 +1,4 @@
-"""The commands that read finished runs: export, compare and dashboard.
+"""The commands about finished SAEs: export, search, compare and dashboard.
 
 They import what they need only when they run, so that `unbraid --help` stays fast.
 """
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from unbraid.errors import ConfigError
+from unbraid.flags import Trust
 
 console = Console(soft_wrap=True)
 
@@ -31,7 +32,7 @@ class _Export:
 
 
 def export(arguments: list[str]) -> None:
-    """export DIR --to FORMAT --out DIR: write a run's SAEs in another library's layout, all of them or none."""
+    """Write a run's SAEs in another library's layout, all of them or none."""
     options = tyro.cli(_Export, args=arguments, prog="unbraid export")
     from unbraid.formats.export import export as export_saes
 
@@ -50,7 +51,7 @@ class _Search:
 
 
 def search(arguments: list[str]) -> None:
-    """search "WORDS" [--limit N]: published dictionaries whose name has every word, for `unbraid.load(name)`."""
+    """List published dictionaries whose name has every word, for `unbraid.load(name)`."""
     options = tyro.cli(_Search, args=arguments, prog="unbraid search")
     from unbraid.errors import FormatError
     from unbraid.formats.registry import download
@@ -87,7 +88,9 @@ class _Compare:
 def compare(arguments: list[str]) -> None:
     """Compare runs (metrics of each setting at its L0), or two SAEs (which features they share)."""
     options = tyro.cli(_Compare, args=arguments, prog="unbraid compare")
-    runs = [path for path in options.paths if _is_run(Path(path))]
+    from unbraid.training.run_folder import is_run
+
+    runs = [path for path in options.paths if is_run(Path(path))]
     if not runs and len(options.paths) == 2:
         _compare_saes(options)
         return
@@ -98,11 +101,6 @@ def compare(arguments: list[str]) -> None:
             f"({', '.join(map(repr, others[:3]))}); name an SAE of a run by its folder, such as RUN/saes/NAME"
         )
     _compare_runs(options)
-
-
-def _is_run(path: Path) -> bool:
-    parts = ("saes", "checkpoints", "metrics.jsonl", "summary.json")
-    return (path / "config.json").is_file() and any((path / part).exists() for part in parts)
 
 
 def _compare_saes(options: _Compare) -> None:
@@ -156,12 +154,11 @@ class _Dashboard:
     serve: bool = False
     """Serve an existing or new dashboard on this machine until interrupted; nothing else can reach it."""
     port: Annotated[int, tyro.conf.arg(help="Port for --serve; 0 takes a free one.")] = 0
-    trust_remote_code: Annotated[bool, tyro.conf.arg(name="model.trust_remote_code")] = False
-    """Run code shipped with the model, if the run's settings ask for it."""
+    trust_remote_code: Trust = False
 
 
 def dashboard(arguments: list[str]) -> None:
-    """dashboard DIR [--out DIR] [--serve]: a static site of a run's features and most entangled pairs."""
+    """Write a static site of a run's features and most entangled pairs, and serve it on request."""
     options = tyro.cli(_Dashboard, args=arguments, prog="unbraid dashboard")
     from unbraid.reporting.dashboard import serve, write_dashboard
 
