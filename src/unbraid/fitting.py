@@ -19,6 +19,7 @@ from unbraid.config import (
     VariantConfig,
 )
 from unbraid.device import pick_device
+from unbraid.distributed.cost import Job, bytes_of_rank
 from unbraid.errors import ActivationError, TrainingError
 from unbraid.randomness import derive_seed
 from unbraid.sae import SAE
@@ -85,8 +86,16 @@ def fit(
             "asked for; expected at least one step and rows for all of them; lower tokens or batch_tokens"
         )
     config = _config(seed, steps * batch_tokens, batch_tokens)
+    widths_of_saes = [settings.sae.n_features for settings in variants.values()]
+    jobs = [Job(batch_tokens, width, n_features, 0) for width in source.widths for n_features in widths_of_saes]
     buffer = ActivationBuffer(
-        source, config.buffer, batch_tokens, seed, planned_rows=steps * batch_tokens, device=place
+        source,
+        config.buffer,
+        batch_tokens,
+        seed,
+        planned_rows=steps * batch_tokens,
+        device=place,
+        reserved=sum(bytes_of_rank(job, 1) for job in jobs),
     )
     buffer.fill()
     own = None if penalty is None else as_module(penalty)

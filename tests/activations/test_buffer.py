@@ -69,8 +69,8 @@ def test_massive_rows_are_dropped_counted_and_leave_the_scale_alone():
     buffer = make_buffer(source)
     buffer.fill()
     assert buffer.filter.dropped["massive"] == 1
-    assert buffer.rows()[0].norm(dim=1).max() < 100
-    assert torch.isclose(buffer.rows()[0].square().mean(), plain.rows()[0].square().mean(), rtol=0.05)
+    assert next(buffer.rows()).norm(dim=1).max() < 100
+    assert torch.isclose(next(buffer.rows()).square().mean(), next(plain.rows()).square().mean(), rtol=0.05)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -204,7 +204,7 @@ def test_activations_are_centred_then_scaled_so_that_their_mean_square_norm_is_o
     trained = train(tmp_path / "run", config)
     buffer = ActivationBuffer(make_source(), config.buffer, 32, 0, planned_rows=64)
     buffer.fill()
-    units = trained.trainers[0].normalise(buffer.rows()[0])
+    units = trained.trainers[0].normalise(next(buffer.rows()))
     assert float(units.square().sum(1).mean()) == pytest.approx(1, abs=1e-5)
     assert float(units.mean(0).norm()) < 1e-5
 

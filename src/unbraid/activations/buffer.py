@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbraid.activations.row_store import RowStore
 from unbraid.activations.rows import (
     Chunk,
     ChunkSource,
@@ -36,7 +37,8 @@ class ActivationBuffer:
         batch_tokens: B.
         seed: the run's seed.
         planned_rows: rows the run will take in all; nothing is read that it cannot use.
-        device: where batches are delivered; rows are kept where they are produced.
+        device: where batches are delivered; rows are kept there as well if they fit (see `row_store`).
+        reserved: bytes of the device that training needs for other things.
         should_stop: asked between chunks of a refill.
         on_fill: called with (rows present, capacity) as a refill goes on.
 
@@ -53,6 +55,7 @@ class ActivationBuffer:
         *,
         planned_rows: int | None = None,
         device: torch.device | str = "cpu",
+        reserved: int = 0,
         should_stop: StopSignal = never,
         on_fill: Callable[[int, int], None] | None = None,
     ):
@@ -77,7 +80,7 @@ class ActivationBuffer:
         self.handed_out = 0
         self._should_stop, self._on_fill = should_stop, on_fill
         self._generator = generator(seed, "buffer")
-        self._pools = [torch.empty(self.capacity, width, dtype=self.dtype) for width in source.widths]
+        self._store = RowStore(self.capacity, source.widths, self.dtype, self.device, reserved)
         self._unread = torch.empty(0, dtype=torch.long)
         self._chunks: Iterator[Chunk] | None = None
         self._lent: Tensor | None = None
@@ -107,7 +110,7 @@ class ActivationBuffer:
         batch, self._unread = self._unread[: self.batch_tokens], self._unread[self.batch_tokens :]
         self.handed_out += self.batch_tokens
         self._lent, self._returned = batch, False
-        return [pool[batch].to(self.device, torch.float32, non_blocking=True) for pool in self._pools]
+        return self._store.batch(batch)
 
     def settle(self) -> None:
         """The last batch has been learnt from."""
@@ -125,9 +128,14 @@ class ActivationBuffer:
         if not self.exhausted:
             self._refill()
 
-    def rows(self) -> list[Tensor]:
-        """Every unread row, one [R, D] float32 tensor a site: what first statistics are taken from."""
-        return [pool[self._unread].float() for pool in self._pools]
+    @property
+    def place(self) -> torch.device:
+        """Where rows are kept: the device of the batches, or the host."""
+        return self._store.place
+
+    def rows(self) -> Iterator[Tensor]:
+        """Every unread row, one [R, D] float32 tensor a site, one at a time: what first statistics are taken from."""
+        return (self._store.float32(site, self._unread) for site in range(len(self.source.widths)))
 
     def _refill(self) -> None:
         filter_state = self.filter.state()
@@ -159,8 +167,7 @@ class ActivationBuffer:
                 return slots[:used], position, True
             rows = self.filter(chunk)
             here = slots[used : used + len(rows[0])]
-            for pool, rows_RD in zip(self._pools, rows, strict=True):
-                pool[here] = rows_RD.to(pool.device, self.dtype)
+            self._store.write(here, rows)
             used, position = used + len(here), chunk.position
             if self._on_fill is not None:
                 self._on_fill(len(self._unread) + used, self.capacity)
@@ -172,7 +179,7 @@ class ActivationBuffer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything needed to go on exactly: (tensors, JSON data). Only unread rows are saved."""
-        tensors = {f"rows.{i}": pool[self._unread] for i, pool in enumerate(self._pools)}
+        tensors = {f"rows.{i}": self._store.stored(i, self._unread) for i in range(len(self.source.widths))}
         tensors |= {"unread": self._unread.clone(), "generator": self._generator.get_state()}
         return tensors, {
             "position": self.position,
@@ -194,8 +201,7 @@ class ActivationBuffer:
         if not isinstance(data["position"], dict | None):
             raise ValueError(f"the buffer's position is {str(data['position'])[:80]}")
         self._unread = tensors["unread"].clone()
-        for i, pool in enumerate(self._pools):
-            pool[self._unread] = tensors[f"rows.{i}"]
+        self._store.write(self._unread, [tensors[f"rows.{i}"] for i in range(len(self.source.widths))])
         self._generator.set_state(tensors["generator"])
         self.exhausted, self.handed_out, self._returned = data["exhausted"], data["handed_out"], data["returned"]
         self.position = data["position"]

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from unbraid.activations.row_store import sent
 from unbraid.config import BufferConfig
 from unbraid.errors import ActivationError
 from unbraid.json_files import is_count, is_number
@@ -81,8 +82,9 @@ class RowFilter:
         Raises:
             ActivationError: a value is NaN or infinite.
         """
-        keep_BT = self.mask(chunk)
-        return [x_BTD[keep_BT.to(x_BTD.device)] for x_BTD in chunk.activations]
+        kept = self.mask(chunk).flatten().nonzero().squeeze(1)
+        flat = [x_BTD.flatten(0, 1) for x_BTD in chunk.activations]
+        return [x_RD.index_select(0, sent(kept, x_RD.device)) for x_RD in flat]
 
     def mask(self, chunk: Chunk) -> Tensor:
         """Which rows of the chunk are kept, [contexts, T] bool on the CPU; counts them.

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unbraid.config import DecorrelationConfig
@@ -23,9 +23,10 @@ from unbraid.decorrelation.stats import DecorrelationStats
 from unbraid.distributed.shard import Shard
 from unbraid.errors import CodesError, ConfigError
 from unbraid.kernels.codes import Codes, positive_entries, require_codes, require_matrix
+from unbraid.kernels.host import WithHostBuffers
 
 
-class Penalty(nn.Module, ABC):
+class Penalty(WithHostBuffers, ABC):
     """A penalty to add to an SAE's loss: a scalar, unweighted by lambda2, and what was found.
 
     It counts calls and may act on every T-th only; in evaluation mode nothing that is remembered changes.
@@ -46,6 +47,7 @@ class Penalty(nn.Module, ABC):
     settings: ClassVar[type[DecorrelationConfig]]
     """The settings this penalty reads."""
     step: Tensor
+    on_host = ("step",)
     remembers: bool = False
     shard: Shard | None = None
 
@@ -80,7 +82,7 @@ class Penalty(nn.Module, ABC):
         if torch.compiler.is_compiling():  # A decorator would import the compiler with this module.
             run: Any = torch.compiler.disable(type(self).forward)
             return run(self, f, indices=indices, values=values, n_features=n_features, codes=codes, decoder=decoder)
-        given = None if not self.reads_codes else codes_of(f, indices, values, n_features, codes)
+        given = self._given(f, indices, values, n_features, codes)
         target = self._target(given, decoder)
         acts = self._count_call()
         if not acts and not self.remembers:
@@ -117,7 +119,7 @@ class Penalty(nn.Module, ABC):
         acts = self._count_call()
         if not (self.remembers and self.training):
             return
-        given = None if not self.reads_codes else codes_of(f, indices, values, n_features, codes)
+        given = self._given(f, indices, values, n_features, codes)
         target = self._target(given, decoder)
         if isinstance(given, Tensor) and (self.shard is not None or not self.takes_dense(given)):
             given = positive_entries(given)
@@ -151,6 +153,20 @@ class Penalty(nn.Module, ABC):
 
     def remember(self, codes: Codes | Tensor | None, decoder: Tensor | None, acts: bool) -> None:
         """What `find` does to the state, for penalties that remember."""
+
+    def _given(self, *forms: Any) -> Codes | Tensor | None:
+        """The codes of a call, if this penalty looks at any; those with padding come from an encoder, and are codes."""
+        if not self.reads_codes:
+            return None
+        codes = forms[-1]
+        if isinstance(codes, Codes) and codes.padded:
+            return codes if self.takes_padding else codes.without_padding()
+        return codes_of(*forms)
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether zeros may stand among the codes; decoder space only counts who fires."""
+        return self.space == "decoder"
 
     def _target(self, codes: Codes | Tensor | None, decoder: Tensor | None) -> Tensor:
         """What the gradient belongs to."""
@@ -220,7 +236,7 @@ class _KnownGradient(torch.autograd.Function):
     def forward(ctx: Any, source: Tensor, value: float, gradient: Tensor | None) -> Tensor:
         ctx.gradient = gradient
         dtype = torch.promote_types(source.dtype, torch.float32)
-        return torch.tensor(value, dtype=dtype, device=source.device)
+        return torch.full((), value, dtype=dtype, device=source.device)
 
     @staticmethod
     @once_differentiable

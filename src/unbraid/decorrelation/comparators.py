@@ -129,6 +129,11 @@ class NoDecorrelation(Penalty):
         """They are not looked at."""
         return True
 
+    @property
+    def takes_padding(self) -> bool:
+        """They are not looked at."""
+        return True
+
 
 @register
 class GlobalDecorrelation(Penalty):

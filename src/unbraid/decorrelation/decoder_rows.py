@@ -71,7 +71,7 @@ def unit_rows(matrix_ND: Float[Tensor, "N D"]) -> Scaled:
     matrix_ND = matrix_ND.detach()
     norms = torch.linalg.vector_norm(matrix_ND, dim=1, dtype=dtype)
     if norms.numel():
-        low, high = (float(bound) for bound in torch.aminmax(norms))
+        low, high = torch.stack(torch.aminmax(norms)).tolist()
         if not 1 / SAFE < low <= high < SAFE:
             return _unit_rows_of_any_size(matrix_ND, dtype)
     inverse = torch.where(norms > 0, norms, torch.inf).reciprocal()
@@ -96,12 +96,16 @@ def _unit_rows_of_any_size(matrix_ND: Tensor, dtype: torch.dtype) -> Scaled:
 
 def row_moments(unit_ND: Float[Tensor, "N D"]) -> tuple[float, float]:
     """mu and sigma of the cosines of all pairs of rows, O(N D^2): sum C = |sum d|^2 - N, sum C^2 = |D^T D|^2 - N."""
-    own = float(torch.linalg.vector_norm(unit_ND, dtype=torch.float64)) ** 2
-    own_squares = float((torch.linalg.vector_norm(unit_ND, dim=1, dtype=torch.float64) ** 4).sum())
-    total = float((unit_ND.sum(0, dtype=torch.float64) ** 2).sum())
     gram = unit_ND.T @ unit_ND if unit_ND.shape[0] > unit_ND.shape[1] else unit_ND @ unit_ND.T
-    squares = float(torch.linalg.vector_norm(gram, dtype=torch.float64)) ** 2
-    return moments((total - own) / 2, (squares - own_squares) / 2, live_pairs(unit_ND.shape[0]))
+    norm, own_squares, total, gram_norm = torch.stack(
+        [
+            torch.linalg.vector_norm(unit_ND, dtype=torch.float64),
+            (torch.linalg.vector_norm(unit_ND, dim=1, dtype=torch.float64) ** 4).sum(),
+            (unit_ND.sum(0, dtype=torch.float64) ** 2).sum(),
+            torch.linalg.vector_norm(gram, dtype=torch.float64),
+        ]
+    ).tolist()
+    return moments((total - norm**2) / 2, (gram_norm**2 - own_squares) / 2, live_pairs(unit_ND.shape[0]))
 
 
 def select_exactly(
@@ -189,6 +193,7 @@ class NeighbourLists(ElasticState):
     neighbours: Tensor
     cosines: Tensor
     position: Tensor
+    on_host = ("position",)
 
     def __init__(self, n_neighbours: int, rows_per_scan: int):
         super().__init__()
@@ -210,7 +215,7 @@ class NeighbourLists(ElasticState):
             self.remember(
                 neighbours=torch.zeros(n_rows, width, dtype=torch.int32, device=unit_ND.device),
                 cosines=torch.full((n_rows, width), UNKNOWN, device=unit_ND.device),
-                position=torch.zeros((), dtype=torch.int64, device=unit_ND.device),
+                position=torch.zeros((), dtype=torch.int64),
             )
         if width == 0:
             return

@@ -256,7 +256,7 @@ class SelectiveDecorrelation(Penalty):
     def _count_firing(self, codes: Codes | Tensor | None) -> None:
         if self.firing is not None and self.training:
             assert codes is not None
-            self.firing.add(codes.support if isinstance(codes, Codes) else (codes > 0).sum(0))
+            self.firing.add(codes.firing() if isinstance(codes, Codes) else (codes > 0).sum(0))
 
     def _select(self, codes: Codes, rows: Scaled | None, acts: bool) -> Selection | None:
         """S for this call: of this batch, or the one in force after looking whether a new one is due."""

@@ -13,12 +13,13 @@ import math
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unbraid.config.decorrelation import chance_share
 from unbraid.decorrelation.selection import Selection
 from unbraid.errors import CodesError, ConfigError
 from unbraid.kernels.codes import Codes
+from unbraid.kernels.host import WithHostBuffers
 
 ThresholdKind = Literal["batch", "running", "fixed"]
 
@@ -27,7 +28,7 @@ FADING = 0.99
 LIMITS = ("fraction", "max_pairs_per_feature", "co-activation")
 
 
-class ElasticState(nn.Module):
+class ElasticState(WithHostBuffers):
     """A module whose buffers take the shape and dtype of the state they are loaded from."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -46,6 +47,7 @@ class ElasticState(nn.Module):
 class CodesWindow(ElasticState):
     """The codes of the last `size` batches, without gradient."""
 
+    on_host = ("row_counts",)
     row_counts: Tensor
     lengths: Tensor
     indices: Tensor
@@ -75,10 +77,9 @@ class CodesWindow(ElasticState):
         device, dtype = values.device, torch.promote_types(values.dtype, torch.float32)
         dropped = max(0, self.n_batches + 1 - self.size)
         dropped_rows = int(self.row_counts[:dropped].sum())
-        dropped_entries = int(self.lengths[:dropped_rows].sum())
-        n_rows = torch.tensor([codes.n_rows], device=device)
+        dropped_entries = int(self.lengths[:dropped_rows].sum()) if dropped_rows else 0
         self.remember(
-            row_counts=torch.cat([self.row_counts[dropped:].to(device), n_rows]),
+            row_counts=torch.cat([self.row_counts[dropped:], torch.tensor([codes.n_rows])]),
             lengths=torch.cat([self.lengths[dropped_rows:].to(device), codes.offsets.diff()]),
             indices=torch.cat([self.indices[dropped_entries:].to(device), codes.indices.int()]),
             values=torch.cat([self.values[dropped_entries:].to(device, dtype), values.to(dtype)]),
@@ -133,6 +134,7 @@ class RememberedSelection(ElasticState):
     correlations: Tensor
     numbers: Tensor
     counts: Tensor
+    on_host = ("numbers", "counts")
 
     def __init__(self):
         super().__init__()
@@ -179,13 +181,12 @@ class RememberedSelection(ElasticState):
             overlap = float(torch.isin(ids, earlier, assume_unique=True).double().mean())
         numbers = [selection.mean, selection.std, selection.tau, selection.low_support, overlap]
         counts = [1, 0, selection.nominal, selection.n_live, LIMITS.index(selection.limit), 0, n_features]
-        device = selection.first.device
         self.remember(
             first=selection.first,
             second=selection.second,
             correlations=selection.correlations,
-            numbers=torch.tensor(numbers, dtype=torch.float64, device=device),
-            counts=torch.tensor(counts, device=device),
+            numbers=torch.tensor(numbers, dtype=torch.float64),
+            counts=torch.tensor(counts),
         )
 
     def recall(self, refreshed: bool) -> Selection | None:
@@ -204,7 +205,7 @@ def chance_level(n_features: int, n_dimensions: int) -> float:
     return min(1.0, math.sqrt(2 * math.log(max(n_features, 1)) / max(n_dimensions, 1)))
 
 
-class Threshold(nn.Module):
+class Threshold(WithHostBuffers):
     """tau from mu and sigma: of the latest selection, as a running mean over selections, or fixed; with a floor.
 
     Args:
@@ -216,6 +217,7 @@ class Threshold(nn.Module):
     """
 
     running: torch.Tensor
+    on_host = ("running",)
 
     def __init__(self, kind: ThresholdKind, tau: float, decay: float, floor: float | str | None):
         super().__init__()

@@ -148,17 +148,45 @@ class Codes:
         codes.__dict__["_shared"] = self._shared
         return codes
 
+    @property
+    def padded(self) -> bool:
+        """Whether zeros may stand among the values.
+
+        An encoder on an accelerator leaves them in, because the number of entries is then known without looking.
+        """
+        return self._shared.get("padded", False)
+
+    def with_padding(self, values: Float[Tensor, " nnz"]) -> "Codes":
+        """Other numbers at the same entries, of which some may be zero."""
+        self._shared["padded"] = True
+        return self.with_values(values)
+
+    def without_padding(self) -> "Codes":
+        """Only the entries that are > 0."""
+        return self.where(self.values.detach() > 0) if self.padded else self
+
+    def firing(self) -> Float[Tensor, " N"]:
+        """Rows on which each feature's value is > 0, also of codes with padding."""
+        if not self.padded:
+            return self.support.float()
+        fires = (self.values.detach() > 0).float()
+        return torch.segment_reduce(fires[self.order], "sum", offsets=self.feature_offsets, initial=0)
+
     def where(self, keep: Tensor) -> "Codes":
         """Only the entries where `keep` [nnz] is true; every row stays, maybe empty. Differentiable."""
-        return Codes.from_rows(self.rows()[keep], self.indices[keep], self.values[keep], self.n_rows, self.n_features)
+        kept = keep.nonzero().squeeze(1)
+        values = self.values.index_select(0, kept)
+        return Codes.from_rows(self.rows()[kept], self.indices[kept], values, self.n_rows, self.n_features)
 
     def split(self, widths: list[int], place_N: Int[Tensor, " N"] | None = None) -> "Codes":
         """Each row cut where the features reach `widths` (ascending, the last is N): row b becomes G rows b * G + g.
 
         With `place_N` features are counted in another order: it says where each stands. Differentiable.
         """
-        edges = torch.tensor(widths[:-1], device=self.indices.device)
-        groups = torch.bucketize(self.indices if place_N is None else place_N, edges, right=True)
+        places = self.indices if place_N is None else place_N
+        groups = torch.zeros_like(places)
+        for width in widths[:-1]:  # Numbers, not a tensor of them, which would have to be sent to the device.
+            groups += places >= width
         groups = groups if place_N is None else groups[self.indices]
         rows, n_rows = self.rows() * len(widths) + groups, self.n_rows * len(widths)
         indices, values, by_feature = self.indices, self.values, self.order
@@ -170,6 +198,7 @@ class Codes:
             by_feature = moved_to[by_feature]
         codes = Codes.from_rows(rows, indices, values, n_rows, self.n_features)
         codes._shared["by feature"] = by_feature, rows[by_feature], self.feature_offsets
+        codes._shared["padded"] = self.padded
         return codes
 
     def detach(self) -> "Codes":
@@ -247,7 +276,7 @@ def require_codes(values: Tensor) -> None:
     """Raises `CodesError` unless all are finite and >= 0: a sign error would turn entangled pairs into opposed ones."""
     if values.numel() == 0:
         return
-    low, high = (float(bound) for bound in torch.aminmax(values.detach()))
+    low, high = torch.stack(torch.aminmax(values.detach())).tolist()
     if not (low >= 0.0 and high < float("inf")):
         raise CodesError(
             f"codes range from {low} to {high}; expected finite numbers >= 0; apply the activation function first, or "

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbraid.kernels import host
+
 
 def loops_take(tensor: Tensor) -> bool:
     """Whether the compiled loops work on this tensor: single or double precision, on a CPU."""
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+    return not host.reading_waits(tensor) and tensor.dtype in (torch.float32, torch.float64)
 
 
 def in_parallel(loop: Callable[..., Any], edges: list[int], *arguments: Tensor | float | int) -> None:

@@ -2,13 +2,14 @@
 
 Top-k per row is a compiled loop on a CPU. Entries above a threshold are found eight at a time, reading the comparison's
 bytes as 64-bit words. Top-k over a batch first drops what lies below a guessed threshold, and checks that the guess
-kept enough.
+kept enough. On an accelerator a plain top-k over the batch takes its place, whose result has a known size.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unbraid.kernels import host
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.on_cpu import in_parallel, loops_take
 
@@ -34,7 +35,7 @@ def top_k(pre_BN: Float[Tensor, "B N"], k: int) -> tuple[Float[Tensor, "B k"], I
 def positions_above(pre_BN: Float[Tensor, "B N"], threshold: float | Float[Tensor, " N"]) -> Int[Tensor, " nnz"]:
     """Flat positions (row * N + feature), ascending, of the entries above the threshold (one, or one per feature)."""
     flat = (pre_BN > threshold).view(-1)
-    if flat.numel() % WORD or flat.device.type != "cpu":
+    if flat.numel() % WORD or host.reading_waits(flat):
         return flat.nonzero().squeeze(1)
     words = flat.view(torch.int64)
     hits = words.nonzero().squeeze(1)
@@ -69,6 +70,15 @@ def batch_top_k(pre_BN: Float[Tensor, "B N"], count: int, guess: float) -> Codes
         above, ties = values > cut, (values == cut).nonzero().squeeze(1)
         above[ties[: count - int(above.sum())]] = True
         positions = positions[above]
+    return _entries_at(pre_BN, positions)
+
+
+def batch_top_k_padded(pre_BN: Float[Tensor, "B N"], count: int) -> Codes:
+    """The `count` largest entries of the whole batch, positive or not: always as many, so that nothing is waited for.
+
+    Which of several equal entries at the cut is kept is up to `topk`.
+    """
+    positions = pre_BN.reshape(-1).topk(count, sorted=False).indices.sort().values
     return _entries_at(pre_BN, positions)
 
 

@@ -27,6 +27,7 @@ from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, dense_autoencode
+from unbraid.kernels.host import WithHostBuffers
 from unbraid.sae.dead import pull_to_threshold
 
 Path = Literal["dense", "sparse"]
@@ -48,6 +49,7 @@ class Forward:
         sparsity: to be weighted by lambda1; zero where sparsity is structural (top-k family).
         auxiliary: further losses, already weighted.
         path: which of the two equivalent computations ran.
+        revived: dead features that the auxiliary loss looked at, on this rank.
     """
 
     x_hat_BD: Tensor
@@ -56,6 +58,7 @@ class Forward:
     sparsity: Tensor
     auxiliary: Tensor
     path: Path
+    revived: int = 0
 
 
 class Encoded(NamedTuple):
@@ -74,7 +77,7 @@ class Encoded(NamedTuple):
     extra: Tensor
 
 
-class SAE(nn.Module):
+class SAE(WithHostBuffers):
     """Base of every architecture: x -> f = encode(x) -> x_hat = f W_dec + b_dec.
 
     Attributes:
@@ -250,10 +253,14 @@ class SAE(nn.Module):
             reconstruction = squared_error(x_BD, x_hat_BD)
             inner_losses = [weight * squared_error(x_BD, inner_BD) for weight, inner_BD in inner]
         auxiliary = encoded.extra + sum(inner_losses)
-        if dead_N is not None and self.config.revival_weight > 0 and self.shard.ranks.any(bool(dead_N.any())):
-            auxiliary = auxiliary + self.revival(seen_BD, (x_BD - x_hat_BD).detach(), dead_N)
+        revived = 0
+        if dead_N is not None and self.config.revival_weight > 0:
+            dead = dead_N.nonzero().squeeze(1)
+            revived = len(dead)
+            if self.shard.ranks.any(revived > 0):
+                auxiliary = auxiliary + self.revival(seen_BD, (x_BD - x_hat_BD).detach(), dead)
         sparsity = summed(encoded.sparsity, self.shard.ranks)
-        return Forward(x_hat_BD, encoded.codes, reconstruction, sparsity, auxiliary, path)
+        return Forward(x_hat_BD, encoded.codes, reconstruction, sparsity, auxiliary, path, revived)
 
     def corrupted(self, x_BD: Tensor, generator: torch.Generator | None) -> Tensor:
         """What the encoder sees of a batch: the batch."""
@@ -296,6 +303,8 @@ class SAE(nn.Module):
         workspace.give(pre_BN)
         codes = codes.with_values(codes.values.to(self.W_dec.dtype))
         codes = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, codes)
+        if codes.padded:
+            codes = codes.with_values(codes.values.relu())
         return Encoded(codes, self.parts_of(codes), self.sparsity(codes), x_BD.new_zeros(()))
 
     def parts_of(self, codes: Codes) -> Tensor:
@@ -329,7 +338,8 @@ class SAE(nn.Module):
         """The codes of a training batch as a matrix, in the memory of the pre-activations."""
         codes = self.select(pre_BN)
         f_BN = pre_BN.to(self.W_dec.dtype).zero_()
-        return f_BN.index_put_((codes.rows(), codes.indices), codes.values.to(f_BN.dtype))
+        values = codes.values.relu() if codes.padded else codes.values
+        return f_BN.index_put_((codes.rows(), codes.indices), values.to(f_BN.dtype))
 
     def sparsity(self, codes: Codes) -> Tensor:
         """The loss that lambda1 weighs: none."""
@@ -339,9 +349,9 @@ class SAE(nn.Module):
         """The same loss on dense codes, without a graph, and its gradient slab by slab."""
         return None, None
 
-    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
-        """Loss that brings dead features back, weighted: their pre-activations are pulled up to firing."""
-        return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead_N, self.b_enc)
+    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead: Tensor) -> Tensor:
+        """Loss that brings the features `dead` back, weighted: their pre-activations are pulled up to firing."""
+        return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead, self.b_enc)
 
     @torch.no_grad()
     def fold(self, mean_D: Tensor, scale: float) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from unbraid.config import WithKConfig
 from unbraid.distributed.shard import among_top
 from unbraid.kernels.codes import Codes
-from unbraid.kernels.selection import batch_top_k
+from unbraid.kernels.selection import batch_top_k, batch_top_k_padded
 from unbraid.sae.registry import register
 from unbraid.sae.topk import TopKSAE
 
@@ -58,13 +58,22 @@ class BatchTopKSAE(TopKSAE):
     def select(self, pre_BN: Tensor) -> Codes:
         """The B * k largest positive entries of the batch; the threshold follows the smallest of them."""
         count, shard = round(len(pre_BN) * self.training_k), self.shard
+        if self.selects_padded(pre_BN):
+            codes = batch_top_k_padded(pre_BN, min(count, pre_BN.numel()))
+            codes = codes.with_padding(codes.values)
+            self._follow(codes.values.where(codes.values > 0, torch.inf).amin())
+            return codes
         codes = batch_top_k(pre_BN, min(count, pre_BN.numel()), GUESS * float(self.threshold))
         if not shard.whole:
             keys = codes.rows() * shard.n_features + codes.indices + shard.start
             codes = codes.where(among_top(codes.values, keys, count, shard.ranks))
         values = codes.values
-        smallest = shard.ranks.min(values.amin() if values.numel() else values.new_full((), torch.inf))
-        if smallest < torch.inf:
-            weight = (1 - self.config.threshold_decay) * (self.threshold > 0) + 1.0 * (self.threshold == 0)
-            self.threshold += weight * (smallest - self.threshold)
+        self._follow(shard.ranks.min(values.amin() if values.numel() else values.new_full((), torch.inf)))
         return codes
+
+    @torch.no_grad()
+    def _follow(self, smallest: Tensor) -> None:
+        """Move the threshold towards the smallest active value of a batch; infinity when there was none."""
+        weight = (1 - self.config.threshold_decay) * (self.threshold > 0) + 1.0 * (self.threshold == 0)
+        moved = self.threshold + weight * (smallest - self.threshold)
+        self.threshold.copy_(torch.where(smallest < torch.inf, moved, self.threshold))

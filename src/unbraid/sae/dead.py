@@ -44,17 +44,16 @@ def dead_after(config: SAEConfig, run_tokens: int) -> int:
     return round(max(config.n_features / config.k / RAREST, run_tokens * SHARE_OF_RUN))
 
 
-def explain_residual(sae: "SAE", seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor, aux_k: int) -> Tensor:
+def explain_residual(sae: "SAE", seen_BD: Tensor, residual_BD: Tensor, dead: Tensor, aux_k: int) -> Tensor:
     """Mean over tokens of ||e - e_hat||^2, e_hat decoded from the aux_k largest dead features; e is a constant.
 
     Args:
         sae: an SAE with b_enc.
         seen_BD: what the encoder saw.
         residual_BD: e = x - x_hat.
-        dead_N: the dead features, at least one on some rank.
+        dead: the dead features' numbers; at least one on some rank.
         aux_k: active dead features per token; all of them when fewer are dead.
     """
-    dead = dead_N.nonzero().squeeze(1)
     f_BA = F.linear(seen_BD - sae.b_dec, sae.encoder_ND[dead], sae.b_enc[dead]).relu()
     ranks = sae.shard.ranks
     if aux_k < ranks.total(len(dead))[0]:
@@ -65,16 +64,15 @@ def explain_residual(sae: "SAE", seen_BD: Tensor, residual_BD: Tensor, dead_N: T
     return F.mse_loss(e_hat_BD, residual_BD, reduction="sum") / len(seen_BD)
 
 
-def pull_to_threshold(sae: "SAE", seen_BD: Tensor, dead_N: Tensor, offset_N: Tensor) -> Tensor:
+def pull_to_threshold(sae: "SAE", seen_BD: Tensor, dead: Tensor, offset_N: Tensor) -> Tensor:
     """Mean over tokens and sum over dead features of how far the pre-activation is below firing, over N.
 
     Args:
         sae: any SAE.
         seen_BD: what the encoder saw.
-        dead_N: the dead features, at least one on some rank.
+        dead: the dead features' numbers; at least one on some rank.
         offset_N: a feature fires where its product with x - b_dec plus this is above zero.
     """
-    dead = dead_N.nonzero().squeeze(1)
     above_BA = F.linear(seen_BD - sae.b_dec, sae.encoder_ND[dead], offset_N[dead])
     missing = summed((-above_BA).relu().sum(), sae.shard.ranks)
     return missing / (len(seen_BD) * sae.config.n_features)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unbraid.config import WeightedSAEConfig
 from unbraid.distributed.ranks import summed
-from unbraid.kernels import workspace
+from unbraid.kernels import host, workspace
 from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense_gated import dense_gated
@@ -72,10 +72,12 @@ class GatedSAE(SAE):
         b_gate, b_mag, r_mag = (p.index_select(0, open_gates.indices) for p in (self.b_gate, self.b_mag, self.r_mag))
         gate = (u + b_gate).relu()
         codes = open_gates.with_values((u * r_mag.exp() + b_mag).relu())
+        waits = host.reading_waits(u)
+        codes = codes.with_padding(codes.values) if waits else codes
         parts_BD = decode(codes, self.W_dec)
         gate_hat_BD = decode(open_gates.with_values(gate), self.W_dec.detach())
         active = codes.values.detach() > 0
-        if not active.all():
+        if not waits and not active.all():
             codes = codes.where(active)
         detection = squared_error(x_BD, summed(gate_hat_BD, self.shard.ranks) + self.b_dec.detach())
         return Encoded(codes, parts_BD.unsqueeze(1), gate.sum() / len(x_BD), detection)
@@ -96,6 +98,6 @@ class GatedSAE(SAE):
         detection = squared_error(x_BD, summed(gate_hat_BD, self.shard.ranks) + self.b_dec.detach())
         return Encoded(f_BN, parts_BD.unsqueeze(1), gate_l1 / len(x_BD), detection)
 
-    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
+    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead: Tensor) -> Tensor:
         """Dead features' gates are pulled open, weighted."""
-        return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead_N, self.b_gate)
+        return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead, self.b_gate)

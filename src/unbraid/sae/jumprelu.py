@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unbraid.config import WeightedSAEConfig, above, active_when
-from unbraid.kernels import workspace
+from unbraid.kernels import host, workspace
 from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, dense_autoencode, slabs
@@ -99,10 +99,11 @@ class JumpReLUSAE(SAE):
         near = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, near)
         pre, threshold = near.values, self.threshold.index_select(0, near.indices)
         f: Any = _Jump.apply(pre, threshold, self.config.bandwidth)
-        codes = near.with_values(f)
+        waits = host.reading_waits(f)
+        codes = near.with_padding(f) if waits else near.with_values(f)
         parts_BD = decode(codes, self.W_dec)
         active = f.detach() > 0
-        codes = codes.where(active)
+        codes = codes if waits else codes.where(active)
         if self.config.jumprelu_sparsity == "tanh":
             sparsity = self._tanh(f).sum() / len(x_BD)
         else:
@@ -151,10 +152,10 @@ class JumpReLUSAE(SAE):
         slope = 4 * self.d_in**0.5 / len(f_BN)
         return total / len(f_BN), lambda f, _: self._tanh(f).square_().neg_().add_(1).mul_(slope)
 
-    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
+    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead: Tensor) -> Tensor:
         """Dead features' pre-activations are pulled up to their thresholds, weighted."""
         offset_N = self.b_enc - self.threshold
-        return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead_N, offset_N)
+        return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead, offset_N)
 
     @torch.no_grad()
     def constrain(self) -> None:

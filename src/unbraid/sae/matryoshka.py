@@ -82,6 +82,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     threshold_kind = "shared"
     written_as = {"sae_lens": "jumprelu", "dictionary_learning": "MatryoshkaBatchTopKSAE"}  # noqa: RUF012
     training_buffers = ("frequency_N", "position_N", "batches")
+    on_host = ("batches",)
 
     def add_biases(self) -> None:
         """Also what the order of the features is taken from."""
@@ -112,7 +113,7 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     @torch.no_grad()
     def _note_firing(self, codes: Codes) -> None:
-        firing_N = codes.support / codes.n_rows
+        firing_N = codes.firing() / codes.n_rows
         self.frequency_N.lerp_(firing_N.to(self.frequency_N.dtype), 1 - self.config.frequency_decay)
         self.batches += 1
         since = int(self.batches) - self.config.reorder_from
@@ -133,6 +134,8 @@ class MatryoshkaSAE(BatchTopKSAE):
         """Ends of the levels among the features here, and these in the order of their places."""
         if not self.by_frequency:
             return [self.shard.clamp(width) for width in self.prefix_widths()], None
+        if self.shard.whole:
+            return self.prefix_widths(), self.position_N.argsort()
         return [int((self.position_N < width).sum()) for width in self.prefix_widths()], self.position_N.argsort()
 
     def reconstructions(self, parts_BGD: Tensor, b_dec: Tensor) -> tuple[Tensor, list[tuple[float, Tensor]]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unbraid.config import WithKConfig
 from unbraid.distributed.shard import among_top_k
+from unbraid.kernels import host
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.selection import top_k
 from unbraid.sae.base import SAE
@@ -70,21 +71,28 @@ class TopKSAE(SAE):
         """k / N."""
         return self.training_k / self.config.n_features
 
+    def selects_padded(self, pre_BN: Tensor) -> bool:
+        """Whether entries that are not positive are left among the selected ones: where counting them would wait."""
+        return self.shard.whole and host.reading_waits(pre_BN)
+
     def select(self, pre_BN: Tensor) -> Codes:
-        """The k largest of each row, less those that are not positive."""
+        """The k largest of each row, less those that are not positive (with padding on an accelerator)."""
         all_k = round(self.training_k)
         k = min(all_k, self.n_features)
         values_BK, features_BK = top_k(pre_BN, k)
         values, features = values_BK.flatten(), features_BK.flatten()
         rows = torch.arange(len(pre_BN), device=pre_BN.device).repeat_interleave(k)
+        if self.selects_padded(pre_BN):
+            codes = Codes.from_rows(rows, features, values, len(pre_BN), self.n_features)
+            return codes.with_padding(values)
         kept = ((values_BK > 0) & among_top_k(values_BK, all_k, self.shard.ranks)).flatten()
         if not kept.all():
             values, features, rows = values[kept], features[kept], rows[kept]
         return Codes.from_rows(rows, features, values, len(pre_BN), self.n_features)
 
-    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead_N: Tensor) -> Tensor:
+    def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead: Tensor) -> Tensor:
         """Dead features explain the residual (aux-k), weighted."""
         aux_k = self.d_in // 2 if self.config.aux_k is None else self.config.aux_k
         if aux_k == 0:
             return seen_BD.new_zeros(())
-        return self.config.revival_weight * explain_residual(self, seen_BD, residual_BD, dead_N, aux_k)
+        return self.config.revival_weight * explain_residual(self, seen_BD, residual_BD, dead, aux_k)

@@ -51,7 +51,8 @@ def train_steps(
         except RowsUsedUp:
             if step == 0:
                 raise
-            return step
+            steps = step
+            break
         log = logged(step + 1)
         records: Records = {}
         for trainer in trainers:
@@ -60,4 +61,6 @@ def train_steps(
                 records[trainer.name] = train_step(trainer, trainer.normalise(batch[trainer.site]), step, lr, log)
         if after_step is not None:
             after_step(step + 1, records if log else None)
+    for trainer in trainers:
+        trainer.require_finite()
     return steps

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unbraid.activations.buffer import ActivationBuffer
 from unbraid.activations.rows import ChunkSource, RefillInterrupted, StopSignal, never
 from unbraid.config import RunConfig
+from unbraid.distributed.cost import Job, bytes_of_rank
 from unbraid.distributed.mesh import SINGLE, Mesh
 from unbraid.distributed.ranks import ALONE
 from unbraid.errors import CheckpointError, ConfigError, RowsUsedUp, TrainingError, UnbraidError
@@ -52,6 +53,16 @@ class Progress(Protocol):
     def step(self, step: int, record: dict[str, Any] | None) -> None:
         """A step is done; `record` is its line of metrics when it was a logged one."""
         ...
+
+
+def training_bytes(config: RunConfig, widths: Sequence[int], mesh: Mesh = SINGLE) -> int:
+    """Memory that the SAEs of this rank take in training, activations of a step included."""
+    rows, total = config.training.batch_tokens, 0
+    for number, (site, variant) in enumerate(itertools.product(range(len(widths)), config.variants)):
+        if mesh.trains(number):
+            job = Job(rows, widths[site], config.variant(variant).sae.n_features, 0)
+            total += bytes_of_rank(job, mesh.shards.size)
+    return total
 
 
 @dataclass
@@ -144,6 +155,7 @@ class _Session:
             config.seed,
             planned_rows=config.steps * config.training.batch_tokens,
             device=device,
+            reserved=training_bytes(config, source.widths, mesh),
             should_stop=self.stop,
             on_fill=progress.filling,
         )

@@ -2,7 +2,9 @@
 
 A step clips the global gradient norm, removes from each decoder row's gradient the part along the row (moving along
 it would be undone by the renormalisation, but would still enter Adam's moments), takes a fused Adam step, and puts
-the rows back to unit norm (Eq. 5). A gradient that is not finite stops the step before any weight is touched.
+the rows back to unit norm (Eq. 5). A gradient that is not finite stops the step before any weight is touched: by an
+error on a CPU; on an accelerator, where looking would make the host wait, by a flag that the update itself heeds and
+`SAETrainer.require_finite` reads when it is time to look.
 """
 
 import torch
@@ -11,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from unbraid.config import OptimiserConfig
 from unbraid.errors import TrainingError
+from unbraid.kernels import host
 from unbraid.sae.base import SAE
 
 SLAB = 256
@@ -22,6 +25,10 @@ class SAEOptimiser:
     Args:
         sae: the autoencoder whose parameters are updated in place.
         config: betas, eps and the clipping norm; the learning rate is given to each step.
+
+    Attributes:
+        failed_at: [] int64, the first step that was not finite, counted from 1; 0 without one. From then on no step
+            changes a weight. Always 0 on a CPU, where such a step raises.
     """
 
     def __init__(self, sae: SAE, config: OptimiserConfig):
@@ -35,25 +42,29 @@ class SAEOptimiser:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        self.failed_at = torch.zeros((), dtype=torch.int64, device=sae.W_dec.device)
 
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
         self.adam.zero_grad()
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, number: int = 1, loss: Tensor | None = None) -> float | Tensor:
         """Update the weights from their gradients; returns the gradient's global L2 norm before clipping.
 
+        Args:
+            lr: learning rate.
+            number: of the step, counted from 1, for `failed_at`.
+            loss: what must be finite beside the gradient, on an accelerator.
+
         Raises:
-            TrainingError: the gradient is not finite; no weight has been changed.
+            TrainingError: the gradient is not finite, on a CPU; no weight has been changed.
         """
-        ranks, gradients = self.sae.shard.ranks, {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
-        tangent = self._make_decoder_gradient_tangent()
-        shared = [ranks.sum(gradients[name]) for name in self.sae.shared if name in gradients]
-        own = [g for name, g in gradients.items() if name != "W_dec" and name not in self.sae.shared]
-        norm_of_own = torch.stack([tangent, get_total_norm(own)]).norm()
-        (square,) = ranks.total(float(norm_of_own) ** 2)
-        norm = (square + float(get_total_norm(shared)) ** 2) ** 0.5
+        own, shared = self._gradient_norms()
+        if host.reading_waits(own):
+            return self._update_unseen(own, shared, lr, number, loss)
+        (square,) = self.sae.shard.ranks.total(float(own) ** 2)
+        norm = (square + float(shared) ** 2) ** 0.5
         if not norm < float("inf"):
             raise TrainingError(
                 f"the gradient norm is {norm}; expected a finite number; no weight was changed: lower optimiser.lr or "
@@ -61,12 +72,36 @@ class SAEOptimiser:
             )
         if self.config.clip_norm is not None and norm > self.config.clip_norm:
             clip_grads_with_norm_(self.parameters.values(), self.config.clip_norm, torch.tensor(norm))
+        self._update(lr)
+        return norm
+
+    def _update_unseen(self, own: Tensor, shared: Tensor, lr: float, number: int, loss: Tensor | None) -> Tensor:
+        """The same without looking: Adam skips its update where its `found_inf` is 1, and rows are divided by 1."""
+        norm = (self.sae.shard.ranks.sum(own.double().square()) + shared.double().square()).sqrt()
+        failed = ~(norm < torch.inf) if loss is None else ~((norm < torch.inf) & loss.detach().isfinite())
+        self.failed_at = torch.where((self.failed_at == 0) & failed, number, self.failed_at)
+        stopped = self.failed_at > 0
+        if self.config.clip_norm is not None:
+            clip_grads_with_norm_(self.parameters.values(), self.config.clip_norm, norm.float())
+        self.adam.found_inf = stopped.float()  # pyright: ignore[reportAttributeAccessIssue]
+        self._update(lr, stopped)
+        return norm
+
+    def _update(self, lr: float, stopped: Tensor | None = None) -> None:
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         W_dec = self.sae.W_dec
-        W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+        norms_N1 = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+        W_dec.div_(norms_N1 if stopped is None else norms_N1.masked_fill_(stopped, 1.0))
         self.sae.constrain()
-        return norm
+
+    def _gradient_norms(self) -> tuple[Tensor, Tensor]:
+        """Of the gradients that are complete on this rank, and of those that all ranks share, summed over them."""
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        tangent = self._make_decoder_gradient_tangent()
+        shared = [self.sae.shard.ranks.sum(gradients[name]) for name in self.sae.shared if name in gradients]
+        own = [g for name, g in gradients.items() if name != "W_dec" and name not in self.sae.shared]
+        return torch.stack([tangent, get_total_norm(own)]).norm(), get_total_norm(shared)
 
     def _make_decoder_gradient_tangent(self) -> Tensor:
         """Remove the part of each row's gradient along the row, in place, slab by slab while it is in cache."""

@@ -20,8 +20,9 @@ from unbraid.decorrelation.stats import DecorrelationStats
 from unbraid.distributed.mesh import SINGLE, Mesh
 from unbraid.distributed.shard import Shard
 from unbraid.errors import TrainingError
+from unbraid.kernels import host
 from unbraid.randomness import derive_seed, generator
-from unbraid.sae import SAE, Codes
+from unbraid.sae import SAE, Codes, Forward
 from unbraid.sae.build import build as build_sae
 from unbraid.sae.dead import dead_after
 from unbraid.training.normalisation import Normalisation
@@ -42,6 +43,8 @@ class SAETrainer:
         steps: those planned, for schedules; 0 without any.
         dead_after: tokens without firing after which a feature is dead.
         updates: successful optimiser steps so far.
+        silence: no feature has been silent for more tokens; none: not known. With it a step knows that none is dead
+            without looking.
     """
 
     name: str
@@ -56,6 +59,7 @@ class SAETrainer:
     steps: int
     dead_after: int
     updates: int = 0
+    silence: int | None = 0
 
     @property
     def shard(self) -> Shard:
@@ -63,7 +67,12 @@ class SAETrainer:
         return self.sae.shard
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint must hold of this trainer, under flat names."""
+        """Everything a checkpoint must hold of this trainer, under flat names.
+
+        Raises:
+            TrainingError: see `require_finite`.
+        """
+        self.require_finite()
         groups = {
             "sae": self.sae.state_dict() | {name: getattr(self.sae, name) for name in self.sae.training_buffers},
             "optimiser": self.optimiser.state_tensors(),
@@ -97,8 +106,42 @@ class SAETrainer:
         own = group("trainee")
         self.generator.set_state(own["generator"])
         self.tokens_since_fired.copy_(own["tokens_since_fired"])
-        self.updates = int(own["updates"])
+        self.updates, self.silence = int(own["updates"]), None
         self.normalise = Normalisation(own["mean"].to(self.tokens_since_fired.device), float(own["scale"]))
+
+    def require_finite(self) -> None:
+        """Look whether every step so far was finite, on an accelerator; a CPU looks at each step.
+
+        Raises:
+            TrainingError: one was not. The weights are as before it; the trainer can go on from them.
+        """
+        if host.reading_waits(self.optimiser.failed_at):
+            self._require_no_failure(int(self.optimiser.failed_at))
+
+    def _require_no_failure(self, failed_at: int) -> None:
+        if failed_at:
+            self.updates = failed_at - 1
+            self.optimiser.failed_at.zero_()
+            raise TrainingError(not_finite(self.name, "or its gradient was not finite", failed_at))
+
+    def dead(self) -> Tensor | None:
+        """[N] which features count as dead; none where it is known that none does."""
+        if self.config.sae.revival_weight == 0:
+            return None
+        if self.shard.ranks.size == 1:  # Ranks must agree on whether there are any.
+            if self.silence is None:
+                self.silence = int(self.tokens_since_fired.amax())
+            if self.silence < self.dead_after:
+                return None
+        return self.tokens_since_fired >= self.dead_after
+
+
+def not_finite(name: str, what: str, step: int) -> str:
+    """The message of a step, counted from 1, that was given up."""
+    return (
+        f"the loss of {name} {what} at step {step}; expected a finite number; its weights are as after the last good "
+        "step; lower optimiser.lr, set optimiser.clip_norm, or lower decorrelation.lambda2"
+    )
 
 
 def new_trainer(
@@ -168,26 +211,29 @@ def trainer_from_settings(
 def train_step(trainer: SAETrainer, x_BD: Tensor, step: int, lr: float, log: bool) -> dict[str, Any] | None:
     """One update of one SAE: forward, Eq. 1, backward, Adam, unit rows; its line of metrics when `log`.
 
+    On an accelerator nothing is read from the device unless the step is logged, but for what the architecture and the
+    penalty read themselves.
+
     Raises:
-        TrainingError: the loss or its gradient is not finite; the weights are as they were.
+        TrainingError: the loss or its gradient is not finite, in this step or, on an accelerator, in one since a step
+            was last logged; the weights are as before it.
     """
     sae, settings = trainer.sae, trainer.config
     lambda1 = settings.sae.sparsity_weight * warm_up(step, settings.optimiser.sparsity_warmup_steps)
     lambda2 = settings.decorrelation.weight * warm_up(step, settings.optimiser.decorrelation_warmup_steps)
 
     sae.begin_step(step, trainer.steps)
-    dead_N = trainer.tokens_since_fired >= trainer.dead_after
+    dead_N = trainer.dead()
     with encoder_autocast(settings.optimiser.precision, x_BD.device):
         out = sae.training_forward(x_BD, dead_N, trainer.generator)
     loss = out.reconstruction + lambda1 * out.sparsity + out.auxiliary
-    if not loss.isfinite():
-        raise TrainingError(
-            f"the loss of {trainer.name} became {loss.item()} at step {step + 1}; expected a finite number; its "
-            "weights are as after the last good step; lower optimiser.lr, set optimiser.clip_norm, or lower "
-            "decorrelation.lambda2"
-        )
+    waits = host.reading_waits(loss)
+    if not waits and not loss.isfinite():
+        raise TrainingError(not_finite(trainer.name, f"became {loss.item()}", step + 1))
     penalty, stats = None, None
     dense, sparse = (None, out.codes) if isinstance(out.codes, Codes) else (out.codes, None)
+    if sparse is not None and not isinstance(trainer.decorrelate, Penalty):
+        sparse = sparse.without_padding()
     if lambda2 > 0 or log:
         with torch.set_grad_enabled(lambda2 > 0):
             penalty, stats = trainer.decorrelate(dense, codes=sparse, decoder=sae.W_dec)
@@ -199,27 +245,35 @@ def train_step(trainer: SAETrainer, x_BD: Tensor, step: int, lr: float, log: boo
         loss = loss + lambda2 * penalty
     trainer.optimiser.zero_grad()
     loss.backward()
-    gradient_norm = trainer.optimiser.step(lr)
+    gradient_norm = trainer.optimiser.step(lr, step + 1, loss)
     trainer.updates += 1
-    _note_firing(trainer, out.codes, len(x_BD))
+    _note_firing(trainer, out, len(x_BD))
     if not log:
         return None
     with torch.no_grad():
         ranks = trainer.shard.ranks
         variance = (x_BD - x_BD.mean(0)).double().square().sum()
-        active = out.codes.values.numel() if isinstance(out.codes, Codes) else int((out.codes != 0).sum())
-        dead = int((trainer.tokens_since_fired >= trainer.dead_after).sum())
-        active, dead = ranks.total(active, dead)
+        unexplained = (x_BD - out.x_hat_BD).double().square().sum()
+        counts = ranks.sum(torch.stack([_active(out.codes), _dead(trainer)]))
+        # One read for all of them.
+        measured = [trainer.optimiser.failed_at, loss, out.reconstruction, out.sparsity, out.auxiliary, variance]
+        measured += [unexplained / variance, *counts]
+        measured += [gradient_norm] if isinstance(gradient_norm, Tensor) else []
+        measured += [penalty] if penalty is not None else []
+        numbers = torch.stack([number.detach().double() for number in measured]).tolist()
+        failed_at, total, reconstruction, sparsity, auxiliary, spread, left, active, dead, *rest = numbers
+        trainer._require_no_failure(int(failed_at))
+        penalised = penalty is not None and getattr(stats, "penalised", True)
         record = {
-            "loss": loss.item(),
-            "reconstruction": out.reconstruction.item(),
-            "sparsity": out.sparsity.item(),
-            "auxiliary": out.auxiliary.item(),
-            "penalty": penalty.item() if penalty is not None and getattr(stats, "penalised", True) else None,
+            "loss": total,
+            "reconstruction": reconstruction,
+            "sparsity": sparsity,
+            "auxiliary": auxiliary,
+            "penalty": rest[-1] if penalised else None,
             "l0": active / len(x_BD),
-            "r2": 1 - ((x_BD - out.x_hat_BD).double().square().sum() / variance).item() if variance > 0 else None,
+            "r2": 1 - left if spread > 0 else None,
             "dead_fraction": dead / trainer.shard.n_features,
-            "grad_norm": float(gradient_norm),
+            "grad_norm": rest[0] if isinstance(gradient_norm, Tensor) else gradient_norm,
             "updates": trainer.updates,
             "path": out.path,
             "lr": lr,
@@ -252,12 +306,30 @@ def numbers_of(stats: Any) -> dict[str, float]:
     return {name: float(value) for name, value in scalars.items() if isinstance(value, int | float)}
 
 
+def _active(codes: Codes | Tensor) -> Tensor:
+    """How many entries are active, in float64."""
+    if not isinstance(codes, Codes):
+        return (codes != 0).sum().double()
+    return (codes.values > 0).sum().double() if codes.padded else codes.offsets[-1].double()
+
+
+def _dead(trainer: SAETrainer) -> Tensor:
+    """How many features count as dead now, in float64."""
+    return (trainer.tokens_since_fired >= trainer.dead_after).sum().double()
+
+
 @torch.no_grad()
-def _note_firing(trainer: SAETrainer, codes: Codes | Tensor, tokens: int) -> None:
+def _note_firing(trainer: SAETrainer, out: Forward, tokens: int) -> None:
     fired_N = torch.zeros_like(trainer.tokens_since_fired, dtype=torch.bool)
-    if isinstance(codes, Codes):
-        fired_N[codes.indices] = True
+    if not isinstance(out.codes, Codes):
+        fired_N = out.codes.amax(0) > 0
+    elif out.codes.padded:
+        fired_N = out.codes.firing() > 0
     else:
-        fired_N = codes.amax(0) > 0
+        fired_N[out.codes.indices] = True
     trainer.tokens_since_fired += tokens
     trainer.tokens_since_fired[fired_N] = 0
+    if trainer.silence is not None:
+        # Where none was found dead the bound was too high: it is measured again before the next step.
+        known = out.revived > 0 or trainer.silence < trainer.dead_after
+        trainer.silence = trainer.silence + tokens if known else None
