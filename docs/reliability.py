@@ -13,7 +13,24 @@ FAULTS = Path(__file__).parents[1] / "tests" / "faults"
 HEAD = """# When something goes wrong
 
 Every mistake ends in one message that says what was wrong, what was expected and what to change; `--debug` adds the
-traceback. Each row below is a test, and `docs/reliability.py` writes the table from the tests' docstrings.
+traceback.
+
+**What is replaced.** unbraid writes a marker, `.unbraid.json`, into the folders it makes: runs, caches, dashboards,
+comparisons, exported SAEs. Only a folder with the marker of its own kind is written over, and only with `--overwrite`
+where a command has that flag; a single file such as `evaluation.json` only where its content shows that unbraid wrote
+it. The old content stays whole until the new one is, and everything else is refused. Symbolic links inside these
+folders are not followed.
+
+**Whose code runs.** Code that comes with a model runs only with `--model.trust_remote_code` in that very command,
+whatever a run folder, a settings file or a cache says. Pickles are opened for tensors only. The pages that unbraid
+serves answer on this machine alone, to requests that carry their token.
+
+**What a run is measured on.** A run that was handed a model or text in Python says so in `config.json` (`handed_in`), and
+nothing is measured on other text or another model by accident: `unbraid resume` needs the same again, and
+`unbraid eval` takes `--text...` or `--model` in their place. `unbraid compare` counts runs as seeds of one setting only
+where the model and text they read are the same to the checksum, too.
+
+Each row below is a test, and `docs/reliability.py` writes the table from the tests' docstrings.
 
 | what goes wrong | what you see | what is kept | the test |
 |---|---|---|---|

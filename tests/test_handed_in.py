@@ -9,12 +9,16 @@ import safetensors.torch
 import torch
 
 import unbraid
-from unbraid import recipes
+from unbraid import features, recipes
+from unbraid import run as run_module
 from unbraid.activations.handed_in import HandedInActivations, settings_for
 from unbraid.activations.live import LiveActivations
-from unbraid.config import RunConfig, validated
-from unbraid.errors import ActivationError, CheckpointError, ConfigError, ModelError, TextError
+from unbraid.config import EvaluationConfig, RunConfig, overridden, validated
+from unbraid.errors import ActivationError, CheckpointError, ConfigError, ModelError, TextError, UnbraidError
+from unbraid.evaluation.suites import run_suites
+from unbraid.inputs import Inputs
 from unbraid.replay import Replay
+from unbraid.reporting.dashboard import write_dashboard
 from unbraid.text.handed_in import HandedInText
 
 CPU, D = torch.device("cpu"), 12
@@ -259,9 +263,75 @@ def test_a_model_of_ones_own_needs_its_tokenizer_and_is_read(tmp_path):
 def test_a_run_on_text_handed_in_is_not_resumed_on_another(tmp_path):
     with pytest.raises(Stop):
         unbraid.train(small(), tmp_path / "cut", text=WORDS, callbacks=[stop_at(5)])
-    with pytest.raises(CheckpointError, match=r"text\.source was 'handed in', is 'generated'"):
+    with pytest.raises(TextError, match=r"text\.source is handed_in.*unbraid\.resume\(run, text="):
         unbraid.resume(tmp_path / "cut")
+    with pytest.raises(CheckpointError, match=r"text\.sample was"):
+        unbraid.resume(tmp_path / "cut", text=WORDS[1:])
     assert unbraid.resume(tmp_path / "cut", text=WORDS).summary["steps"]["executed"] == 16
+
+
+def test_batches_that_differ_are_not_resumed_on(tmp_path):
+    batches = list(X.split(100))
+    with pytest.raises(Stop):
+        unbraid.train(small(), tmp_path / "cut", activations=batches, callbacks=[stop_at(5)])
+    with pytest.raises(CheckpointError, match=r"sample was"):
+        unbraid.resume(tmp_path / "cut", activations=[batch + 1 for batch in batches])
+
+
+CHATS = [
+    [{"role": "user", "content": f"tell me of {number}"}, {"role": "assistant", "content": f"the tide {number} " * 9}]
+    for number in range(300)
+]
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
+
+
+def test_text_handed_in_can_be_trained_on_the_assistants_tokens_alone(tmp_path):
+    """The setting is refused beside a text that has no chats, with what would have it read, and does something here."""
+    with pytest.raises(ConfigError, match=r"train_on is read only while text\.source is files or hub or handed_in"):
+        overridden(small(), {"text.train_on": "assistant"})
+    made = live(WORDS).model
+    made.tokenizer.chat_template = TEMPLATE
+    handed = {"model": made.model, "tokenizer": made.tokenizer, "text": CHATS}
+    rows = []
+    for train_on in ("all", "assistant"):
+        config = overridden(small(tokens=1_024), {"text.source": "handed_in", "text.train_on": train_on})[0]
+        run = unbraid.train(config, tmp_path / train_on, **handed)
+        assert run.config.text.train_on == train_on
+        rows.append(run.summary["rows"]["dropped"])
+    assert "not_trained" not in rows[0] and rows[1]["not_trained"] > 0
+
+
+def test_a_run_on_text_handed_in_is_measured_on_other_text_given_by_hand(tmp_path):
+    run = unbraid.train(small(tokens=1_024), tmp_path / "run", text=WORDS)
+    (tmp_path / "text").mkdir()
+    for number in range(200):
+        (tmp_path / "text" / f"{number}.txt").write_text(" ".join(WORDS[number : number + 20]))
+    text = {"source": "files", "paths": [str(tmp_path / "text")], "held_out_fraction": 0.5}
+    settings = {"suites": ["core"], "tokens": 128, "splice_contexts": 2, "text": text, "controls": False}
+    report = run_suites(run.path, validated(EvaluationConfig, settings, "eval"))
+    assert set(report["saes"]) == set(run.saes) and not report["skipped"]
+    with pytest.raises(ConfigError, match="site of an evaluation is read for an SAE folder"):
+        run_suites(run.path, validated(EvaluationConfig, settings | {"site": "resid_post.1"}, "eval"))
+
+
+def test_a_run_says_that_its_text_and_model_were_handed_in_and_is_not_measured_on_others(tmp_path):
+    made = live(WORDS).model
+    config = overridden(small(tokens=1_024), {"model.dtype": "bfloat16"})[0]
+    plan = run_module.plan(
+        config, tmp_path / "run", inputs=Inputs(model=made.model, tokenizer=made.tokenizer, text=WORDS)
+    )
+    assert any("model.dtype = bfloat16" in dropped for dropped in plan.dropped), "a setting of another model"
+    run = unbraid.train(config, tmp_path / "run", model=made.model, tokenizer=made.tokenizer, text=WORDS)
+    assert (run.config.text.source, run.config.model.name) == ("handed_in", "handed_in")
+    for measure in (lambda path: run_suites(path, EvaluationConfig(suites=["core"])), write_dashboard, features):
+        with pytest.raises(UnbraidError, match=r"is handed_in, which stands for"):
+            measure(run.path)
+    with pytest.raises(TextError, match=r"text\.source is handed_in"):
+        unbraid.train(overridden(small(), {"text.source": "handed_in"})[0], tmp_path / "none")
+    with pytest.raises(ModelError, match=r"model\.name is handed_in"):
+        unbraid.train(overridden(small(), {"model.name": "handed_in"})[0], tmp_path / "none")
+    with pytest.raises(ModelError, match="model is a Linear; expected a transformers"):
+        unbraid.train(small(), tmp_path / "none", model=torch.nn.Linear(2, 2), tokenizer=made.tokenizer)
 
 
 def overlap(f, *, codes, decoder):
@@ -322,7 +392,8 @@ def test_text_that_saves_its_place_is_entered_near_a_position_and_goes_on_exactl
     chunks = list(itertools.islice(source.chunks(None), 4))
     position = chunks[1].position
     assert position["bookmark"] is not None and 0 < position["document"] - position["bookmark"]["document"] < 16
-    fresh, text.read = live(StatefulText()), 0
+    fresh = live(StatefulText())
+    fresh.documents.replay.source.read = 0  # without the sample that says which text it is
     again = next(fresh.chunks(position))
     assert torch.equal(again.tokens_BT, chunks[2].tokens_BT)
     assert fresh.documents.replay.source.read <= len(WORDS) - position["bookmark"]["document"]

@@ -3,6 +3,8 @@
 Whatever is made here can be made again from the last checkpoint, so a run killed while it finishes loses nothing.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +57,7 @@ def finish(
         "tokens": trained.steps * config.training.batch_tokens,
         "held_out_tokens": sum(len(batch[0]) for batch in held_out),
         "documents": trained.buffer.position.get("counts", {"seen": 0, "used": 0, "skipped": {}}),
+        "source": {part: _checksum(identity) for part, identity in source.identity.items()},
         "rows": {"kept": trained.buffer.filter.kept, "dropped": trained.buffer.filter.dropped},
         "seconds": trained.seconds,
         "saes": {
@@ -140,6 +143,11 @@ def held_out_rows(config: RunConfig, source: ChunkSource, trained_filter: RowFil
             "no held-out row is left to measure on, although the plan found some; expected the text to be as it was; "
             "put it back and resume"
         )
+
+
+def _checksum(identity: Any) -> str:
+    """Of what says which model, text or activations a run read."""
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _reduction(name: str, twins: dict[str, str], measured: dict[str, dict[str, Any]]) -> float | None:

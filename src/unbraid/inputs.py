@@ -10,9 +10,9 @@ from torch import nn
 
 from unbraid.activations.cache import CachedActivations
 from unbraid.activations.handed_in import HandedInActivations, settings_for
-from unbraid.activations.live import LiveActivations
+from unbraid.activations.live import LiveActivations, name_of
 from unbraid.activations.source import ActivationSource
-from unbraid.config import RunConfig
+from unbraid.config import RunConfig, overridden
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import ConfigError
 from unbraid.sites import HANDED_IN
@@ -34,8 +34,8 @@ class Inputs:
         """The penalty as a module."""
         return None if self.penalty is None else as_module(self.penalty)
 
-    def settings(self, config: RunConfig) -> RunConfig:
-        """`config` for these inputs: activations bring their own sites.
+    def settings(self, config: RunConfig) -> tuple[RunConfig, list[str]]:
+        """`config` for these inputs, and what of it is not read beside them: activations bring their own sites.
 
         Raises:
             ConfigError: inputs contradict each other or the settings.
@@ -57,7 +57,17 @@ class Inputs:
                 f"the run trains from the cache {config.cache!r}, and {', '.join(given[:-1])} would not be read; "
                 "expected cache = none beside them"
             )
-        return config if self.activations is None else settings_for(config, self.activations)
+        if self.activations is not None:
+            return settings_for(config, self.activations), []
+        stands_for = {}
+        if self.text is not None:
+            stands_for["text.source"] = HANDED_IN
+        if self.model is not None and name_of(self.model) != config.model.name:
+            stands_for["model.name"] = HANDED_IN
+        if not stands_for:
+            return config, []
+        config, dropped = overridden(config, stands_for, "train")
+        return config, list(map(str, dropped))
 
     def open(self, config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> ActivationSource:
         """Where the run's activations come from.

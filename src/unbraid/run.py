@@ -120,7 +120,8 @@ def train(
     """
     console = console or default_console()
     inputs = Inputs(model, tokenizer, text, activations, penalty)
-    config = inputs.settings(config)
+    config, unread = inputs.settings(config)
+    dropped = [*dropped, *unread]
     check_settings(config)
     path = Path(path) if path is not None else default_run_folder(config)
     trusted = config.model.trust_remote_code
@@ -149,7 +150,8 @@ def plan(
     Raises:
         UnbraidError: what `train` would raise before its first step.
     """
-    config = inputs.settings(config)
+    config, unread = inputs.settings(config)
+    dropped = [*dropped, *unread]
     check_settings(config)
     path = Path(path) if path is not None else default_run_folder(config)
     RunFolder.require_free(path)

@@ -7,7 +7,7 @@ import torch
 from sae_samples import N, make_sae
 
 from unbraid import formats
-from unbraid.errors import FormatError
+from unbraid.errors import FormatError, TrainingError
 from unbraid.formats.export import export
 
 
@@ -20,6 +20,7 @@ def make_run(folder: Path, **architectures: str) -> Path:
             frequency_N=torch.full((N,), 0.25),
         )
     (folder / "config.json").write_text("{}")
+    (folder / "summary.json").write_text("{}")
     return folder
 
 
@@ -55,8 +56,16 @@ def test_one_sae_the_layout_cannot_hold_stops_the_export_before_anything_is_writ
 def test_a_run_without_finished_saes_is_refused(tmp_path: Path):
     (tmp_path / "saes").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FormatError, match="no finished SAE"):
+    with pytest.raises(TrainingError, match=r"is not complete .*`unbraid resume"):
         export(tmp_path, "sae_lens", tmp_path / "out")
+
+
+def test_a_run_killed_before_its_last_sae_was_written_is_not_exported_in_part(tmp_path: Path):
+    run = make_run(tmp_path / "run", _1="relu")
+    (run / "summary.json").unlink()
+    with pytest.raises(TrainingError, match=r"is not complete \(no summary\.json\)"):
+        export(run, "sae_lens", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_other_things_in_it_is_never_replaced(tmp_path: Path):

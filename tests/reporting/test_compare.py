@@ -10,6 +10,7 @@ from unbraid.config import RunConfig
 from unbraid.errors import EvaluationError, TrainingError
 from unbraid.recipes import tiny
 from unbraid.reporting.compare import _look, frontier, frontier_figure, write_comparison
+from unbraid.training.changes import record_changes
 from unbraid.training.run_folder import RunFolder
 
 
@@ -72,6 +73,41 @@ def test_runs_that_differ_in_any_setting_are_points_of_their_own(tmp_path: Path,
     points = frontier([finished(tmp_path / "a", config, 0.8), finished(tmp_path / "b", changed, 0.9)])
     assert [point.seeds for point in points] == [1, 1]
     assert any(f"{setting} {value}" in point.label for point in points)
+
+
+def tell(run: Path, **more) -> Path:
+    """The run, with more in its summary."""
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | more))
+    return run
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"source": {"model": "a", "text": "c"}},
+        {"source": {"model": "c", "text": "b"}},
+        {"steps": {"planned": 100, "executed": 9}},
+    ],
+)
+def test_runs_that_read_other_text_or_stopped_elsewhere_are_points_of_their_own(tmp_path: Path, more):
+    whole = {"source": {"model": "a", "text": "b"}, "steps": {"planned": 100, "executed": 100}}
+    runs = [tell(finished(tmp_path / str(seed), one_sae(seed=seed), 0.8), **whole) for seed in range(2)]
+    assert [point.seeds for point in frontier(runs)] == [2]
+    points = frontier([*runs, tell(finished(tmp_path / "other", one_sae(seed=2), 0.9), **(whole | more))])
+    assert sorted(point.seeds for point in points) == [1, 2] and len({point.label for point in points}) == 2
+
+
+def test_a_learning_rate_that_changed_on_the_way_is_not_that_of_the_whole_run(tmp_path: Path):
+    slow = one_sae(**{"optimiser.lr": 1e-5})
+    config = slow.model_copy(update={"variants": {"": {}}, "optimiser": slow.variant("").optimiser})
+    runs = [finished(tmp_path / str(seed), config.model_copy(update={"seed": seed}), 0.8) for seed in range(2)]
+    began = config.model_copy(update={"optimiser": tiny().optimiser, "seed": 2})
+    changed = finished(tmp_path / "changed", began, 0.9)
+    record_changes(changed, 400, {"optimiser.lr": 1e-5, "training.threads": 2})
+    points = frontier([*runs, changed])
+    assert sorted(point.seeds for point in points) == [1, 2]
+    assert any("optimiser.lr 1e-05 after step 400" in point.label for point in points)
 
 
 def test_the_same_run_twice_is_one_seed_also_through_another_path_or_as_a_copy(tmp_path: Path):

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet
 import pytest
 
@@ -80,3 +81,17 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert cache_root() == tmp_path
     monkeypatch.delitem(os.environ, "UNBRAID_CACHE")
     assert cache_root() == Path.home() / ".cache" / "unbraid"
+
+
+def test_a_damaged_corpus_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNBRAID_CACHE", str(tmp_path))
+    made = []
+
+    def write(path: Path) -> None:
+        made.append(path)
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"], "domain": ["a", "a"]}), path)
+
+    monkeypatch.setattr(packaged, "_write_corpus", write)
+    packaged.corpus_file().write_bytes(b"PAR1 cut short")
+    assert sorted(document.text for document in open_source(TextConfig()).documents()) == ["one", "two"]
+    assert len(made) == 2

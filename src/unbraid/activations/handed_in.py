@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unbraid.activations.rows import Chunk
-from unbraid.config import RunConfig, validated
+from unbraid.config import RunConfig, overridden
 from unbraid.errors import ActivationError
 from unbraid.randomness import generator
 from unbraid.replay import Replay
@@ -51,10 +51,9 @@ def named(activations: Any) -> dict[str, Any]:
 
 def settings_for(config: RunConfig, activations: Any) -> RunConfig:
     """`config` with the names of `activations` as its sites, and no position to drop."""
-    data = config.model_dump(mode="json")
-    data["model"] |= {"name": HANDED_IN, "sites": [str(Site.handed_in(name)) for name in named(activations)]}
-    data["buffer"]["drop_first_position"] = False
-    return validated(RunConfig, data, "train")
+    sites = [str(Site.handed_in(name)) for name in named(activations)]
+    given = {"model.name": HANDED_IN, "model.sites": sites, "buffer.drop_first_position": False}
+    return overridden(config, given, "train")[0]
 
 
 class HandedInActivations:
@@ -170,10 +169,14 @@ class _Batches:
         if not arrays:
             raise ActivationError("activations hold no batch; expected at least one [rows, D] tensor")
         self.widths = [array.shape[1] for array in arrays]
+        digest = hashlib.blake2b(digest_size=8)
+        for array in arrays:
+            digest.update(array.numpy().tobytes())
+        self._sample = digest.hexdigest()
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"names": self.names, "widths": self.widths}
+        return {"names": self.names, "widths": self.widths, "sample": self._sample}
 
     @property
     def description(self) -> str:

@@ -160,7 +160,19 @@ def handed_in_model(config: ModelConfig, model: nn.Module | None, tokenizer: Any
         model,
         tokenizer,
         config.sites,
-        name=getattr(model.config, "name_or_path", "") or type(model).__name__,
+        name=name_of(model) or type(model).__name__,
         pass_contexts=config.batch_contexts,
         bidirectional=config.bidirectional,
     )
+
+
+def name_of(model: nn.Module) -> str:
+    """The hub id or folder a transformers model was loaded from; empty where it was not.
+
+    Raises:
+        ModelError: it is no transformers model.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_input_embeddings"):
+        raise ModelError(f"model is a {type(model).__name__}; expected a transformers language model")
+    return getattr(config, "name_or_path", "")

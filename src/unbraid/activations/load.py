@@ -17,6 +17,7 @@ from unbraid.activations.random_model import FAMILIES, random_model
 from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
 from unbraid.offline import is_hub_id, why_unreachable
+from unbraid.sites import HANDED_IN
 
 PACKAGED = ", ".join(f"packaged:{name}" for name in MODELS)
 
@@ -27,6 +28,12 @@ def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Mod
     Raises:
         ModelError: the model is not installed, not found or not readable.
     """
+    if config.name == HANDED_IN:
+        raise ModelError(
+            "model.name is handed_in, which stands for a model given in Python, and there is none; expected the same "
+            "model again, as in unbraid.resume(run, model=..., tokenizer=...), or its name, as in `unbraid eval RUN "
+            "--model NAME`; in Python also unbraid.FeatureModel(model, tokenizer, {site: sae})"
+        )
     kind, _, rest = config.name.partition(":")
     anywhere_but_the_hub = kind in ("random", "packaged") or Path(config.name).expanduser().exists()
     with quiet_transformers(bars=not anywhere_but_the_hub):
@@ -37,13 +44,20 @@ def load_model_and_tokenizer(config: ModelConfig, seed: int = 0) -> tuple[nn.Mod
                 )
             return random_model(rest, "float32" if config.dtype == "stored" else config.dtype, seed)
         if kind == "packaged":
-            return _pretrained(config, str(packaged_model_folder(rest)))
+            return _packaged(config, packaged_model_folder(rest))
         if config.name.endswith(".gguf"):
             return _gguf(config, Path(config.name).expanduser())
         local = Path(config.name).expanduser()
         if local.is_dir():
             return _pretrained(config, str(local))
         return _pretrained(config, config.name, on_hub=is_hub_id(config.name))
+
+
+def _packaged(config: ModelConfig, folder: Path) -> tuple[nn.Module, Any]:
+    try:
+        return _pretrained(config, str(folder))
+    except ModelError as problem:
+        raise ModelError(f"{problem}. If {str(folder)!r} is damaged, delete it: it is made again") from problem
 
 
 def _pretrained(config: ModelConfig, name: str, on_hub: bool = False) -> tuple[nn.Module, Any]:

@@ -84,10 +84,18 @@ def including(*members: str) -> Condition:
     return Condition(lambda value: any(member in value for member in members), f"a list with {' or '.join(members)}")
 
 
-def not_of(*kinds: str) -> Condition:
-    """A text that does not begin with one of `kinds` and a colon."""
+def not_of(*kinds: str, whole: tuple[str, ...] = ()) -> Condition:
+    """A text that does not begin with one of `kinds` and a colon, and is none of `whole`."""
     prefixes = tuple(f"{kind}:" for kind in kinds)
-    return Condition(lambda value: not value.startswith(prefixes), f"something other than {' or '.join(prefixes)}...")
+    return Condition(
+        lambda value: not value.startswith(prefixes) and value not in whole,
+        f"something other than {' or '.join([*(f'{prefix}...' for prefix in prefixes), *whole])}",
+    )
+
+
+def but(*texts: str) -> Condition:
+    """A text that is none of these."""
+    return Condition(lambda value: value not in texts, f"something other than {' or '.join(texts)}")
 
 
 class Section(BaseModel):

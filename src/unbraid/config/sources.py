@@ -11,10 +11,11 @@ from unbraid.config.checks import (
     Common,
     Section,
     active_when,
+    but,
     not_of,
 )
 from unbraid.errors import ConfigError
-from unbraid.sites import Site
+from unbraid.sites import HANDED_IN, Site
 
 
 class TextConfig(Section):
@@ -22,9 +23,10 @@ class TextConfig(Section):
 
     group = "text"
 
-    source: Annotated[Literal["packaged", "files", "hub", "generated"], Common] = "packaged"
+    source: Annotated[Literal["packaged", "files", "hub", "generated", "handed_in"], Common] = "packaged"
     """packaged: the corpus installed from the package index; files: local txt, jsonl, csv or parquet, also gzipped, or
-    a saved data set; hub: a streamed Hugging Face dataset; generated: seeded pseudo-text, for trying things out."""
+    a saved data set; hub: a streamed Hugging Face dataset; generated: seeded pseudo-text, for trying things out;
+    handed_in: `text=` of `unbraid.train`, which sets this."""
     paths: Annotated[list[str], Common, active_when(source="files")] = []
     """Files or folders."""
     dataset: Annotated[str, Common, active_when(source="hub")] = ""
@@ -46,11 +48,11 @@ class TextConfig(Section):
     document's last context is filled up with tokens that are not learnt from."""
     special_tokens: bool = False
     """Read the name of a special token inside a text as that token; false: as plain text. Chats always keep theirs."""
-    train_on: Annotated[Literal["all", "assistant"], active_when(source=("files", "hub"))] = "all"
+    train_on: Annotated[Literal["all", "assistant"], active_when(source=("files", "hub", "handed_in"))] = "all"
     """assistant: of chats only what the assistant said is learnt from; the rest is still read by the model."""
     held_out_fraction: float = Field(default=0.02, ge=0.0, le=0.5)
     """Share of documents kept for held-out metrics, chosen by a hash of their text, never trained on."""
-    shuffle_seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
+    shuffle_seed: Annotated[int, active_when(source=but(HANDED_IN))] = Field(default=0, ge=-(1 << 63), lt=1 << 63)
     """Order of the documents; hub streams are put in random order within blocks of 1024 documents."""
     max_skipped_fraction: float = Field(default=0.5, ge=0.0, le=1.0)
     """Stop when more than this share of documents is unusable (empty, not text, not UTF-8, too long)."""
@@ -63,6 +65,9 @@ class TextConfig(Section):
         return not self.pack or self.train_on != "all"
 
 
+A_MODEL_OF_FILES = active_when(name=not_of("packaged", "random", whole=(HANDED_IN,)))
+
+
 class ModelConfig(Section):
     """The language model and the sites read from it."""
 
@@ -70,17 +75,19 @@ class ModelConfig(Section):
 
     name: Annotated[str, Common] = "packaged:smollm2"
     """packaged:smollm2, packaged:gemma3 (after `make gemma`), random:FAMILY (a tiny random model; llama, gemma2, gpt2,
-    gpt_neox, qwen2), a hub id, a local folder, or a .gguf file."""
-    revision: Annotated[str | None, active_when(name=not_of("packaged", "random"))] = None
+    gpt_neox, qwen2), a hub id, a local folder, or a .gguf file; handed_in: `model=` of `unbraid.train`, which sets this
+    where that is another model."""
+    revision: Annotated[str | None, A_MODEL_OF_FILES] = None
     """Hub revision."""
-    dtype: Literal["float32", "bfloat16", "float16", "stored"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16", "float16", "stored"], active_when(name=but(HANDED_IN))] = "float32"
     """Precision of the model's weights and pass; stored: that of its files. bfloat16 is slower than float32 on most
     CPUs."""
-    quantisation: Annotated[Literal["none", "8bit", "4bit"], active_when(name=not_of("packaged", "random"))] = "none"
+    quantisation: Annotated[Literal["none", "8bit", "4bit"], A_MODEL_OF_FILES] = "none"
     """Quantise the model while it is loaded, with bitsandbytes (4bit: nf4). A model stored quantised is loaded as it
     is."""
     device_map: Annotated[
-        Literal["auto", "balanced", "sequential"] | None, active_when(name=not_of("packaged", "random"))
+        Literal["auto", "balanced", "sequential"] | None,
+        A_MODEL_OF_FILES,
     ] = None
     """Spread the model over this machine's devices, with accelerate; by default it is put on training.device whole."""
     sites: Annotated[list[str], Common] = ["resid_post.6"]
@@ -88,7 +95,7 @@ class ModelConfig(Section):
     mlp_out; or embed, module:PATH, module:PATH:input; all are read in one pass."""
     batch_contexts: int = Field(default=24, ge=1, le=1 << 20)
     """Contexts per model pass."""
-    trust_remote_code: Annotated[bool, active_when(name=not_of("packaged", "random"))] = False
+    trust_remote_code: Annotated[bool, A_MODEL_OF_FILES] = False
     """Run code shipped with a hub model. Leave off unless you have read that code."""
     bidirectional: bool = False
     """Accept a model in which tokens see later tokens, such as an encoder; otherwise it is refused."""

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unbraid.errors import EvaluationError
-from unbraid.text.cache_folder import cache_root, publish
+from unbraid.text.cache_folder import cache_root, read_published
 
 BATCH_PROMPTS = 16
 Rows = Sequence[Sequence[int]]
@@ -38,9 +39,12 @@ def cached_activations(
         found = activations_at(model, prompts, places, on_prompts)
         save_file({str(site): x.contiguous() for site, x in enumerate(found)}, path)
 
-    path = publish(cache_root() / "prompts" / f"{digest.hexdigest()}.safetensors", write, EvaluationError)
-    stored = load_file(path)
-    return [stored[str(site)] for site in range(len(model.sites))]
+    def read(path: Path) -> list[Tensor]:
+        stored = load_file(path)
+        return [stored[str(site)] for site in range(len(model.sites))]
+
+    target = cache_root() / "prompts" / f"{digest.hexdigest()}.safetensors"
+    return read_published(target, write, read, (SafetensorError, KeyError), EvaluationError)
 
 
 def activations_at(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from unbraid import formats
-from unbraid.config import EvaluationConfig, RunConfig
+from unbraid.config import EvaluationConfig, RunConfig, overridden
 from unbraid.errors import ConfigError, EvaluationError, FormatError
 from unbraid.evaluation.origin import CentredInput, has_layer_norm, is_centred, origin, output_site
 from unbraid.sae import Codes
-from unbraid.sites import Site
+from unbraid.sites import HANDED_IN, Site
 from unbraid.training.run_folder import RunFolder, is_run
 
 
@@ -81,12 +81,10 @@ def open_subjects(
     if isinstance(path, str):
         return _of_folder(path, config, device, transcoders)
     if is_run(path):
-        _require_left_to_the_run(path, config)
-        return _of_run(RunFolder(path, trust_remote_code), None, device)
+        return _of_run(RunFolder(path, trust_remote_code), None, config, device)
     run = path.resolve().parent.parent
     if path.resolve().parent.name == "saes" and is_run(run):
-        _require_left_to_the_run(path, config)
-        return _of_run(RunFolder(run, trust_remote_code), path.resolve().name, device)
+        return _of_run(RunFolder(run, trust_remote_code), path.resolve().name, config, device)
     return _of_folder(path, config, device, transcoders)
 
 
@@ -97,23 +95,31 @@ def centre_where_needed(subjects: list[EvaluatedSAE], model: nn.Module) -> None:
             one.sae, one.centred = CentredInput(one.sae), False
 
 
-def _require_left_to_the_run(path: Path, config: EvaluationConfig) -> None:
-    """What a run says itself cannot be given.
+def _completed(run: RunConfig, config: EvaluationConfig, path: Path) -> RunConfig:
+    """A run's settings, with the model and text given now in the place of those that were handed to it in Python.
 
     Raises:
-        ConfigError: it was given.
+        ConfigError: something was given that the run says itself.
     """
-    given = [name for name in ("model", "site", "text") if config.is_given((name,)) and getattr(config, name)]
-    if given:
+    open_to = {"model": run.model.name == HANDED_IN, "site": False, "text": run.text.source == HANDED_IN}
+    given = [name for name in open_to if config.is_given((name,)) and getattr(config, name)]
+    others = [name for name in given if not open_to[name]]
+    if others:
         raise ConfigError(
-            f"{' and '.join(given)} of an evaluation {'is' if len(given) == 1 else 'are'} read for an SAE folder from "
-            f"elsewhere; {str(path)!r} belongs to a run, whose own settings say which model, sites and held-out text; "
-            "drop what was given, or copy the SAE's folder out of the run"
+            f"{' and '.join(others)} of an evaluation {'is' if len(others) == 1 else 'are'} read for an SAE folder "
+            f"from elsewhere; {str(path)!r} belongs to a run, whose own settings say which model, sites and held-out "
+            "text; drop what was given, or copy the SAE's folder out of the run"
         )
+    changes: dict[str, Any] = {"model.name": config.model} if "model" in given else {}
+    if "text" in given:
+        changes |= {f"text.{name}": value for name, value in config.text.model_dump(exclude_unset=True).items()}
+    return overridden(run, changes, "eval")[0] if changes else run
 
 
-def _of_run(folder: RunFolder, only: str | None, device: torch.device) -> tuple[list[EvaluatedSAE], RunConfig]:
-    path, run = folder.path, folder.config
+def _of_run(
+    folder: RunFolder, only: str | None, config: EvaluationConfig, device: torch.device
+) -> tuple[list[EvaluatedSAE], RunConfig]:
+    path, run = folder.path, _completed(folder.config, config, folder.path)
     subjects, twins = [], run.twins
     for index, site in enumerate(run.sites):
         for variant in run.variants:

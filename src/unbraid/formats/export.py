@@ -5,7 +5,7 @@ from pathlib import Path
 from unbraid.errors import FormatError
 from unbraid.formats import folder_name, open_folder, path_or_name, writable_layout
 from unbraid.formats.folder import SAEFolder, check_sae_folder
-from unbraid.training.run_folder import RunFolder
+from unbraid.training.run_folder import RunFolder, is_run
 
 
 def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = False) -> list[Path]:
@@ -42,11 +42,9 @@ def open_source(source: Path | str) -> dict[str, SAEFolder]:
 
     Raises:
         FormatError: there is none.
+        TrainingError: the run has not come to its end.
     """
     source = path_or_name(source)
-    if isinstance(source, str) or not (source / "config.json").is_file() or not (source / "saes").is_dir():
+    if isinstance(source, str) or not is_run(source):
         return {folder_name(source): open_folder(source)}
-    folders = {name: open_folder(path) for name, path in RunFolder(source).finished_saes().items()}
-    if not folders:
-        raise FormatError(f"the run {str(source)!r} has no finished SAE yet; expected some in saes/; let it end first")
-    return folders
+    return {name: open_folder(path) for name, path in RunFolder(source).finished_saes().items()}

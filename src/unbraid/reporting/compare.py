@@ -14,12 +14,13 @@ import numpy as np
 from scipy import stats
 
 from unbraid.config import RunConfig
-from unbraid.errors import EvaluationError
+from unbraid.errors import EvaluationError, TrainingError
 from unbraid.evaluation.evaluation_file import read_evaluation
 from unbraid.json_files import is_number
 from unbraid.owned_folders import written_folder
 from unbraid.reporting.figures import COLOURS, DASHES, MARKERS, STYLE, WIDTH_INCHES, plain, save_figure
 from unbraid.reporting.training_log import LARGEST
+from unbraid.training.changes import read_changes
 from unbraid.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ METRICS = {
     "ce_loss_score": "CE loss score",
 }
 LEVEL = 0.95
+CHANGES_THAT_COUNT = ("training.tokens", "optimiser.lr")
+"""Settings that make another SAE of a run that goes on with them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class _Member:
     """One SAE of one run.
 
     Attributes:
-        settings: everything that decided it, but the seeds and what else was trained beside it.
+        settings: everything that decided it, but the seeds and what else was trained beside it; with checksums of what
+            the run read.
         seed: seed of the run and of the SAE.
         metrics: what was measured.
     """
@@ -85,8 +89,9 @@ class _Member:
 def frontier(runs: list[Path | str]) -> list[Point]:
     """The points of some finished runs, by site, then label.
 
-    SAEs are one point if their runs have the same settings in everything but the seed. Equal settings and an equal seed
-    give the same SAE, so a run that is named twice, or that was copied, counts once.
+    SAEs are one point if their runs have the same settings in everything but the seed, and read the same text, model or
+    activations (files of one name may hold other text), to the same step, with the same changes on the way. Equal
+    settings and an equal seed give the same SAE, so a run that is named twice, or that was copied, counts once.
 
     Raises:
         EvaluationError: no run was given.
@@ -122,7 +127,15 @@ def frontier(runs: list[Path | str]) -> list[Point]:
 
 def _members(folder: RunFolder) -> Iterator[tuple[str, _Member]]:
     config, spliced = folder.recorded_config, _ce_loss_scores(folder.path)
-    measured = folder.read_summary()["saes"]
+    summary = folder.read_summary()
+    planned = summary.get("steps", {}).get("planned", config.steps)
+    if planned != config.steps:
+        raise TrainingError(
+            f"run {str(folder.path)!r} was measured after {planned:,} steps and goes on to {config.steps:,}; expected "
+            f"one that has ended; finish it with `unbraid resume {folder.path}`"
+        )
+    measured, source = summary["saes"], summary.get("source", {})
+    beyond = {f"checksum of {part}": checksum for part, checksum in source.items()} | _history(folder, summary)
     for site in config.sites:
         for variant in config.variants:
             metrics = measured.get(config.sae_name(site, variant))
@@ -132,7 +145,7 @@ def _members(folder: RunFolder) -> Iterator[tuple[str, _Member]]:
             yield (
                 str(site),
                 _Member(
-                    {"site": str(site)} | _settings(config, variant),
+                    {"site": str(site)} | _settings(config, variant) | beyond,
                     (config.seed, config.variant(variant).seed),
                     {
                         metric: float(values[metric])
@@ -154,6 +167,19 @@ def _settings(config: RunConfig, variant: str) -> dict[str, Any]:
     own = _flat(config.variant(variant).model_dump(mode="json", exclude={"seed"}))
     own = {path.removeprefix("sae.").removeprefix("decorrelation."): value for path, value in own.items()}
     return {path: value for path, value in (shared | own).items() if path != "model.sites"}
+
+
+def _history(folder: RunFolder, summary: dict[str, Any]) -> dict[str, Any]:
+    """What no setting tells of a run: steps it did not come to make, and what was changed after how many of them."""
+    steps = summary.get("steps", {})
+    early = steps.get("executed") != steps.get("planned")
+    turns = [
+        f"{path} {value} after step {line.get('after_step')}"
+        for line in read_changes(folder.path)
+        for path, value in line["changes"].items()
+        if path in CHANGES_THAT_COUNT
+    ]
+    return {"steps": steps["executed"] if early else "all", "changed": "; ".join(turns) or "nothing"}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,8 +9,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from unbraid.errors import UnbraidError
+
+Read = TypeVar("Read")
 
 
 def cache_root() -> Path:
@@ -46,3 +49,26 @@ def publish(target: Path, write: Callable[[Path], None], error: type[UnbraidErro
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def read_published(
+    target: Path,
+    write: Callable[[Path], None],
+    read: Callable[[Path], Read],
+    damaged: tuple[type[Exception], ...],
+    error: type[UnbraidError],
+) -> Read:
+    """`read(target)`, made as by `publish`; a file that cannot be read is made once more.
+
+    Args:
+        target: the file.
+        write: makes it.
+        read: reads it.
+        damaged: what `read` raises for a damaged one.
+        error: raised when the cache folder cannot be written.
+    """
+    try:
+        return read(publish(target, write, error))
+    except damaged:
+        target.unlink(missing_ok=True)
+        return read(publish(target, write, error))

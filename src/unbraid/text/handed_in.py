@@ -5,8 +5,10 @@ Strings are documents like any other. A row of token ids is a document that is t
 """
 
 import copy
+import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from unbraid.errors import TextError
 from unbraid.replay import Replay
 from unbraid.text.documents import Document
 
+SAMPLED = 16
+"""Documents whose checksum says whether a resumed run is given the same text."""
 STATES_KEPT, DOCUMENTS_BETWEEN_STATES = 512, 16
 """Documents are tokenised together, so a position to go on from is a good many documents behind what was read."""
 
@@ -32,11 +36,17 @@ class HandedInText:
         self.replay = Replay(text, "text", TextError)
         self.vocabulary = vocabulary
         self._states: deque[tuple[int, Any]] = deque(maxlen=STATES_KEPT)
+        digest = hashlib.blake2b(digest_size=8)
+        for number, item, _ in islice(self.replay.items(), SAMPLED):
+            content = self._document(number, item)
+            key = content.tobytes() if isinstance(content, np.ndarray) else repr(content).encode("utf-8", "replace")
+            digest.update(key)
+        self._sample = digest.hexdigest()
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Its type; what it holds cannot be compared."""
-        return {"source": "handed in", "type": type(self.replay.source).__name__}
+        """Its type, and a checksum of its first documents."""
+        return {"source": "handed in", "type": type(self.replay.source).__name__, "sample": self._sample}
 
     def bookmark(self, document: int) -> dict[str, Any] | None:
         """The iterable's own state a little before the document, if that was read lately."""

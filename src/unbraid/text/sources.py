@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from unbraid.config import TextConfig
+from unbraid.errors import TextError
+from unbraid.sites import HANDED_IN
 from unbraid.text.documents import TextSource
 from unbraid.text.files import FileSource
 from unbraid.text.generated import GeneratedSource
@@ -17,6 +19,12 @@ def open_source(config: TextConfig) -> TextSource:
     Raises:
         TextError: its files or packages are missing; a hub data set is looked for on first use.
     """
+    if config.source == HANDED_IN:
+        raise TextError(
+            "text.source is handed_in, which stands for text given in Python, and there is none; expected the same "
+            "text again, as in unbraid.resume(run, text=...), or other text to measure on, as in `unbraid eval RUN "
+            "--text.source files --text.paths DIR`"
+        )
     if config.source == "packaged":
         return PackagedSource(config.shuffle_seed)
     if config.source == "files":

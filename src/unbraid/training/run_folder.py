@@ -173,9 +173,13 @@ class RunFolder:
         return self.path / "summary.json"
 
     def finished_saes(self) -> dict[str, Path]:
-        """Folders of the finished SAEs by name; none where the run has not ended."""
-        if not self.saes.is_dir():
-            return {}
+        """Folders of the SAEs by name.
+
+        Raises:
+            TrainingError: the run has not come to its end; it may have been stopped while it wrote them.
+        """
+        if not self.summary.exists() or not self.saes.is_dir():
+            raise self._not_complete("no summary.json" if self.saes.is_dir() else "no saes/")
         for old in self.saes.glob(".*.old"):
             recover(self.saes / old.name.removeprefix(".").removesuffix(".old"))
         found = sorted(path for path in self.saes.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -310,6 +314,9 @@ def _problem_in_summary(summary: dict[str, Any], names: list[str]) -> str | None
         return f"steps is {steps!r}"
     if not isinstance(saes, dict):
         return f"saes is {saes!r}"
+    source = summary.get("source", {})
+    if not isinstance(source, dict) or not all(isinstance(checksum, str) for checksum in source.values()):
+        return f"source is {source!r}"
     for name, metrics in saes.items():
         if name not in names:
             return f"saes names {name!r}, which the run's settings do not have"
