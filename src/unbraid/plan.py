@@ -161,13 +161,17 @@ def check_text(config: RunConfig, source: ActivationSource) -> int | None:
         TextError: with the arithmetic of how many steps the text yields.
     """
     needed = config.steps * config.training.batch_tokens
-    found = source.count_rows(needed)
+    epochs = config.training.epochs
+    found = source.count_rows(math.ceil(needed / epochs))
+    found = None if found is None else found * epochs
     if found is not None and found < needed:
         steps = found // config.training.batch_tokens
+        readings = "" if epochs == 1 else f" in {epochs} readings (training.epochs)"
         raise TextError(
-            f"the text is too small: it gives {found:,} token rows = {steps:,} steps of training.batch_tokens = "
-            f"{config.training.batch_tokens:,}; the run needs {needed:,} rows for {config.steps:,} steps; give more "
-            f"text, or lower training.tokens to {steps * config.training.batch_tokens:,}"
+            f"the text is too small: it gives {found:,} token rows{readings} = {steps:,} steps of "
+            f"training.batch_tokens = {config.training.batch_tokens:,}; the run needs {needed:,} rows for "
+            f"{config.steps:,} steps; give more text, raise training.epochs to read it again, or lower training.tokens "
+            f"to {steps * config.training.batch_tokens:,}"
         )
     if not source.has_held_out_rows():
         raise TextError(

@@ -18,6 +18,7 @@ from torch import nn
 from unbraid import formats
 from unbraid.activations.ahead import Ahead
 from unbraid.activations.cache import PARTS, harvest, wanted_rows
+from unbraid.activations.repeated import Repeated
 from unbraid.activations.source import ActivationSource
 from unbraid.config import RunConfig
 from unbraid.device import pick_device
@@ -274,7 +275,8 @@ def _fit_and_finish(
         overlap = config.buffer.overlap == "on" or (config.buffer.overlap == "auto" and device.type == "cuda")
         refill = config.buffer.contexts // 2 // config.model.batch_contexts
         # Not among ranks: what a thread exchanges would meet the exchanges of a training step on another rank.
-        feed = Ahead(source, refill) if overlap and everyone.size == 1 else source
+        text = source if config.training.epochs == 1 else Repeated(source, config.training.epochs)
+        feed = Ahead(text, refill) if overlap and everyone.size == 1 else text
         start = steps_done(folder.checkpoints)
         with (
             RunProgress(config, console, start, [loggers.step, *callbacks]) as progress,

@@ -141,10 +141,11 @@ def _harvest(
         if group:
             shards.append(_write_shard(folder, f"{part}_{len(shards):05d}", config, group, counter.state()))
         if part == "training" and counter.kept < wanted:
+            batch = config.training.batch_tokens
+            most = counter.kept * config.training.epochs // batch * batch
             raise TextError(
                 f"the text is used up: it gave {counter.kept:,} usable token rows and the run needs {wanted:,}; give "
-                "more text, or lower training.tokens to at most "
-                f"{counter.kept // config.training.batch_tokens * config.training.batch_tokens:,}"
+                f"more text, raise training.epochs, or lower training.tokens to at most {most:,}"
             )
         limits = counter.limits
     manifest["complete"] = True
@@ -153,8 +154,9 @@ def _harvest(
 
 
 def wanted_rows(config: RunConfig, part: str) -> int:
-    """Usable rows that a run takes from one part of the text."""
-    return config.steps * config.training.batch_tokens if part == "training" else config.training.held_out_tokens
+    """Usable rows that a run takes from one part of the text; the training part may be read several times."""
+    once = -(-config.steps * config.training.batch_tokens // config.training.epochs)
+    return once if part == "training" else config.training.held_out_tokens
 
 
 def _open_manifest(config: RunConfig, folder: Path) -> dict[str, Any]:

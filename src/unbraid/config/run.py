@@ -95,6 +95,8 @@ class TrainingConfig(Section):
 
     tokens: Annotated[int, Common] = Field(default=20_000_000, ge=0)
     """Training tokens; steps = tokens // batch_tokens."""
+    epochs: Annotated[int, Common] = Field(default=1, ge=1, le=1 << 20)
+    """Times the training text may be read before it counts as used up; each reading goes through the same text."""
     batch_tokens: Annotated[int, Common] = Field(default=2048, ge=1, le=1 << 24)
     """Token rows B per training step."""
     log_every: int = Field(default=10, ge=1)

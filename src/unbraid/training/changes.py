@@ -19,6 +19,7 @@ from unbraid.json_files import parse_json, read_text
 FILE = "changes.jsonl"
 MAY_CHANGE = (
     "training.tokens",
+    "training.epochs",
     "training.device",
     "training.threads",
     "training.tf32",
@@ -29,8 +30,8 @@ MAY_CHANGE = (
     "training.keep_checkpoints",
     "optimiser.lr",
 )
-"""More or fewer tokens (not fewer than were trained on), where and how to run and log, and the learning rate from here
-on."""
+"""More or fewer tokens (not fewer than were trained on), readings of the text, where and how to run and log, and the
+learning rate from here on."""
 
 
 def with_changes(config: RunConfig, folder: Path) -> RunConfig:
