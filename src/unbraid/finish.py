@@ -94,6 +94,7 @@ def _measure_and_export(
         "hook_layer": site.layer or 0,
         "context_size": config.text.context_length,
         "prepend_bos": source.prepends_bos,
+        "norm_limit": config.buffer.norm_limit,
         "training_tokens": trainer.updates * config.training.batch_tokens,
     }
     trainer.sae.fold(trainer.normalise.mean_D, trainer.normalise.scale)

@@ -175,6 +175,11 @@ class Stages:
         """So many more are done."""
         stage.update(stage.done + units)
 
+    def advance_now(self) -> None:
+        """One more is done of what is being counted."""
+        if self._now is not None:
+            self.advance(self._now)
+
     def update(self, stage: Progress, completed: int | None = None, total: int | None = None) -> None:
         """So many are done, or there are so many in all."""
         stage.total = stage.total if total is None else total

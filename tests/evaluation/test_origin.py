@@ -12,7 +12,7 @@ from unbraid import formats
 from unbraid.activations.language_model import load_language_model
 from unbraid.cli import main
 from unbraid.config import EvaluationConfig, ModelConfig, SAEConfig
-from unbraid.errors import EvaluationError, FeatureError
+from unbraid.errors import EvaluationError, FeatureError, FormatError
 from unbraid.evaluation.origin import CentredInput, hub_name, origin
 from unbraid.evaluation.subjects import centre_where_needed, open_subjects
 from unbraid.evaluation.suites import run_suites
@@ -53,6 +53,14 @@ def test_context_size_and_the_rule_for_bos_are_followed(tmp_path: Path):
     assert tokens_BT.shape[1] == 16 and not bool((tokens_BT == bos).any()) and not bare.prepends_bos
     report = run_suites(sae_folder(tmp_path / "sae", **LLAMA, context_size=16, prepend_bos=False), QUICK)
     assert report["saes"]["sae"]["core"]["token_stats"]["total_tokens_eval_sparsity_variance"] == 128
+
+
+def test_rows_that_training_left_out_are_left_out(tmp_path: Path):
+    assert run_of(LLAMA).buffer.norm_limit == 10.0
+    found = formats.open_folder(sae_folder(tmp_path / "sae", **LLAMA, norm_limit=3.0))
+    assert run_of(found.metadata).buffer.norm_limit == 3.0
+    with pytest.raises(FormatError, match=r"norm_limit is 0\.5; expected a number above 1"):
+        formats.load(sae_folder(tmp_path / "odd", **LLAMA, norm_limit=0.5))
 
 
 def test_the_stream_before_a_block_is_the_stream_after_the_one_below(tmp_path: Path):

@@ -24,8 +24,11 @@ QUICK = EvaluationConfig(
     meta_steps=5,
     context_features=4,
     replicates=4,
+    control_tokens=1024,
     probing=ProbingConfig(train=16, test=8, max_tokens=16, tasks=["96_spam_is", "92_glue_sst2"]),
 )
+
+CONTROLS = ("random", "permuted", "pca", "frozen-decoder", "soft-frozen-decoder", "frozen-encoder")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def test_a_run_is_evaluated_with_every_suite_that_applies_and_controls_beside(ru
         f"resid_post.{layer}_{name}" for layer in (0, 1) for name in ("decorrelated", "twin")
     }
     assert set(report["controls"]) == {
-        f"resid_post.{layer}: {name}" for layer in (0, 1) for name in ("random", "permuted", "pca")
+        f"resid_post.{layer}: {name}" for layer in (0, 1) for name in CONTROLS
     }
     for control in report["controls"].values():
         assert {"site", "core"} <= set(control)
@@ -91,7 +94,7 @@ def test_one_sae_of_a_run_is_evaluated_as_the_run_evaluates_it(run_path, tmp_pat
     together = run_suites(run_path, quick, out=tmp_path)
     alone = run_suites(run_path / "saes" / "resid_post.1_decorrelated", quick, out=tmp_path)
     assert list(alone["saes"]) == ["resid_post.1_decorrelated"] and not alone["skipped"]
-    assert set(alone["controls"]) == {f"resid_post.1: {name}" for name in ("random", "permuted", "pca")}
+    assert set(alone["controls"]) == {f"resid_post.1: {name}" for name in CONTROLS}
     for kind in ("saes", "controls"):
         for name, judged in alone[kind].items():
             assert judged == together[kind][name], name

@@ -9,7 +9,7 @@ from sae_settings import sae_settings
 from unbraid.config import OptimiserConfig
 from unbraid.errors import TrainingError
 from unbraid.sae import SAE, build
-from unbraid.training.optimiser import SAEOptimiser
+from unbraid.training.optimiser import NEAR, SAEOptimiser
 
 D, N = 12, 600
 
@@ -129,3 +129,37 @@ def test_parameters_without_a_gradient_are_left_alone():
     before = sae.b_dec.detach().clone()
     assert optimiser.step(1e-2) > 0
     assert torch.equal(sae.b_dec, before) and not torch.equal(sae.encoder_ND, sae.W_dec)
+
+
+@pytest.mark.parametrize("frozen", ["decoder", "near", "encoder"])
+def test_what_is_frozen_stays_as_drawn_or_near_it_and_the_rest_learns(frozen):
+    sae = build(sae_settings("topk", n_features=N, k=4, frozen=frozen), D, torch.Generator().manual_seed(0))
+    optimiser = SAEOptimiser(sae, OptimiserConfig())
+    start = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    for step in range(60):
+        give_gradients(sae, step % 3, 1.0)
+        optimiser.step(3e-2)
+    moved = {name for name, p in sae.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == set(start) - {{"decoder": "W_dec", "encoder": "encoder_ND", "near": ""}[frozen]}
+    cosine_N = (sae.W_dec * start["W_dec"]).sum(1)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(N), atol=1e-5)
+    if frozen == "near":
+        assert (cosine_N > NEAR - 1e-5).all() and (cosine_N < NEAR + 1e-3).double().mean() > 0.5
+    if frozen == "encoder":
+        assert (cosine_N < NEAR).any()
+
+
+def test_rows_that_must_stay_near_go_on_from_a_checkpoint():
+    settings = sae_settings("topk", n_features=N, k=4, frozen="near")
+    one, two = (build(settings, D, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    first, second = SAEOptimiser(one, OptimiserConfig()), SAEOptimiser(two, OptimiserConfig())
+    for step in range(30):
+        give_gradients(one, step, 1.0)
+        first.step(3e-2)
+        if step == 10:
+            two.load_state_dict(one.state_dict())
+            second.load_state_tensors({name: tensor.clone() for name, tensor in first.state_tensors().items()})
+        if step > 10:
+            give_gradients(two, step, 1.0)
+            second.step(3e-2)
+    assert torch.equal(one.W_dec, two.W_dec)

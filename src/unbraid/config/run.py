@@ -235,6 +235,12 @@ class RunConfig(Section):
     def _variants_resolve(self) -> "RunConfig":
         for name in self.variants:
             settings = self.variant(name)
+            penalty = settings.decorrelation
+            if settings.sae.frozen == "decoder" and penalty.weight > 0 and getattr(penalty, "space", "") == "decoder":
+                raise wrong(
+                    "sae.frozen = 'decoder' keeps every decoder row, and decorrelation.space = 'decoder' would move "
+                    "them; expected one or the other; set decorrelation.lambda2 to 0 or sae.frozen to 'none'"
+                )
             first = settings.decorrelation.first_penalised_step(settings.sae.n_features)
             if settings.decorrelation.weight > 0 and 0 < self.steps < first:
                 raise wrong(

@@ -44,6 +44,10 @@ class SAEConfig(Kinds):
     """Weight of the loss that revives dead features (topk family: explaining the residual; others: being pulled up to
     their threshold); none takes 1 for the topk family and 1/32 for the others, 0 turns it off."""
 
+    frozen: Literal["none", "decoder", "near", "encoder"] = "none"
+    """What stays as it was drawn, for controls that have learned less (arXiv 2602.14111): decoder rows; near: decoder
+    rows but for a turn of at most 37 degrees (cosine 0.8); encoder: encoder rows."""
+
     @property
     def revival_weight(self) -> float:
         """`aux_weight`, or its default for this architecture."""

@@ -67,13 +67,18 @@ def controls_of(
     sae: Autoencoder, x_BD: Float[Tensor, "B D"], generator: torch.Generator
 ) -> dict[str, LinearSAE | PermutedDecoder]:
     """The controls of `sae` by name, as sparse as it is on the activations `x_BD` they are fitted to."""
-    with torch.no_grad():
-        l0 = float((sae.encode(x_BD) != 0).sum(-1).double().mean())
+    l0 = mean_l0(sae, x_BD)
     return {
         "random": random_control(sae, x_BD, l0, generator),
         "permuted": permuted_control(sae, generator),
         "pca": pca_control(x_BD, l0),
     }
+
+
+@torch.no_grad()
+def mean_l0(sae: Autoencoder, x_BD: Float[Tensor, "B D"]) -> float:
+    """Active features per row."""
+    return float((sae.encode(x_BD) != 0).sum(-1).double().mean())
 
 
 def random_control(sae: object, x_BD: Float[Tensor, "B D"], l0: float, generator: torch.Generator) -> LinearSAE:

@@ -25,6 +25,7 @@ from unbraid.evaluation.probing import probe_task, summarise_probing, task_activ
 from unbraid.evaluation.sentence_encoder import SentenceEncoder
 from unbraid.evaluation.splice import preservation
 from unbraid.evaluation.subjects import EvaluatedSAE
+from unbraid.evaluation.trained_controls import ControlSite, steps_on, trained_controls
 from unbraid.progress import Stages
 from unbraid.randomness import derive_seed
 from unbraid.sae import Codes
@@ -56,20 +57,48 @@ class ModelSuites:
         self.held_out: list[tuple[Tensor, Tensor]] = []
         bar.advance(task)
 
-    def reference_rows(self) -> list[Tensor]:
-        """A few thousand rows of training text, `[rows, D]` a site: what controls are fitted to.
+    def control_rows(self) -> list[Tensor]:
+        """Rows that controls are trained on, `[control_tokens, D]` a site."""
+        task = self.bar.add_task("activations for controls", total=self.config.control_tokens, unit="rows")
+        return self.training_rows(self.config.control_tokens, lambda found: self.bar.update(task, completed=found))
+
+    def training_rows(self, wanted: int, told: Callable[[int], None] = lambda _: None) -> list[Tensor]:
+        """Rows of training text, `[wanted, D]` a site or all there are: what controls are fitted to.
 
         Raises:
             EvaluationError: there is no text.
         """
         parts: list[list[Tensor]] = []
+        found = 0
         for chunk in self.source.chunks(None):
             parts.append([x_BD.float() for x_BD in self.filter(chunk)])
-            if sum(len(rows[0]) for rows in parts) >= REFERENCE_ROWS:
+            found += len(parts[-1][0])
+            told(min(found, wanted))
+            if found >= wanted:
                 break
         if not parts:
             raise EvaluationError(f"the text gave no context of {self.source.context_length} tokens; give more text")
-        return [torch.cat(pieces)[:REFERENCE_ROWS] for pieces in zip(*parts, strict=True)]
+        return [torch.cat(pieces)[:wanted] for pieces in zip(*parts, strict=True)]
+
+    def trained_controls(self, site: int, width: int, l0: float, rows: Callable[[], list[Tensor]]) -> dict[str, Any]:
+        """Controls of which half has learned, of a width and sparsity; see `trained_controls`.
+
+        Raises:
+            EvaluationError: there is too little text, or the cache cannot be written.
+        """
+        run, name = self.source, str(self.source.sites[site])
+        kept = {"site": name, "context_length": run.context_length, "bos": run.prepends_bos} | {
+            "rows": self.filter.config.model_dump(mode="json", include={"drop_first_position", "norm_limit"})
+        }
+        source = kept | run.identity
+        place = ControlSite(width, max(1, round(l0)), self.config.seed, source, self.config.control_tokens)
+
+        def train_on() -> Tensor:
+            x_RD = rows()[site]
+            self.bar.add_task(f"controls at {name}", total=steps_on(len(x_RD)), unit="steps")
+            return x_RD
+
+        return trained_controls(place, train_on, self.device, self.bar.advance_now)
 
     def read_held_out(self, suites: Sequence[str]) -> None:
         """One pass over held-out text: core metrics and codes of every SAE, and the contexts that `splice` takes.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unbraid.config import EvaluationConfig, ModelConfig, RunConfig, TextConfig, validated
+from unbraid.config import BufferConfig, EvaluationConfig, ModelConfig, RunConfig, TextConfig, validated
 from unbraid.errors import ConfigError, EvaluationError
 from unbraid.sites import Site
 
@@ -72,8 +72,10 @@ def origin(metadata: dict[str, Any], config: EvaluationConfig, transcoders: bool
         text["context_length"] = metadata["context_size"]
     if metadata.get("prepend_bos") is not None:
         text["bos"] = "context" if metadata["prepend_bos"] else "none"
+    rows = {"norm_limit": metadata["norm_limit"]} if metadata.get("norm_limit") is not None else {}
     try:
         return RunConfig(
+            buffer=validated(BufferConfig, rows, "the SAE's folder (norm_limit)"),
             model=validated(ModelConfig, settings, "the SAE's folder"),
             text=validated(TextConfig, text, "the SAE's folder (context_size, prepend_bos)"),
         )

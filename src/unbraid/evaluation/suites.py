@@ -6,7 +6,7 @@ how results of several evaluations come together in `evaluation_file.py`.
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 from unbraid.config import EvaluationConfig
 from unbraid.device import pick_device
 from unbraid.errors import EvaluationError
-from unbraid.evaluation.controls import controls_of, random_control
+from unbraid.evaluation.controls import controls_of, mean_l0, random_control
 from unbraid.evaluation.evaluation_file import EvaluationFile, Report
 from unbraid.evaluation.geometry import composition_rate, max_cosines, seed_agreement
 from unbraid.evaluation.ground_truth import evaluate_ground_truth
 from unbraid.evaluation.model_suites import REFERENCE_ROWS, ModelSuites
 from unbraid.evaluation.subjects import EvaluatedSAE, centre_where_needed, open_subjects
 from unbraid.evaluation.tables import evaluation_tables
+from unbraid.evaluation.trained_controls import WIDEST
 from unbraid.formats import folder_name, path_or_name
 from unbraid.progress import Stages
 from unbraid.randomness import generator
@@ -148,7 +149,7 @@ class _Evaluation:
 
     def _add_controls(self) -> None:
         """For each site, what has learned nothing, at the sparsity of the site's first SAE."""
-        rows = self._reference_rows()
+        rows, to_train_on = self._reference_rows(), cache(lambda: self.model.control_rows())
         first = {subject.site: subject for subject in reversed(self.subjects)}
         for site, subject in sorted(first.items()):
             chance = generator(self.config.seed, "controls", site)
@@ -156,15 +157,22 @@ class _Evaluation:
                 controls = {"random": random_control(subject.sae, torch.zeros(1, subject.sae.d_in), 1.0, chance)}
             else:
                 controls = controls_of(subject.sae, rows[site], chance)
+                if self._reads_model and self.config.control_tokens and len(subject.sae.W_dec) <= WIDEST:
+                    l0 = mean_l0(subject.sae, rows[site])
+                    controls |= self.model.trained_controls(site, len(subject.sae.W_dec), l0, to_train_on)
             where = self._site_name(site) or subject.name
             self.subjects += [
                 EvaluatedSAE(f"{where}: {name}", site, sae, control=name) for name, sae in controls.items()
             ]
 
+    @property
+    def _reads_model(self) -> bool:
+        return self.run_config is not None and bool(set(self.config.suites) & {*ON_TEXT, *ON_PROMPTS})
+
     def _reference_rows(self) -> list[Tensor] | None:
         """Activations that controls are fitted to, one tensor a site, where any are read."""
-        if self.run_config is not None and set(self.config.suites) & {*ON_TEXT, *ON_PROMPTS}:
-            return self.model.reference_rows()
+        if self._reads_model:
+            return self.model.training_rows(REFERENCE_ROWS)
         if self.world is not None and self.world.d_model == self.subjects[0].sae.d_in:
             chance = generator(self.config.seed, "controls", device=self.device)
             return [self.world.sample(REFERENCE_ROWS, chance)[0]]

@@ -4,6 +4,7 @@ from typing import Any
 
 from unbraid.errors import FormatError
 from unbraid.formats.reading import flag, section, shown, text, wanted
+from unbraid.json_files import is_number
 
 TEXTS = ("model_name", "hook_name", "hook_name_out", "dataset_path", "model_class_name", "neuronpedia_id")
 COUNTS = ("context_size", "training_tokens")
@@ -23,6 +24,9 @@ def checked_metadata(metadata: dict[str, Any], where: str) -> dict[str, Any]:
     layer = metadata.get("hook_layer")
     if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 1_000_000):
         raise FormatError(f"{where}: hook_layer is {shown(layer)}; expected the number of a layer; correct it")
+    limit = metadata.get("norm_limit")
+    if limit is not None and not (is_number(limit) and limit > 1):
+        raise FormatError(f"{where}: norm_limit is {shown(limit)}; expected a number above 1, or no such entry")
     flag(metadata, "prepend_bos", True, where)
     section(metadata, "model_from_pretrained_kwargs", where)
     return {name: value for name, value in metadata.items() if value is not None}

@@ -17,6 +17,8 @@ from unbraid.kernels import host
 from unbraid.sae.base import SAE
 
 SLAB = 256
+NEAR = 0.8
+"""Cosine that a decoder row of `sae.frozen = "near"` keeps with the row it began as."""
 
 
 class SAEOptimiser:
@@ -43,6 +45,8 @@ class SAEOptimiser:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         self.failed_at = torch.zeros((), dtype=torch.int64, device=sae.W_dec.device)
+        if sae.config.frozen == "near":  # Adam leaves it alone, and checkpoints hold it.
+            self.adam.state[sae.W_dec]["start"] = sae.W_dec.detach().clone()
 
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
@@ -60,6 +64,9 @@ class SAEOptimiser:
         Raises:
             TrainingError: the gradient is not finite, on a CPU; no weight has been changed.
         """
+        held = {"decoder": "W_dec", "encoder": "encoder_ND"}.get(self.sae.config.frozen)
+        if held is not None:
+            self.parameters[held].grad = None
         own, shared = self._gradient_norms()
         if host.reading_waits(own):
             return self._update_unseen(own, shared, lr, number, loss)
@@ -91,8 +98,11 @@ class SAEOptimiser:
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         W_dec = self.sae.W_dec
-        norms_N1 = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
-        W_dec.div_(norms_N1 if stopped is None else norms_N1.masked_fill_(stopped, 1.0))
+        if self.sae.config.frozen != "decoder":
+            norms_N1 = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+            W_dec.div_(norms_N1 if stopped is None else norms_N1.masked_fill_(stopped, 1.0))
+        if self.sae.config.frozen == "near":
+            self._stay_near()
         self.sae.constrain()
 
     def _gradient_norms(self) -> tuple[Tensor, Tensor]:
@@ -102,6 +112,14 @@ class SAEOptimiser:
         shared = [self.sae.shard.ranks.sum(gradients[name]) for name in self.sae.shared if name in gradients]
         own = [g for name, g in gradients.items() if name != "W_dec" and name not in self.sae.shared]
         return torch.stack([tangent, get_total_norm(own)]).norm(), get_total_norm(shared)
+
+    def _stay_near(self) -> None:
+        """Turn rows that have left the cone around where they began back onto it, by the shortest way."""
+        W_dec, start_ND = self.sae.W_dec, self.adam.state[self.sae.W_dec]["start"]
+        cosine_N1 = (W_dec * start_ND).sum(1, keepdim=True)
+        aside_ND = W_dec - cosine_N1 * start_ND
+        aside_ND *= (1 - NEAR**2) ** 0.5 / torch.linalg.vector_norm(aside_ND, dim=1, keepdim=True).clamp(min=1e-12)
+        W_dec.copy_(torch.where(cosine_N1 < NEAR, NEAR * start_ND + aside_ND, W_dec))
 
     def _make_decoder_gradient_tangent(self) -> Tensor:
         """Remove the part of each row's gradient along the row, in place, slab by slab while it is in cache."""
