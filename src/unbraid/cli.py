@@ -88,8 +88,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     ),
     "dashboard": Command(
         f"{_REPORTING}:dashboard",
-        "DIR [--out DIR] [--serve]",
-        "write web pages of a run's features and its most correlated pairs; any browser opens them",
+        "DIR_OR_NAME [--model M] [--site S] [--text T] [--out DIR] [--serve]",
+        "write web pages of features and the most correlated pairs, of a run or any SAE; any browser opens them",
     ),
     "read": Command(
         f"{_FEATURES}:read", "RUN PROMPT [--sae NAME] [--k N] [--json]", "which features fire on each token of a prompt"

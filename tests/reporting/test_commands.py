@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from unbraid import formats
 from unbraid.cli import main
+from unbraid.errors import ConfigError
 from unbraid.recipes import tiny
+from unbraid.reporting.dashboard.opening import text_settings
 from unbraid.run import train
 
 
@@ -72,6 +75,51 @@ def test_dashboard_writes_every_feature_and_pair_of_every_sae_and_replaces_only_
         main(["dashboard", str(run), "--tokens", "600", "--out", str(site)])
     assert "add --overwrite" in capsys.readouterr().err
     main(["dashboard", str(run), "--tokens", "600", "--out", str(site), "--overwrite"])
+
+
+def test_dashboard_of_an_sae_from_elsewhere_takes_its_model_site_and_text(
+    run: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (sae,) = (run / "saes").glob("*_decorrelated")
+    shutil.copytree(sae, tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "cfg.json").read_text())
+    model = config["metadata"].pop("model_name")
+    config["metadata"].pop("hook_name")
+    (tmp_path / "mine" / "cfg.json").write_text(json.dumps(config))
+    (tmp_path / "texts").mkdir()
+    for number in range(60):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"A quokka sat on wall {number} and looked at the sea. " * 20)
+    words = ["dashboard", "mine", "--tokens", "300", "--text", "texts"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "does not say which model" in capsys.readouterr().err
+    main([*words, "--model", model, "--site", "resid_post.0"])
+    report = tmp_path / "dashboards" / "mine"
+    first = json.loads(read(report / "data" / "run.js"))
+    assert first["name"] == "SAE mine" and first["text"] == "files texts" and first["steps"] is first["figure"] is None
+    assert [(sae["name"], sae["site"], sae["twin"]) for sae in first["saes"]] == [("mine", "resid_post.0", None)]
+    assert first["commands"] == {"serve": "unbraid dashboard mine --serve", "live": ""}
+    assert "quokka" in "".join(json.loads(read(report / "data" / "text-0.js"))[0])
+    with pytest.raises(SystemExit):
+        main([*words, "--model", model, "--site", "resid_post.0"])
+    assert "add --overwrite" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--serve"])
+    assert "--text would do nothing" in capsys.readouterr().err
+
+
+def test_what_a_run_says_itself_is_not_taken_from_the_command_line(run: Path, capsys):
+    for given in (["--site", "resid_post.0"], ["--text", "packaged"], ["--model", "gpt2"]):
+        with pytest.raises(SystemExit):
+            main(["dashboard", str(run), *given])
+        assert f"{given[0][2:]} was given for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [[], ["packaged", "a.txt"], ["hub:a", "hub:b"], [""]])
+def test_texts_of_several_kinds_are_refused(text: list[str]):
+    with pytest.raises(ConfigError, match="expected packaged, hub:NAME, or files"):
+        text_settings(text)
 
 
 @pytest.mark.parametrize("command", ["export", "compare"])

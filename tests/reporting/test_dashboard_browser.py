@@ -1,6 +1,7 @@
 """The dashboard in a real browser, from a file:// address: ten thousand features, keyboard, and text that bites."""
 
 import json
+import re
 import shutil
 import threading
 import urllib.error
@@ -21,6 +22,8 @@ from unbraid.errors import UnbraidError
 from unbraid.progress import Stages
 from unbraid.recipes import WITH_TWIN
 from unbraid.reporting.dashboard.build import fill_site
+from unbraid.reporting.dashboard.labels import Labels
+from unbraid.reporting.dashboard.opening import Shown
 from unbraid.reporting.dashboard.serve import serve
 from unbraid.reporting.training_log import TrainingLog
 
@@ -33,6 +36,7 @@ ARGUMENTS = [
     "--disable-sync",
     "--no-first-run",
 ]
+MINUS = "\N{MINUS SIGN}"
 FEATURES, D, T = 10_000, 12, 24
 NAMES = ("resid_post.0_decorrelated", "resid_post.0_twin")
 HOSTILE = [
@@ -98,8 +102,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saes = {name: make_sae("topk", seed=at, n_features=widths[name]) for at, name in enumerate(NAMES)}
     metrics = {name: {"r2": 0.9, "l0": 5.0, "correlation_reduction": None, "steps": {}} for name in NAMES}
     summary = {"steps": {"planned": 399, "executed": 399}, "saes": metrics}
+    placed = {name: (0, sae) for name, sae in saes.items()}
+    labels = Labels({f"{NAMES[0]}/7": {"label": HOSTILE[0], "note": HOSTILE[1]}}, {"<b>odd</b>": [f"{NAMES[0]}/7"]})
+    commands = {"serve": "unbraid dashboard runs/x --serve", "live": "unbraid live runs/x"}
+    shown = Shown(config, placed, {NAMES[0]: NAMES[1]}, f"Run {config.name}", summary, log, commands, labels=labels)
     with Stages(Console(quiet=True)) as stages:
-        fill_site(folder, config, HostileSource(config), saes, summary, log, 3000, torch.device("cpu"), stages)
+        fill_site(folder, shown, HostileSource(config), 3000, torch.device("cpu"), stages)
     return folder
 
 
@@ -137,9 +145,9 @@ def go(page, path: str) -> None:
 
 
 def test_the_first_page_is_small_and_shows_the_run_with_its_figure(page, site: Path):
-    first = [
-        site / name for name in ("index.html", "app.css", "core.js", "charts.js", "pages.js", "pairs.js", "data/run.js")
-    ]
+    names = re.findall(r'(?:src|href)="([\w./]+)"', (site / "index.html").read_text())
+    assert {"app.css", "core.js", "data/run.js"} <= {*names}
+    first = [site / name for name in ("index.html", *names)]
     assert sum(path.stat().st_size for path in first) < 300_000
     assert page.locator("h1").inner_text() == "Run <i>run</i>"
     assert page.locator("figure.chart path").count() >= 8
@@ -202,7 +210,12 @@ def test_hostile_text_is_shown_as_text(page):
 def test_a_pair_shows_its_twin_and_its_contexts_side_by_side(page):
     page.keyboard.press("p")
     page.wait_for_selector("body[data-ready='/0/pairs']")
-    assert "The twin is resid_post.0_twin" in page.locator("main").inner_text()
+    assert "in the twin, resid_post.0_twin" in page.locator("main").inner_text()
+    change = [abs(float(text.replace(MINUS, "-"))) for text in page.locator("tbody td:nth-child(7)").all_inner_texts()]
+    match = [float(text) for text in page.locator("tbody td:nth-child(9)").all_inner_texts()]
+    assert list(zip(change, match, strict=True)) == sorted(
+        zip(change, match, strict=True), key=lambda row: (row[1] < 0.5, -row[0])
+    ), "what changed most comes first"
     page.get_by_role("button", name="together").click()
     column = [int(text.replace(",", "")) for text in page.locator("tbody td:nth-child(3)").all_inner_texts()]
     assert column == sorted(column, reverse=True) and len(column) > 10

@@ -143,39 +143,59 @@ def _compare_runs(options: _Compare) -> None:
 
 @dataclasses.dataclass
 class _Dashboard:
-    run: tyro.conf.Positional[Path]
-    """A finished run folder."""
+    source: tyro.conf.Positional[str]
+    """A finished run folder, an SAE folder in any known layout, or a published SAE's name."""
+    model: str | None = None
+    """Language model, where an SAE's folder does not say (or under another name here)."""
+    site: str | None = None
+    """Site, where an SAE's folder does not say, such as resid_post.6."""
+    text: list[str] | None = None
+    """What contexts of an SAE are read from: packaged (the default), files or folders, or hub:NAME. A run has its own
+    held-out text."""
     out: Path | None = None
-    """Where to write the site; report/ in the run folder by default."""
+    """Where to write the site; report/ in a run folder, else dashboards/NAME."""
     overwrite: bool = False
     """Replace an earlier dashboard in that folder."""
     tokens: int = 16_384
     """Held-out token rows to look at; more give better contexts and steadier correlations."""
     serve: bool = False
-    """Serve an existing or new dashboard on this machine until interrupted; nothing else can reach it."""
+    """Serve an existing or new dashboard on this machine until interrupted; nothing else can reach it. Only a served
+    dashboard keeps labels, notes and lists."""
     port: Annotated[int, tyro.conf.arg(help="Port for --serve; 0 takes a free one.")] = 0
     trust_remote_code: Trust = False
 
 
 def dashboard(arguments: list[str]) -> None:
-    """Write a static site of a run's features and most entangled pairs, and serve it on request."""
+    """Write a static site of features and most entangled pairs, of a run or an SAE, and serve it on request."""
     options = tyro.cli(_Dashboard, args=arguments, prog="unbraid dashboard")
+    from unbraid.formats import path_or_name
     from unbraid.reporting.dashboard import serve, write_dashboard
+    from unbraid.reporting.dashboard.opening import default_place, labels_place
 
-    index = (options.out if options.out is not None else options.run / "report") / "index.html"
+    source = path_or_name(options.source)
+    final = options.out if options.out is not None else default_place(source)
+    index = final / "index.html"
     if not (options.serve and index.is_file()):
         index = write_dashboard(
-            options.run,
+            source,
             options.out,
             options.tokens,
+            model=options.model,
+            site=options.site,
+            text=options.text,
             console=console,
             overwrite=options.overwrite,
             trust_remote_code=options.trust_remote_code,
         )
+    elif given := [name for name in ("model", "site", "text") if getattr(options, name) is not None]:
+        raise ConfigError(
+            f"{str(index)!r} is there and is served as it is, so --{' and --'.join(given)} would do nothing; drop what "
+            "was given, or write the dashboard again without --serve"
+        )
     console.print(str(index), highlight=False, markup=False)
     if options.serve:
-        with serve(index, options.port) as server:
-            console.print(f"http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)", highlight=False)
+        with serve(index, options.port, labels=labels_place(source, final)) as server:
+            console.print(f"{server.url} (Ctrl-C ends it)", highlight=False)
             try:
                 server.serve_forever()
             except KeyboardInterrupt:

@@ -6,7 +6,6 @@ most: the place where a penalty has something to show.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from unbraid import formats
 from unbraid.activations.language_model import LanguageModel
 from unbraid.activations.source import ActivationSource
 from unbraid.config import RunConfig
-from unbraid.reporting.dashboard.entangled import Pair, entangled_pairs, pair_contexts
+from unbraid.reporting.dashboard.entangled import Pair, pair_contexts, pairs_here_or_in_twin
 from unbraid.reporting.dashboard.features import Excerpt
 from unbraid.reporting.dashboard.passes import Csc, HeldOutPass, held_out_pass, token_texts
 from unbraid.sites import Site
@@ -96,27 +95,10 @@ def most_changed(codes: Csc, W_dec: Tensor, twin_codes: Csc, twin_W_dec: Tensor,
         twin_codes, twin_W_dec: the same of the twin, on the same rows.
         count: how many.
     """
-    fires_N = np.diff(codes.indptr)
-    here = entangled_pairs(codes, W_dec, twin_codes, twin_W_dec)
-    there = [
-        replace(
-            pair,
-            features=(min(pair.counterparts), max(pair.counterparts)),
-            counterparts=pair.features,
-            correlation=pair.twin_correlation,
-            twin_correlation=pair.correlation,
-            decoder_cosine=float(torch.cosine_similarity(*W_dec[list(pair.counterparts)], dim=0)),
-        )
-        for pair in entangled_pairs(twin_codes, twin_W_dec, codes, W_dec)
-        if pair.counterparts is not None
-        and len(set(pair.counterparts)) == 2
-        and pair.twin_correlation is not None
-        # The nearest decoder row of a dead feature says nothing about the twin's feature.
-        and fires_N[list(pair.counterparts)].all()
-    ]
     chosen: list[Pair] = []
     seen: set[int] = set()
-    for pair in sorted([*here, *there], key=lambda pair: -abs(pair.correlation - (pair.twin_correlation or 0.0))):
+    pairs = pairs_here_or_in_twin(codes, W_dec, twin_codes, twin_W_dec)
+    for pair in sorted(pairs, key=lambda pair: -abs(pair.change)):
         if not seen & set(pair.features):
             chosen.append(pair)
             seen.update(pair.features)

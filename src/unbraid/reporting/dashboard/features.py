@@ -4,7 +4,7 @@ Everything is worked out feature by feature from one column of the sparse codes,
 and no [rows, N] matrix is ever dense.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unbraid.reporting.dashboard.passes import Csc, HeldOutPass
 
 BINS = 24
-TOP_CONTEXTS, SPREAD_CONTEXTS = 8, 4
+TOP_CONTEXTS, QUARTER_CONTEXTS = 8, 3
 BEFORE, AFTER = 14, 8
 PARTNERS = 8
 TILE_ENTRIES = 1 << 24
@@ -28,12 +28,14 @@ class Excerpt:
         context: index of the context.
         start, stop: positions shown.
         activations: feature -> its code at each position shown (zero where it is silent or the row was left out).
+        fired: feature -> positions in the whole context where it fires, and its codes there.
     """
 
     context: int
     start: int
     stop: int
     activations: list[np.ndarray]
+    fired: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,36 @@ def histogram(values: np.ndarray) -> list[int]:
     return np.histogram(values, bins=BINS, range=(0.0, float(values.max())))[0].tolist()
 
 
-def strongest_contexts(held_out: HeldOutPass, rows: np.ndarray, strength: np.ndarray) -> list[int]:
-    """Rows to show, one per context, strongest first: the top ones, then some spread over the rest of the range."""
+@dataclass(frozen=True)
+class Quarter:
+    """A quarter of the contexts a feature fires in beyond the strongest ones, by its largest code in each.
+
+    Attributes:
+        contexts: how many there are.
+        lowest, highest: largest codes of the weakest and the strongest of them.
+        rows: some to show, strongest first.
+    """
+
+    contexts: int
+    lowest: float
+    highest: float
+    rows: list[int]
+
+
+def strongest_contexts(
+    held_out: HeldOutPass, rows: np.ndarray, strength: np.ndarray
+) -> tuple[list[int], list[Quarter]]:
+    """Rows to show, one per context: the strongest ones, then some from each quarter of the others."""
     order = np.argsort(-strength, kind="stable")
     _, first = np.unique(held_out.context_R[rows[order]], return_index=True)
-    best = rows[order[np.sort(first)]]
-    top, rest = best[:TOP_CONTEXTS], best[TOP_CONTEXTS:]
-    if len(rest) > SPREAD_CONTEXTS:
-        rest = rest[np.linspace(0, len(rest) - 1, SPREAD_CONTEXTS).round().astype(int)]
-    return [int(row) for row in (*top, *rest)]
+    best = order[np.sort(first)]
+    quarters = []
+    for part in np.array_split(best[TOP_CONTEXTS:], 4):
+        if len(part):
+            shown = part[np.unique(np.linspace(0, len(part) - 1, QUARTER_CONTEXTS).round().astype(int))]
+            low, high = float(strength[part[-1]]), float(strength[part[0]])
+            quarters.append(Quarter(len(part), low, high, rows[shown].tolist()))
+    return rows[best[:TOP_CONTEXTS]].tolist(), quarters
 
 
 def excerpt(held_out: HeldOutPass, row: int, firings: list[Firing]) -> Excerpt:
@@ -75,6 +98,7 @@ def excerpt(held_out: HeldOutPass, row: int, firings: list[Firing]) -> Excerpt:
     stop = min(held_out.tokens_CT.shape[1], position + AFTER + 1)
     lowest, highest = np.searchsorted(held_out.context_R, [context, context + 1])
     activations: list[np.ndarray] = []
+    fired: list[tuple[np.ndarray, np.ndarray]] = []
     for feature in firings:
         values = np.zeros(stop - start)
         low, high = np.searchsorted(feature.rows, [lowest, highest])
@@ -82,7 +106,8 @@ def excerpt(held_out: HeldOutPass, row: int, firings: list[Firing]) -> Excerpt:
         inside = (positions >= start) & (positions < stop)
         values[positions[inside] - start] = feature.values[low:high][inside]
         activations.append(values)
-    return Excerpt(context, start, stop, activations)
+        fired.append((positions, feature.values[low:high]))
+    return Excerpt(context, start, stop, activations, fired)
 
 
 def correlations_with(unit: Csc, features: np.ndarray) -> np.ndarray:

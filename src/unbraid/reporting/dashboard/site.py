@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from unbraid.reporting.dashboard.entangled import Pair
-from unbraid.reporting.dashboard.features import Excerpt
+from unbraid.reporting.dashboard.features import AFTER, BEFORE, Excerpt
 
-ASSETS = ("index.html", "app.css", "core.js", "charts.js", "pages.js", "pairs.js")
-FEATURES_PER_CHUNK, PAIRS_PER_CHUNK = 32, 16
+ASSETS = ("index.html", "app.css", "core.js", "charts.js", "labels.js", "pages.js", "pairs.js", "lists.js")
+FEATURES_PER_CHUNK, PAIRS_PER_CHUNK, TOKENS_PER_CHUNK = 32, 16, 8192
 KIND = "dashboard"
 LONGEST_TOKEN = 160
 """Characters of one token that are shown; a longer one is cut and says so."""
@@ -31,7 +31,8 @@ class FeaturePage:
 
     Attributes:
         histogram: counts in equal bins from 0 to the largest code.
-        contexts: excerpts, strongest first.
+        contexts: the strongest excerpts, strongest first.
+        quarters: (contexts, lowest, highest largest code, excerpts) of each quarter of the others.
         raised, lowered: (token, logit) pairs of the logit lens.
         neighbours: (feature, decoder cosine).
         partners: (feature, code correlation).
@@ -39,6 +40,7 @@ class FeaturePage:
 
     histogram: list[int]
     contexts: list[Excerpt]
+    quarters: list[tuple[int, float, float, list[Excerpt]]]
     raised: list[tuple[str, float]]
     lowered: list[tuple[str, float]]
     neighbours: list[tuple[int, float]]
@@ -66,9 +68,18 @@ class Site:
         text = json.dumps(data, allow_nan=False, separators=(",", ":"))
         path.write_text(f"unbraid.provide({json.dumps(key)},{text});\n", encoding="ascii")
 
-    def write_features(self, index: int, table: dict[str, list[Any]], pages: Iterable[FeaturePage]) -> None:
-        """The feature table of SAE number `index`, and its feature pages in chunks."""
+    def write_texts(self) -> dict[str, int]:
+        """The tokens of all contexts, in chunks; what a page must know to find them, and the stretch of an excerpt."""
+        length = max((len(row) for row in self.texts), default=1)
+        size = max(1, TOKENS_PER_CHUNK // length)
+        for number, chunk in enumerate(_chunks(self.texts, size)):
+            self.write(f"text-{number}", [[clip(text) for text in row] for row in chunk])
+        return {"size": size, "contexts": len(self.texts), "length": length, "before": BEFORE, "after": AFTER}
+
+    def write_features(self, index: int, table: dict[str, list[Any]], pages: list[FeaturePage]) -> None:
+        """The feature table of SAE number `index`, where each one's excerpts lie, and its feature pages in chunks."""
         self.write(f"{index}/features", table)
+        self.write(f"{index}/where", [[[item.context, item.start, item.stop] for item in _all(page)] for page in pages])
         for number, chunk in enumerate(_chunks(pages, FEATURES_PER_CHUNK)):
             self.write(f"{index}/feature-{number}", [self._feature(page) for page in chunk])
 
@@ -76,23 +87,32 @@ class Site:
         """The pair table of SAE number `index`, and its pair pages in chunks."""
         self.write(f"{index}/pairs", [_pair(pair) for pair in pairs])
         for number, chunk in enumerate(_chunks(contexts, PAIRS_PER_CHUNK)):
-            data = [{what: [self._excerpt(item) for item in items] for what, items in page.items()} for page in chunk]
+            data = [{what: [_excerpt(item) for item in items] for what, items in page.items()} for page in chunk]
             self.write(f"{index}/pair-{number}", data)
 
     def _feature(self, page: FeaturePage) -> dict[str, Any]:
         return {
             "histogram": page.histogram,
-            "contexts": [self._excerpt(item) for item in page.contexts],
+            "contexts": [_excerpt(item) for item in page.contexts],
+            "quarters": [
+                [contexts, short(low), short(high), [_excerpt(item) for item in items]]
+                for contexts, low, high, items in page.quarters
+            ],
             "raised": [[clip(token), short(value)] for token, value in page.raised],
             "lowered": [[clip(token), short(value)] for token, value in page.lowered],
             "neighbours": [[feature, short(value)] for feature, value in page.neighbours],
             "partners": [[feature, short(value)] for feature, value in page.partners],
         }
 
-    def _excerpt(self, item: Excerpt) -> dict[str, Any]:
-        texts = self.texts[item.context][item.start : item.stop]
-        codes = [shorts(values) for values in item.activations]
-        return {"at": [item.context, item.start], "tokens": [clip(text) for text in texts], "codes": codes}
+
+def _excerpt(item: Excerpt) -> dict[str, Any]:
+    """The stretch of text by its place, and the codes on the whole context by position, so that it can be widened."""
+    fired = [[positions.tolist(), shorts(values)] for positions, values in item.fired]
+    return {"at": [item.context, item.start, item.stop], "fired": fired}
+
+
+def _all(page: FeaturePage) -> list[Excerpt]:
+    return [*page.contexts, *(item for *_, items in page.quarters for item in items)]
 
 
 def is_of_version_0_1(folder: Path) -> bool:
@@ -127,10 +147,21 @@ def clip(text: str) -> str:
 
 
 def _pair(pair: Pair) -> list[Any]:
-    twin = [None] * 5
-    if pair.counterparts is not None and pair.match is not None and pair.twin_correlation is not None:
-        twin = [*pair.counterparts, *map(short, pair.match), short(pair.twin_correlation)]
-    return [*pair.features, short(pair.correlation), pair.together, *pair.fires, short(pair.decoder_cosine), *twin]
+    """In the order of `FIELDS` in pairs.js."""
+    optional = lambda value: None if value is None else short(value)  # noqa: E731
+    counterparts, match = pair.counterparts or (None, None), pair.match or (None, None)
+    return [
+        *pair.features,
+        short(pair.correlation),
+        pair.together,
+        *pair.fires,
+        short(pair.decoder_cosine),
+        *counterparts,
+        *map(optional, match),
+        *map(optional, (pair.twin_correlation, pair.without_large, pair.twin_without_large)),
+        pair.entangled_in,
+        pair.lives_on_large_rows,
+    ]
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterable[list[Any]]:

@@ -3,7 +3,7 @@
 unbraid.charts = (() => {
   const {h, number} = unbraid;
   const COLOURS = ["#4063d8", "#d1495b", "#c98a00", "#2f9e6e", "#8a8f98", "#3fa7d6"], DASHES = ["", "6 4", "2 3", "8 3 2 3"];
-  const WIDE = 520, HIGH = 250, LEFT = 52, RIGHT = 10, TOP = 10, BOTTOM = 30;
+  const WIDE = 520, HIGH = 250, LEFT = 66, RIGHT = 10, TOP = 10, BOTTOM = 42;
 
   /* Site gives the colour, variant the dashes, as in the printed figure. */
   function looks(saes) {
@@ -29,13 +29,14 @@ unbraid.charts = (() => {
     return found.length > 1 ? found : ticks(low, high);
   }
 
-  /* lines: [{name, values, colour, dash, low?, high?}] over the shared xs. */
-  function chart(title, xs, lines) {
+  /* lines: [{name, values, colour, dash, low?, high?}] over the shared xs; `axis` names the other axis. Counts are
+  never drawn on a logarithmic axis. */
+  function chart(title, axis, xs, lines, counts = false) {
     const all = lines.flatMap((line) => [...line.values, ...(line.low || []), ...(line.high || [])]).filter((v) => v !== null);
     const card = h("figure", {class: "card chart"}, h("h2", {}, title));
     if (!all.length) { card.append(h("p", {class: "quiet"}, "not measured in this run")); return card; }
     let low = Math.min(...all), high = Math.max(...all);
-    const log = low > 0 && high / low > 4;
+    const log = !counts && low > 0 && high / low > 4;
     if (!log) { low = Math.min(low, 0); high = high === low ? low + 1 : high; }
     const last = Math.max(...xs, 1), scale = log ? Math.log : (v) => v;
     const x = (v) => LEFT + (v / last) * (WIDE - LEFT - RIGHT);
@@ -45,7 +46,9 @@ unbraid.charts = (() => {
       svg.append(h("line", {class: "grid", x1: LEFT, x2: WIDE - RIGHT, y1: y(tick), y2: y(tick)}));
       svg.append(h("text", {x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end"}, number(tick)));
     }
-    for (const tick of ticks(0, last)) svg.append(h("text", {x: x(tick), y: HIGH - 12, "text-anchor": "middle"}, number(tick)));
+    for (const tick of ticks(0, last)) svg.append(h("text", {x: x(tick), y: HIGH - 26, "text-anchor": "middle"}, number(tick)));
+    svg.append(h("text", {x: (LEFT + WIDE) / 2, y: HIGH - 8, "text-anchor": "middle"}, "training step"),
+      h("text", {transform: `translate(13 ${(TOP + HIGH - BOTTOM) / 2}) rotate(-90)`, "text-anchor": "middle"}, log ? `${axis} (log scale)` : axis));
     svg.append(h("line", {class: "axis", x1: LEFT, x2: WIDE - RIGHT, y1: HIGH - BOTTOM, y2: HIGH - BOTTOM}));
     const trace = (values) => values.map((v, i) => (v === null ? "" : `${i && values[i - 1] !== null ? "L" : "M"}${x(xs[i]).toFixed(1)} ${y(v).toFixed(1)}`)).join("");
     for (const line of lines.filter(({low}) => low)) {
@@ -94,7 +97,7 @@ unbraid.charts = (() => {
       svg.append(bar);
     });
     svg.append(h("line", {class: "axis", x1: 5, x2: 295, y1: 96, y2: 96}), h("text", {x: 5, y: 112}, "0"),
-      h("text", {x: 295, y: 112, "text-anchor": "end"}, number(largest)), h("text", {x: 150, y: 112, "text-anchor": "middle"}, "code where it fires"), h("text", {x: 295, y: 12, "text-anchor": "end"}, `tallest bar: ${number(top)} tokens`));
+      h("text", {x: 295, y: 112, "text-anchor": "end"}, number(largest)), h("text", {x: 150, y: 112, "text-anchor": "middle"}, "code where it fires"), h("text", {x: 295, y: 12, "text-anchor": "end"}, `tokens; tallest bar: ${number(top)}`));
     return h("div", {class: "chart"}, svg);
   }
 

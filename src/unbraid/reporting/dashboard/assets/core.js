@@ -42,13 +42,14 @@ const unbraid = (() => {
 
   function number(value, digits = 3) {
     if (value === null || value === undefined) return "–";
+    if (value === 0) return "0";  // and no -0
     if (Number.isInteger(value)) return value.toLocaleString("en");
     const size = Math.abs(value);
     return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(digits - 1) : String(Number(value.toPrecision(digits)));
   }
 
   /* Characters that would be invisible, or turn the text around them, as visible names. */
-  const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]/g;
+  const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffd]/g;
   function visible(text) {
     const parts = [];
     let last = 0;
@@ -63,24 +64,47 @@ const unbraid = (() => {
     return parts;
   }
 
-  /* A context with its tokens coloured by one or two features; `scales` are their largest codes. */
+  /* The tokens of a context lie in chunks that all SAEs share. */
+  const chunkOf = (number) => Math.floor(number / run.text_chunks.size);
+  async function texts(items) {
+    await Promise.all([...new Set(items.map((item) => chunkOf(item.at[0])))].map((chunk) => load(`text-${chunk}`)));
+  }
+
+  /* A context with its tokens coloured by one or two features; `scales` are their largest codes. `texts` comes first.
+  It shows the stretch around the peak, and the whole context on demand. */
   function context(item, scales) {
-    const line = h("div", {class: "context", dir: "auto"});
-    const peaks = item.codes.map((codes) => Math.max(...codes));
-    line.append(h("span", {class: "amount"}, peaks.map((peak) => number(peak)).join(" · ")));
-    item.tokens.forEach((token, at) => {
-      const codes = item.codes.map((values) => values[at]);
-      const shares = codes.map((code, which) => (scales[which] > 0 ? Math.min(1, code / scales[which]) : 0));
-      const span = h("span", {class: "token"}, visible(token));
-      const fired = shares.map((share, which) => (share > 0 ? which : -1)).filter((which) => which >= 0);
-      if (fired.length) {
-        const colour = fired.length > 1 ? "--both" : fired[0] === 0 ? "--one" : "--other";
-        span.style.background = `rgb(var(${colour}) / ${(0.12 + 0.6 * Math.max(...shares)).toFixed(3)})`;
-        span.title = codes.map((code) => number(code)).join(" · ");
-        if (item.codes.length === 1 && codes[0] === peaks[0]) span.classList.add("peak");
+    const [number_, start, stop] = item.at, tokens = data.get(`text-${chunkOf(number_)}`)[number_ % run.text_chunks.size];
+    const codes = item.fired.map(([positions, values]) => new Map(positions.map((position, k) => [position, values[k]])));
+    const line = h("div", {class: "context", dir: "auto"}), words = h("span", {});
+    const peaks = codes.map((known) => { let most = 0; for (const [at, code] of known) if (at >= start && at < stop) most = Math.max(most, code); return most; });
+    let whole = false;
+    function draw() {
+      words.replaceChildren();
+      for (let at = whole ? 0 : start; at < (whole ? tokens.length : stop); at++) {
+        const here = codes.map((known) => known.get(at) || 0);
+        const shares = here.map((code, which) => (scales[which] > 0 ? Math.min(1, code / scales[which]) : 0));
+        const span = h("span", {class: "token"}, visible(tokens[at]));
+        const fired = shares.map((share, which) => (share > 0 ? which : -1)).filter((which) => which >= 0);
+        if (fired.length) {
+          const colour = fired.length > 1 ? "--both" : fired[0] === 0 ? "--one" : "--other";
+          span.style.background = `rgb(var(${colour}) / ${(0.12 + 0.6 * Math.max(...shares)).toFixed(3)})`;
+          span.title = here.map((code) => number(code)).join(" · ");
+          if (codes.length === 1 && here[0] === peaks[0]) span.classList.add("peak");
+        }
+        words.append(span);
       }
-      line.append(span);
-    });
+    }
+    line.append(h("span", {class: "amount"}, peaks.map((peak) => number(peak)).join(" · ")), words);
+    if (start > 0 || stop < tokens.length) {
+      const button = h("button", {type: "button", class: "wider", "aria-expanded": "false", onclick: () => {
+        whole = !whole;
+        button.textContent = whole ? "less" : "more";
+        button.setAttribute("aria-expanded", String(whole));
+        draw();
+      }}, "more");
+      line.append(button);
+    }
+    draw();
     return line;
   }
 
@@ -116,7 +140,7 @@ const unbraid = (() => {
   }
 
   function tabs(sae, current) {
-    const links = [["Overview", "#/"], ["Features", `#/${sae}/features`], ["Pairs", `#/${sae}/pairs`]];
+    const links = [["Overview", "#/"], ["Features", `#/${sae}/features`], ["Pairs", `#/${sae}/pairs`], ["Lists", "#/lists"]];
     document.getElementById("tabs").replaceChildren(...links.map(([name, href]) =>
       h("a", {href, "aria-current": name === current ? "page" : null}, name)));
   }
@@ -141,7 +165,7 @@ const unbraid = (() => {
     if (event.key === "Escape" && typing) { event.target.blur(); return; }
     if (typing) return;
     const sae = document.getElementById("sae").value;
-    const go = {o: "#/", f: `#/${sae}/features`, p: `#/${sae}/pairs`}[event.key];
+    const go = {o: "#/", f: `#/${sae}/features`, p: `#/${sae}/pairs`, l: "#/lists"}[event.key];
     const link = {j: "a[rel=next]", k: "a[rel=prev]"}[event.key];
     if (go) location.hash = go;
     else if (link) whenShown(() => { const found = document.querySelector(link); if (found) found.click(); });
@@ -149,6 +173,15 @@ const unbraid = (() => {
     else if (event.key === "/") { const box = document.querySelector("input[type=search]"); if (box) box.focus(); }
     else return;
     event.preventDefault();
+  }
+
+  /* The secret of a served dashboard comes in the fragment and leaves the address bar at once; a reload keeps it. */
+  function takeSecret() {
+    const found = location.hash.match(/^#k=([\w-]+)$/);
+    if (found) { history.replaceState(null, "", location.pathname); try { sessionStorage.setItem("unbraid-k", found[1]); } catch { /* kept by this page alone */ } }
+    let kept = null;
+    try { kept = sessionStorage.getItem("unbraid-k"); } catch { /* a file page may have no storage */ }
+    return location.protocol === "http:" ? (found ? found[1] : kept) : null;
   }
 
   function start() {
@@ -165,8 +198,9 @@ const unbraid = (() => {
       theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
     document.addEventListener("keydown", keys);
     window.addEventListener("hashchange", show);
-    show();
+    const secret = takeSecret();
+    unbraid.labels.open(secret).then(show);
   }
 
-  return {provide, load, h, number, visible, context, page, route, show, run: () => run};
+  return {provide, load, h, number, visible, context, texts, page, route, show, run: () => run};
 })();
