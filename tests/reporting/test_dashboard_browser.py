@@ -1,5 +1,7 @@
 """The dashboard in a real browser, from a file:// address: ten thousand features, keyboard, and text that bites."""
 
+import csv
+import http.client
 import json
 import re
 import shutil
@@ -265,6 +267,258 @@ def test_a_damaged_data_file_is_said(browser, site: Path, tmp_path: Path):
         go(page, f"/{number}/features")
         assert problem in page.get_by_role("alert").inner_text()
     context.close()
+
+
+@pytest.fixture
+def served(browser, site: Path, tmp_path: Path):
+    """A page of the served dashboard, its server and its labels file; nothing may have complained or been bitten."""
+    labels = tmp_path / "labels.json"
+    with serve(site / "index.html", labels=labels) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        context = browser.new_context(viewport={"width": 1280, "height": 800})
+        page = context.new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        try:
+            page.goto(server.url)
+            page.wait_for_selector("body[data-ready='/']")
+            assert server.secret not in page.url, "the secret leaves the address bar"
+            yield SimpleNamespace(page=page, server=server, labels=labels)
+            assert page.evaluate("window.bitten") is None
+            assert not complaints
+        finally:
+            context.close()
+            server.shutdown()
+            thread.join()
+
+
+def test_labels_and_notes_are_kept_in_the_file_found_by_the_search_and_there_after_a_reload(served):
+    page = served.page
+    go(page, "/0/feature/1234")
+    page.get_by_label("Label", exact=True).fill("<b>quokka</b>")
+    page.get_by_label("Note").fill("seen\nnear the sea")
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.get_by_text("saved", exact=True).wait_for()
+    kept = json.loads(served.labels.read_text())
+    address = f"{NAMES[0]}/1234"
+    assert kept["features"] == {address: {"label": "<b>quokka</b>", "note": "seen\nnear the sea"}}
+    page.reload()
+    page.wait_for_selector("body[data-ready='/0/feature/1234']")
+    assert page.get_by_label("Label", exact=True).input_value() == "<b>quokka</b>"
+    for words in ("quokka", "near the sea"):
+        go(page, "/0/features")
+        page.get_by_label("only those that fire").uncheck()
+        page.get_by_label("search features").fill(words)
+        assert page.locator(".row").first.inner_text().startswith("1234")
+        assert "<b>quokka</b>" in page.locator(".row").first.inner_text()
+        go(page, "/")
+    go(page, "/0/feature/1234")
+    page.get_by_label("Label", exact=True).fill("")
+    page.get_by_label("Note").fill("")
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.get_by_text("saved", exact=True).wait_for()
+    assert json.loads(served.labels.read_text())["features"] == {}
+
+
+def test_lists_are_made_of_features_and_of_searches_and_deleted(served):
+    page = served.page
+    go(page, "/0/feature/7")
+    page.get_by_label("name of a new list").fill("a/b <i>odd</i> %")
+    page.get_by_role("button", name="Add to list").click()
+    page.get_by_label("a/b <i>odd</i> %").wait_for()
+    go(page, "/0/features")
+    page.get_by_label("only those that fire").uncheck()
+    page.get_by_label("search features").fill("123")
+    page.get_by_label("name of a list").fill("numbers")
+    page.get_by_role("button", name="Keep these features as a list").click()
+    page.get_by_text("saved", exact=True).wait_for()
+    lists = json.loads(served.labels.read_text())["lists"]
+    assert lists["a/b <i>odd</i> %"] == [f"{NAMES[0]}/7"] and f"{NAMES[0]}/1234" in lists["numbers"]
+    page.keyboard.press("Escape")
+    page.get_by_role("link", name="Lists").click()
+    page.get_by_role("link", name="a/b <i>odd</i> %").click()
+    page.get_by_role("link", name=f"{NAMES[0]}/7").click()
+    page.wait_for_selector("body[data-ready='/0/feature/7']")
+    page.get_by_label("a/b <i>odd</i> %").uncheck()
+    page.get_by_text("saved", exact=True).wait_for()
+    assert json.loads(served.labels.read_text())["lists"]["a/b <i>odd</i> %"] == []
+    go(page, "/list/numbers")
+    page.get_by_role("button", name="Delete this list").click()
+    page.wait_for_selector("body[data-ready='/lists']")
+    assert [*json.loads(served.labels.read_text())["lists"]] == ["a/b <i>odd</i> %"]
+
+
+def test_a_dashboard_opened_as_a_file_shows_labels_and_says_how_to_write_them(page):
+    go(page, "/0/feature/7")
+    card = page.locator(".labels").inner_text()
+    assert HOSTILE[0] in card and HOSTILE[1] in card and "unbraid dashboard runs/x --serve" in card
+    assert page.locator(".labels input, .labels textarea").count() == 0
+    assert f"start unbraid live runs/x and choose {NAMES[0]}/7 there" in page.locator("main").inner_text()
+    page.keyboard.press("l")
+    page.wait_for_selector("body[data-ready='/lists']")
+    page.get_by_role("link", name="<b>odd</b>").click()
+    page.get_by_role("link", name=f"{NAMES[0]}/7").wait_for()
+    assert page.get_by_role("button", name="Delete this list").count() == 0
+
+
+def test_a_list_and_a_selection_are_saved_as_csv_and_json(page):
+    go(page, "/list/%3Cb%3Eodd%3C%2Fb%3E")
+    with page.expect_download() as got:
+        page.get_by_role("button", name="Save as CSV").click()
+    (row,) = csv.DictReader(Path(got.value.path()).read_text(encoding="utf-8").splitlines())
+    assert row["feature"] == f"{NAMES[0]}/7" and row["label"] == HOSTILE[0] and row["note"] == HOSTILE[1]
+    go(page, "/0/features")
+    page.get_by_label("search features").fill("1234")
+    page.get_by_label("only those that fire").uncheck()
+    with page.expect_download() as got:
+        page.get_by_role("button", name="Save as JSON").click()
+    saved = json.loads(Path(got.value.path()).read_text(encoding="utf-8"))
+    addresses = [one["feature"] for one in saved["features"]]
+    assert f"{NAMES[0]}/1234" in addresses and len(addresses) < 200
+    assert all(one["fires"] / saved["rows"] == pytest.approx(one["density"]) for one in saved["features"])
+
+
+def test_a_cell_that_a_spreadsheet_would_run_is_quoted(page):
+    page.evaluate("unbraid.labels.all()['resid_post.0_decorrelated/7'].label = '=1+1,\"'")
+    go(page, "/list/%3Cb%3Eodd%3C%2Fb%3E")
+    with page.expect_download() as got:
+        page.get_by_role("button", name="Save as CSV").click()
+    (row,) = csv.DictReader(Path(got.value.path()).read_text(encoding="utf-8").splitlines())
+    assert row["label"] == "'=1+1,\""
+
+
+def test_the_search_finds_words_in_contexts_of_a_feature(page):
+    go(page, "/0/features")
+    page.get_by_label("search features").fill("plain\n")
+    page.get_by_label("search features").fill("&lt;b&gt;מימין")
+    page.wait_for_function("!document.querySelector('[role=status]').textContent.startsWith('0 of')")
+    page.locator(".row").nth(2).click()
+    page.wait_for_selector(".context")
+    assert any("&lt;b&gt;מימין" in text for text in page.locator(".context").all_inner_texts())
+    page.go_back()
+    page.wait_for_selector("body[data-ready='/0/features']")
+    assert not page.get_by_role("status").inner_text().startswith("0 of"), "the address remembers this search too"
+    page.get_by_label("search features").fill("words that stand nowhere")
+    assert page.get_by_role("status").inner_text().startswith("0 of")
+
+
+def test_contexts_stand_under_quarters_and_widen_on_demand(page):
+    page.evaluate("location.hash = '#/0/features?sort=fires'")
+    page.wait_for_selector(".row")
+    page.locator(".row").first.click()
+    page.wait_for_selector(".context")
+    headings = page.locator("h3").all_inner_texts()
+    assert headings[0].startswith("The strongest 8 of ") and len(headings) == 5
+    assert headings[1].startswith("Upper quarter of the other ") and "largest code" in headings[1]
+    line = page.locator(".context", has=page.locator(".wider")).first
+    before = line.locator(".token").count()
+    line.get_by_role("button", name="more").click()
+    assert line.locator(".token").count() == T > before
+    line.get_by_role("button", name="less").click()
+    assert line.locator(".token").count() == before
+
+
+def test_a_feature_leads_to_its_counterpart_in_the_twin(page):
+    go(page, "/0/feature/7")
+    page.get_by_text("Counterpart in resid_post.0_twin").get_by_role("link").click()
+    page.wait_for_selector("body[data-ready^='/1/feature/']")
+
+
+def test_charts_name_their_axes_and_counts_are_not_drawn_on_a_logarithmic_one(page):
+    texts = [card.text_content() for card in page.locator("figure.chart").all()]
+    assert all("training step" in text for text in texts)
+    (updates,) = [text for text in texts if text.startswith("Successful updates")]
+    assert "log scale" not in updates and "200" in updates
+    assert page.evaluate("[unbraid.number(-0), unbraid.number(-1e-9), unbraid.number(0)]") == ["0", "-1.00e-9", "0"]
+
+
+@pytest.mark.parametrize("path", ["/", "/0/features", "/0/feature/7", "/0/pairs", "/0/pair/0", "/lists", "/list"])
+def test_every_page_fits_a_narrow_screen(page, path: str):
+    page.set_viewport_size({"width": 390, "height": 844})
+    go(page, path)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    if path == "/0/features":
+        assert page.locator(".head").first.bounding_box()["width"] <= 390
+        shown = page.get_by_role("columnheader").all_inner_texts()
+        assert [text.split()[0] for text in shown if text] == ["feature", "top", "label", "fires"]
+
+
+REQUESTS = {
+    "no secret": {"Authorization": None},
+    "another secret": {"Authorization": "Bearer x"},
+    "another origin": {"Origin": "http://example.com"},
+    "another host": {"Host": "example.com"},
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("wrong", REQUESTS.values(), ids=[*REQUESTS])
+def test_labels_are_given_and_changed_only_for_requests_that_pass_every_check(site, tmp_path, method, wrong):
+    file = tmp_path / "labels.json"
+    status, _ = ask(site, file, method, wrong)
+    assert status == 403 and not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "the body "),
+        (b"[]", "no JSON object"),
+        (b"\xff", "not UTF-8"),
+        (b'{"feature": "x/1"}', "not understood"),
+        (b'{"feature": "x", "label": "", "note": "a"}', "expected NAME/index"),
+        (b'{"feature": "x/1", "label": 3, "note": ""}', "is no text"),
+        (b'{"list": " ", "members": []}', "has no name"),
+        (b'{"list": "a", "members": ["x/1", "y"]}', "something other than features"),
+        (b'{"list": "a", "members": 3}', "is no list"),
+        (b'{"feature": "x/1", "label": "' + b"x" * 201 + b'", "note": ""}', "at most 200"),
+    ],
+)
+def test_a_change_that_is_none_is_refused_and_writes_nothing(site: Path, tmp_path: Path, body: bytes, said: str):
+    file = tmp_path / "labels.json"
+    status, answer = ask(site, file, "POST", {}, body)
+    assert status == 400 and said in answer["error"] and not file.exists()
+
+
+def test_labels_of_somebody_else_are_not_replaced(site: Path, tmp_path: Path):
+    file = tmp_path / "labels.json"
+    file.write_text('{"features": {}, "lists": {}}')
+    status, answer = ask(site, file, "POST", {})
+    assert status == 400 and "was not written by unbraid" in answer["error"]
+    assert file.read_text() == '{"features": {}, "lists": {}}'
+    file.write_text('{"features": 3}')
+    with pytest.raises(UnbraidError, match="features is no object"):
+        serve(site / "index.html", labels=file)
+    file.rename(tmp_path / "elsewhere.json")
+    file.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UnbraidError, match="symbolic link"):
+        serve(site / "index.html", labels=file)
+    file.unlink()
+    status, answer = ask(site, file, "POST", {})
+    assert status == 200 and answer["features"] == {"x/1": {"label": "a", "note": "b"}}
+    assert Labels.read(file).to_dict() == answer
+
+
+def ask(
+    site: Path, file: Path, method: str, wrong: dict, body: bytes = b'{"feature": "x/1", "label": "a", "note": "b"}'
+):
+    """Status and answer of one request for labels, right but for `wrong` headers."""
+    with serve(site / "index.html", labels=file) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        host, port = server.server_address[:2]
+        headers = {"Authorization": f"Bearer {server.secret}", "Content-Type": "application/json"}
+        headers |= {"Host": f"{host}:{port}", "Origin": f"http://{host}:{port}"} | wrong
+        connection = http.client.HTTPConnection(host, port, timeout=30)
+        named = {name: value for name, value in headers.items() if value is not None}
+        connection.request(method, "/api/labels", body if method == "POST" else None, named)
+        answer = connection.getresponse()
+        found = answer.status, json.loads(answer.read())
+        connection.close()
+        thread.join()
+    return found
 
 
 def test_the_server_answers_on_loopback_only_and_lists_nothing(site: Path, tmp_path: Path):

@@ -40,41 +40,46 @@ class Labels:
         Raises:
             UnbraidError: the file is damaged, or not one of labels.
         """
-        if not path.exists() and not path.is_symlink():
+        if path.is_symlink():
+            raise UnbraidError(
+                f"{str(path)!r} is a symbolic link; expected labels of features; put the file itself there"
+            )
+        if not path.exists():
             return cls()
         data = read_json_object(path, UnbraidError, "labels of features")
-        found = cls(data.get("features", {}), data.get("lists", {}))
-        problem = found.problem()
+        features, lists = data.get("features", {}), data.get("lists", {})
+        problem = _problem(features, lists)
         if problem is not None:
             raise UnbraidError(f"{str(path)!r} is damaged: {problem}; correct the file, or move it away")
-        return found
-
-    def problem(self) -> str | None:
-        """What is wrong with the form of these labels, with what was expected; None if nothing is."""
-        if not isinstance(self.features, dict) or len(self.features) > MOST_FEATURES:
-            return f"features is no object of at most {MOST_FEATURES:,} entries"
-        for address, entry in self.features.items():
-            if not ADDRESS.fullmatch(address):
-                return f"{address[:80]!r} is no feature; expected NAME/index"
-            if not isinstance(entry, dict) or not set(entry) <= {"label", "note"}:
-                return f"the entry of {address[:80]} holds something other than label and note"
-            for what, text in entry.items():
-                if not isinstance(text, str) or len(text) > LONGEST[what]:
-                    return f"the {what} of {address[:80]} is no text of at most {LONGEST[what]:,} characters"
-        if not isinstance(self.lists, dict) or len(self.lists) > MOST_LISTS:
-            return f"lists is no object of at most {MOST_LISTS} entries"
-        for name, members in self.lists.items():
-            if not name.strip() or len(name) > LONGEST["list"]:
-                return f"the list {name[:80]!r} has no name of 1 to {LONGEST['list']} characters"
-            if not isinstance(members, list) or len(members) > MOST_FEATURES:
-                return f"the list {name[:80]!r} is no list of at most {MOST_FEATURES:,} features"
-            if not all(isinstance(one, str) and ADDRESS.fullmatch(one) for one in members):
-                return f"the list {name[:80]!r} holds something other than features, NAME/index"
-        return None
+        return cls(features, lists)
 
     def to_dict(self) -> dict[str, Any]:
         """As in the file."""
         return {"features": self.features, "lists": self.lists}
+
+
+def _problem(features: Any, lists: Any) -> str | None:
+    """What is wrong with the form of labels, with what was expected; None if nothing is."""
+    if not isinstance(features, dict) or len(features) > MOST_FEATURES:
+        return f"features is no object of at most {MOST_FEATURES:,} entries"
+    for address, entry in features.items():
+        if not ADDRESS.fullmatch(address):
+            return f"{address[:80]!r} is no feature; expected NAME/index"
+        if not isinstance(entry, dict) or not set(entry) <= {"label", "note"}:
+            return f"the entry of {address[:80]} holds something other than label and note"
+        for what, text in entry.items():
+            if not isinstance(text, str) or len(text) > LONGEST[what]:
+                return f"the {what} of {address[:80]} is no text of at most {LONGEST[what]:,} characters"
+    if not isinstance(lists, dict) or len(lists) > MOST_LISTS:
+        return f"lists is no object of at most {MOST_LISTS} entries"
+    for name, members in lists.items():
+        if not name.strip() or len(name) > LONGEST["list"]:
+            return f"the list {name[:80]!r} has no name of 1 to {LONGEST['list']} characters"
+        if not isinstance(members, list) or len(members) > MOST_FEATURES:
+            return f"the list {name[:80]!r} is no list of at most {MOST_FEATURES:,} features"
+        if not all(isinstance(one, str) and ADDRESS.fullmatch(one) for one in members):
+            return f"the list {name[:80]!r} holds something other than features, NAME/index"
+    return None
 
 
 def change(path: Path, request: dict[str, Any]) -> Labels:
@@ -89,20 +94,23 @@ def change(path: Path, request: dict[str, Any]) -> Labels:
         UnbraidError: the request is none of these, or the file cannot be read or written.
     """
     with _one_at_a_time:
-        labels = Labels.read(path)
+        found = Labels.read(path)
+        features: dict[str, Any] = dict(found.features)
+        lists: dict[str, Any] = dict(found.lists)
         if set(request) == {"feature", "label", "note"}:
             entry = {what: request[what] for what in ("label", "note")}
-            labels.features[str(request["feature"])] = entry
+            features[str(request["feature"])] = entry
             if entry == {"label": "", "note": ""}:
-                del labels.features[str(request["feature"])]
+                del features[str(request["feature"])]
         elif set(request) == {"list", "members"}:
-            labels.lists[str(request["list"])] = request["members"]
+            lists[str(request["list"])] = request["members"]
             if request["members"] is None:
-                del labels.lists[str(request["list"])]
+                del lists[str(request["list"])]
         else:
             raise UnbraidError("the change is not understood; expected feature, label and note, or list and members")
-        problem = labels.problem()
+        problem = _problem(features, lists)
         if problem is not None:
             raise UnbraidError(f"the change is refused: {problem}")
+        labels = Labels(features, lists)
         write_owned_json(path, labels.to_dict(), KIND, error=UnbraidError)
     return labels
