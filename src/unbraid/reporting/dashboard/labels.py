@@ -41,9 +41,7 @@ class Labels:
             UnbraidError: the file is damaged, or not one of labels.
         """
         if path.is_symlink():
-            raise UnbraidError(
-                f"{str(path)!r} is a symbolic link; expected labels of features; put the file itself there"
-            )
+            raise UnbraidError(f"{str(path)!r} is a symbolic link; expected a file of labels; put that there")
         if not path.exists():
             return cls()
         data = read_json_object(path, UnbraidError, "labels of features")
