@@ -25,8 +25,8 @@ folders are not followed.
 whatever a run folder, a settings file or a cache says. Pickles are opened for tensors only. The pages that unbraid
 serves answer on this machine alone, to requests that carry their token.
 
-**What a run is measured on.** A run that was handed a model or text in Python says so in `config.json` (`handed_in`), and
-nothing is measured on other text or another model by accident: `unbraid resume` needs the same again, and
+**What a run is measured on.** A run that was handed a model or text in Python says so in `config.json` (`handed_in`),
+and nothing is measured on other text or another model by accident: `unbraid resume` needs the same again, and
 `unbraid eval` takes `--text...` or `--model` in their place. `unbraid compare` counts runs as seeds of one setting only
 where the model and text they read are the same to the checksum, too.
 
