@@ -55,9 +55,7 @@ def test_a_run_is_evaluated_with_every_suite_that_applies_and_controls_beside(ru
     assert set(report["saes"]) == {
         f"resid_post.{layer}_{name}" for layer in (0, 1) for name in ("decorrelated", "twin")
     }
-    assert set(report["controls"]) == {
-        f"resid_post.{layer}: {name}" for layer in (0, 1) for name in CONTROLS
-    }
+    assert set(report["controls"]) == {f"resid_post.{layer}: {name}" for layer in (0, 1) for name in CONTROLS}
     for control in report["controls"].values():
         assert {"site", "core"} <= set(control)
     for name, sae in report["saes"].items():
