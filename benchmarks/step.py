@@ -27,6 +27,7 @@ ROOT = HERE.parent
 SHAPES = {
     "large": {"d_in": 512, "n_features": 8192, "batch": 2048, "k": 32},
     "small": {"d_in": 256, "n_features": 4096, "batch": 1024, "k": 32},
+    "gpu": {"d_in": 768, "n_features": 16384, "batch": 4096, "k": 64},
     "tiny": {"d_in": 128, "n_features": 2048, "batch": 512, "k": 16},
 }
 LOSSES = {"shapes": ["tiny"], "rounds": 1, "steps": 500, "warmup": 1, "distinct_batches": 501, "lr": 1e-3}
@@ -75,7 +76,7 @@ def spread(values: list[float]) -> list[float]:
 def settings_of(architecture: str, shape: str, arguments: argparse.Namespace) -> dict:
     """What every contender on one architecture and shape is told."""
     settings = SHAPES[shape] | {"sae": {}, "lambda1": 0.0, "l0": 0, "lr": arguments.lr} | ARCHITECTURES[architecture]
-    settings |= {"architecture": architecture, "threads": arguments.threads, "seed": 0}
+    settings |= {"architecture": architecture, "threads": arguments.threads, "seed": 0, "device": arguments.device}
     settings |= {"distinct_batches": arguments.distinct_batches}
     # While steps are timed no feature dies but those a contender says are dead.
     settings |= {"dead_after_tokens": None if arguments.losses else 1_000_000}
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps a contender takes in each round")
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--distinct-batches", type=int, default=16)
     parser.add_argument("--losses", action="store_true", help="train longer on fresh batches, for the loss alone")

@@ -52,5 +52,11 @@ def score(x):
 feed = Feed(settings, score)
 steps = 10**7
 common = {"activation_dim": settings["d_in"], "dict_size": settings["n_features"], "lr": settings["lr"], "layer": 0}
-common |= {"lm_name": "synthetic", "warmup_steps": 1, "seed": settings["seed"], "device": "cpu", "steps": steps}
-trainSAE(data=feed, trainer_configs=[common | own | {"trainer": make}], steps=steps, device="cpu")
+common |= {
+    "lm_name": "synthetic",
+    "warmup_steps": 1,
+    "seed": settings["seed"],
+    "device": settings["device"],
+    "steps": steps,
+}
+trainSAE(data=feed, trainer_configs=[common | own | {"trainer": make}], steps=steps, device=settings["device"])

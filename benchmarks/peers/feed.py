@@ -40,7 +40,8 @@ class Feed:
     def __init__(self, settings: dict, score: Callable[[Tensor], tuple[Tensor, Tensor]]):
         self.settings, self.score = settings, score
         rows = settings["batch"] * settings["distinct_batches"]
-        self.batches = activations(settings["d_in"], settings["n_features"], rows, seed=2).split(settings["batch"])
+        drawn = activations(settings["d_in"], settings["n_features"], rows, seed=2)
+        self.batches = drawn.to(settings["device"]).split(settings["batch"])
         self.asked = 0
         self.turns = Turns(settings["answers"], score=self._held_out)
 
@@ -48,6 +49,8 @@ class Feed:
         return self
 
     def __next__(self) -> Tensor:
+        if self.settings["device"] != "cpu":
+            torch.cuda.synchronize()
         self.turns.finish()
         batch = self.batches[self.asked % len(self.batches)].clone()
         self.asked += 1
@@ -57,6 +60,7 @@ class Feed:
     @torch.no_grad()
     def _held_out(self) -> dict[str, float]:
         x = activations(self.settings["d_in"], self.settings["n_features"], HELD_OUT_ROWS, seed=3)
+        x = x.to(self.settings["device"])
         x_hat, f = self.score(x)
         reconstruction, l1 = (x - x_hat).square().sum(1).mean().item(), f.sum(1).mean().item()
         l1_weight = self.settings["lambda1"] if self.settings["architecture"] in ("relu", "gated") else 0.0

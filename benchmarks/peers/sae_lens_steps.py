@@ -6,7 +6,7 @@ from feed import Feed, bias_for_l0, settings_from_arguments
 from sae_lens.config import SAETrainerConfig
 
 settings = settings_from_arguments()
-shared = {"d_in": settings["d_in"], "d_sae": settings["n_features"], "device": "cpu"}
+shared = {"d_in": settings["d_in"], "d_sae": settings["n_features"], "device": settings["device"]}
 n, k = settings["n_features"], settings["k"]
 sae = {
     "relu": lambda: sae_lens.StandardTrainingSAE(
@@ -48,6 +48,6 @@ config = SAETrainerConfig(
     train_batch_size_samples=settings["batch"],
     lr=settings["lr"],
     lr_end=settings["lr"],
-    device="cpu",
+    device=settings["device"],
 )
 sae_lens.SAETrainer(cfg=config, sae=sae, data_provider=feed).fit()

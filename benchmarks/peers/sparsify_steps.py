@@ -11,19 +11,19 @@ from sparsify import SparseCoder, SparseCoderConfig
 settings = settings_from_arguments()
 torch.set_float32_matmul_precision("high")
 config = SparseCoderConfig(num_latents=settings["n_features"], k=settings["k"])
-sae = SparseCoder(settings["d_in"], config, "cpu", dtype=torch.float32)
+sae = SparseCoder(settings["d_in"], config, settings["device"], dtype=torch.float32)
 
 
 def score(x):
     values, features, _ = sae.encode(x)
-    f = torch.zeros(len(x), settings["n_features"]).scatter_(1, features, values)
+    f = torch.zeros(len(x), settings["n_features"], device=x.device).scatter_(1, features, values)
     return f @ sae.W_dec + sae.b_dec, f
 
 
 feed = Feed(settings, score)
 optimiser = torch.optim.Adam(sae.parameters(), lr=settings["lr"])
-since_fired = torch.zeros(settings["n_features"], dtype=torch.long)
-fired = torch.zeros(settings["n_features"], dtype=torch.bool)
+since_fired = torch.zeros(settings["n_features"], dtype=torch.long, device=settings["device"])
+fired = torch.zeros(settings["n_features"], dtype=torch.bool, device=settings["device"])
 sae.b_dec.data = feed.batches[0].mean(0)
 for x in feed:
     sae.set_decoder_norm_to_unit_norm()

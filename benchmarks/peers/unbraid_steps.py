@@ -27,12 +27,13 @@ def main() -> None:
     """Steps, whenever they are ordered."""
     settings = settings_from_arguments()
     config = config_of(settings)
+    device = torch.device(settings["device"])
     normalise = Normalisation.none(settings["d_in"])
-    trainer = trainer_from_settings("benchmark", 0, config, config.seed, normalise, torch.device("cpu"))
+    trainer = trainer_from_settings("benchmark", 0, config, config.seed, normalise, device)
     sae = trainer.sae
 
     def score(x):
-        out = sae.training_forward(x, None, torch.Generator().manual_seed(0))
+        out = sae.training_forward(x, None, torch.Generator(device).manual_seed(0))
         return out.x_hat_BD, out.codes.to_dense() if isinstance(out.codes, Codes) else out.codes
 
     feed = Feed(settings, score)

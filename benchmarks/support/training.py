@@ -1,13 +1,14 @@
 """What the penalty is timed in: TopK SAEs as a run trains them, on stand-in activations."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from unbraid.bench.steps import endless, stand_in_activations
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.sae_trainer import SAETrainer, train_step, trainer_from_settings
+
+__all__ = ["B", "D", "K", "N", "activations", "endless", "step", "trainer"]
 
 B, D, K = 2048, 576, 64
 N = 16_384
@@ -25,24 +26,8 @@ def trainer(n_features: int, device: str, decorrelation: DecorrelationConfig) ->
 
 
 def activations(count: int, device: str, seed: int = 0) -> list[Tensor]:
-    """Batches of stand-in activations, E||x||^2 = 1: 32 of 8192 directions each, a few frequent and many rare ones."""
-    draws = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(8192, D, generator=draws), dim=1)
-    batches = []
-    for _ in range(count):
-        chosen = (torch.rand(B, 32, generator=draws) ** 3 * len(directions)).long()
-        weights = torch.rand(B, 32, generator=draws) + 0.5
-        x_BD = torch.nn.functional.embedding_bag(chosen, directions, per_sample_weights=weights, mode="sum")
-        batches.append((x_BD / x_BD.square().sum(1).mean().sqrt()).to(device))
-    return batches
-
-
-def endless(batches: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """The batches again and again, numbered."""
-    step = 0
-    while True:
-        yield step, batches[step % len(batches)]
-        step += 1
+    """Batches of stand-in activations of the shape above."""
+    return stand_in_activations(D, B, count, device, seed)
 
 
 def step(trained: SAETrainer, number: int, x_BD: Tensor) -> None:

@@ -117,6 +117,11 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "synth": Command(
         f"{_OWN}:synth", "[WORLD]", "train SAEs on synthetic data with known features and score them against the truth"
     ),
+    "bench": Command(
+        "unbraid.bench.commands:bench",
+        "step | pipeline | harvest | synth [NAME...] [--rounds N] [--out FILE]",
+        "how fast this machine is: training steps, whole pipelines, model passes, synthetic samples",
+    ),
     "doctor": Command(f"{_OWN}:doctor", "", "what is installed, which model, text and device were found"),
     "presets": Command("unbraid.presets:presets", "", "the methods that `--preset` chooses from"),
     "completion": Command(

@@ -54,6 +54,7 @@ def completion(arguments: list[str]) -> None:
 
 def command_words() -> dict[str, Words]:
     """Command -> what may follow it."""
+    from unbraid.bench import commands as bench
     from unbraid.cli import COMMANDS
     from unbraid.feature_model import commands as features
     from unbraid.feature_model.attribution import METHODS
@@ -81,6 +82,7 @@ def command_words() -> dict[str, Words]:
         "attribute": Words((), _options(features._Attribute, {"method": METHODS})),
         "live": Words((), _options(features._Live)),
         "synth": Words(_worlds(), (*_settings(commands._SynthOptions), *_settings(SynthConfig))),
+        "bench": Words(bench.KINDS, _options(bench.Bench)),
         "doctor": Words(),
         "presets": Words(),
         "completion": Words(SHELLS),

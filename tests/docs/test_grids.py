@@ -81,7 +81,7 @@ def test_contenders_of_the_pipeline(script):
 @pytest.mark.parametrize("losses", [False, True])
 def test_contenders_of_the_step(script, losses):
     step, ours = script("benchmarks", "step"), script("benchmarks/peers", "unbraid_steps")
-    asked = argparse.Namespace(lr=3e-4, threads=1, distinct_batches=1, losses=losses)
+    asked = argparse.Namespace(lr=3e-4, threads=1, distinct_batches=1, losses=losses, device="cpu")
     for architecture in step.ARCHITECTURES:
         for shape in step.SHAPES:
             settings = json.loads(json.dumps(step.settings_of(architecture, shape, asked)))
