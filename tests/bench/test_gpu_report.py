@@ -60,6 +60,7 @@ def test_every_part_runs_to_its_end_at_toy_sizes(script, tmp_path):
     assert "| steps 65k | done |" in page and "5 passed" in page and "samples |" in page
 
 
+@pytest.mark.slow
 def test_a_part_is_a_process_of_its_own(script, tmp_path):
     report = script.report_on(asked(tmp_path, parts=["bfloat16"]))
     assert report["parts"]["bfloat16"]["state"] == "done", report

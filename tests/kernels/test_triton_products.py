@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from unbraid.kernels.codes import Codes
 
 pytest.importorskip("triton")
-from unbraid.kernels import products_triton
+from sae_settings import sae_settings
+
+from unbraid.config import OptimiserConfig
+from unbraid.kernels import host, products, products_triton
+from unbraid.randomness import generator
+from unbraid.sae import ARCHITECTURES, build
+from unbraid.training.optimiser import SAEOptimiser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,3 +56,36 @@ def test_triton_products_equal_the_loops(seed, rows, features, width, density):
 def test_rows_wider_than_a_block_are_summed_whole(width):
     compare(*problem(0, 3, 4, width, 0.5), rtol=1e-11, atol=1e-11)
     compare(*problem(1, 3, 4, width, 0.5, torch.float32), rtol=1e-4, atol=1e-4)
+
+
+def trained(architecture: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Weights after three steps on the sparse path with a dead feature, and how many entries were active."""
+    settings = sae_settings(architecture, n_features=24, k=3, corruption=0.0, initial_threshold=0.3)
+    sae = build(settings, 6, generator(0, "init"))
+    optimiser, active = SAEOptimiser(sae, OptimiserConfig()), 0
+    for step in range(3):
+        x_BD = torch.randn(10, 6, generator=torch.Generator().manual_seed(step))
+        out = sae.training_forward(x_BD, torch.arange(24) < 1, generator(0, "noise"), path="sparse")
+        optimiser.zero_grad()
+        (out.reconstruction + 0.04 * out.sparsity + out.auxiliary).backward()
+        optimiser.step(1e-2)
+        active += int((out.codes.values > 0).sum())
+    return {name: weight.detach().clone() for name, weight in sae.state_dict().items()}, active
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels take no CPU tensors; test_cuda.py trains on the GPU")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_trains_by_the_kernels_as_it_does_on_a_gpu(monkeypatch, architecture):
+    on_cpu, active = trained(architecture)
+    calls = []
+
+    def counted(kernel):
+        return lambda *tensors: calls.append(kernel.__name__) or kernel(*tensors)
+
+    monkeypatch.setattr(host, "reading_waits", lambda tensor: True)
+    monkeypatch.setattr(products, "segment_sums", counted(products_triton.segment_sums))
+    monkeypatch.setattr(products, "dots_by_feature", counted(products_triton.entry_dots))
+    by_kernels, same = trained(architecture)
+    assert {"segment_sums", "entry_dots"} <= set(calls) and active == same > 0
+    for name, weight in on_cpu.items():
+        torch.testing.assert_close(by_kernels[name], weight, rtol=1e-4, atol=1e-6)

@@ -46,17 +46,25 @@ def weighted_columns(codes: Codes, matrix_BD: Float[Tensor, "B D"]) -> Float[Ten
 
 def entry_dots(codes: Codes, matrix_BD: Float[Tensor, "B D"], matrix_ND: Float[Tensor, "N D"]) -> Float[Tensor, " nnz"]:
     """matrix_BD[row] . matrix_ND[feature] at each entry, in row order (the gradient of the codes)."""
-    offsets, rows = codes.feature_offsets, codes.rows_by_feature
+    dots = dots_by_feature(codes.feature_offsets, codes.rows_by_feature, matrix_BD, matrix_ND)
+    return torch.empty_like(dots).index_copy_(0, codes.order, dots)
+
+
+def dots_by_feature(
+    offsets: Int[Tensor, " features_and_one"],
+    rows: Int[Tensor, " nnz"],
+    matrix_BD: Float[Tensor, "B D"],
+    matrix_ND: Float[Tensor, "N D"],
+) -> Float[Tensor, " nnz"]:
+    """matrix_BD[rows[e]] . matrix_ND[n] for e in offsets[n]..offsets[n + 1], in that order."""
     if matrix_BD.is_cuda:
         from unbraid.kernels import products_triton
 
-        dots = products_triton.entry_dots(offsets, rows, matrix_BD, matrix_ND)
-    else:
-        shape = (codes.n_features, matrix_BD.shape[0])
-        zeros = matrix_BD.new_zeros(rows.numel())
-        zeros = torch.sparse_csr_tensor(offsets, rows, zeros, shape, check_invariants=False)
-        dots = torch.sparse.sampled_addmm(zeros, matrix_ND, matrix_BD.T, beta=0.0).values()
-    return torch.empty_like(dots).index_copy_(0, codes.order, dots)
+        return products_triton.entry_dots(offsets, rows, matrix_BD, matrix_ND)
+    zeros = matrix_BD.new_zeros(rows.numel())
+    shape = (len(matrix_ND), len(matrix_BD))
+    zeros = torch.sparse_csr_tensor(offsets, rows, zeros, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(zeros, matrix_ND, matrix_BD.T, beta=0.0).values()
 
 
 def sums_by_feature(codes: Codes) -> Float[Tensor, " N"]:
