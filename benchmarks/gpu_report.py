@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from unbraid.bench.steps import Shape, measure_steps, settings_of
 from unbraid.bench.whole import measure_recipes, measure_world
 from unbraid.config import OptimiserConfig
 from unbraid.device import pick_device
+from unbraid.files import write_whole
 from unbraid.recipes import RECIPES
 from unbraid.run import open_activations
 
@@ -48,70 +49,61 @@ class Sizes(NamedTuple):
     world: str
     world_batch: int
     recipe: str
-    tests: tuple[str, ...]
 
 
-FULL = Sizes(2304, 4096, 64, (16_384, 65_536, 262_144), 5, 4, "full", 8192, "demo", ("-m", "gpu"))
-TOY = Sizes(
-    16, 32, 4, (64, 128, 256), 1, 1, "unit", 32, "tiny", ("tests/kernels/test_triton_products.py", "-k", "1024")
-)
+FULL = Sizes(2304, 4096, 64, (16_384, 65_536, 262_144), 5, 4, "full", 8192, "demo")
+TOY = Sizes(16, 32, 4, (64, 128, 256), 1, 1, "unit", 32, "tiny")
+TRITON = "tests/kernels/test_triton_products.py"
 
 Rows = list[dict[str, Any]]
 
 
-def steps_of_width(number: int) -> Callable[[Sizes, torch.device], Rows]:
+Measure = Callable[[Sizes, torch.device], Iterator[Rows]]
+"""A part: its rows, some at a time, so that those before the limit are kept."""
+
+
+def steps_of_width(number: int) -> Measure:
     """Steps of each architecture at one width, one after the other, because together they may not fit."""
 
-    def measure(sizes: Sizes, device: torch.device) -> Rows:
-        shape, rows = Shape(sizes.d_in, sizes.widths[number], sizes.batch), []
-        for architecture in ARCHITECTURES:
-            rows += each(
-                architecture,
-                lambda name=architecture: measure_steps(
-                    shape, [name], ["none"], sizes.k, device, sizes.rounds, sizes.steps
-                ),
-            )
-        return rows
+    def measure(sizes: Sizes, device: torch.device) -> Iterator[Rows]:
+        shape, how = Shape(sizes.d_in, sizes.widths[number], sizes.batch), (sizes.k, device, sizes.rounds, sizes.steps)
+        for name in ARCHITECTURES:
+            yield each(name, lambda name=name: measure_steps(shape, [name], ["none"], *how))
 
     return measure
 
 
-def decorrelation(sizes: Sizes, device: torch.device) -> Rows:
+def decorrelation(sizes: Sizes, device: torch.device) -> Iterator[Rows]:
     """Steps with and without the penalties of the presets."""
-    rows = []
+    how = sizes.k, device, sizes.rounds, sizes.steps
     for width in sizes.widths[:2]:
         shape = Shape(sizes.d_in, width, sizes.batch)
-        for penalties in (["none", "best"], ["none", "paper"]):
-            how = sizes.k, device, sizes.rounds, sizes.steps
-            rows += each(
-                f"{penalties[1]}, {width}",
-                lambda shape=shape, asked=penalties, how=how: measure_steps(shape, ["batch_topk"], asked, *how),
-            )
-    return rows
+        for preset in ("best", "paper"):
+            asked = shape, ["batch_topk"], ["none", preset]
+            yield each(f"{preset}, {width}", lambda asked=asked: measure_steps(*asked, *how))
 
 
-def bfloat16(sizes: Sizes, device: torch.device) -> Rows:
+def bfloat16(sizes: Sizes, device: torch.device) -> Iterator[Rows]:
     """Steps with the encoder's product in bfloat16."""
     shape = Shape(sizes.d_in, sizes.widths[0], sizes.batch)
     how = sizes.k, device, sizes.rounds, sizes.steps, "bfloat16"
-    return each("bfloat16", lambda: measure_steps(shape, ["topk", "batch_topk"], ["none"], *how))
+    yield each("bfloat16", lambda: measure_steps(shape, ["topk", "batch_topk"], ["none"], *how))
 
 
-def synthetic(sizes: Sizes, device: torch.device) -> Rows:
+def synthetic(sizes: Sizes, device: torch.device) -> Iterator[Rows]:
     """Samples per second of the world of SynthSAEBench, drawn and learnt from."""
-    saes = [settings_of(name, 4 * sizes.d_in // 2, sizes.k // 2, "none") for name in ("topk", "batch_topk")]
+    saes = [settings_of(name, 2 * sizes.d_in, sizes.k // 2, "none") for name in ("topk", "batch_topk")]
     saes = [sae.model_copy(update={"optimiser": OptimiserConfig(lr=1e-3)}) for sae in saes]
-    return measure_world(sizes.world, saes, sizes.world_batch, device, sizes.rounds, sizes.steps)
+    how = sizes.world_batch, device, sizes.rounds, sizes.steps
+    yield each(sizes.world, lambda: measure_world(sizes.world, saes, *how))
 
 
-def whole(sizes: Sizes, device: torch.device) -> Rows:
+def whole(sizes: Sizes, device: torch.device) -> Iterator[Rows]:
     """Tokens per second of the model alone and from text to trained SAEs."""
-    rows = []
+    asked = [(sizes.recipe, RECIPES[sizes.recipe]())]
     for kind in ("harvest", "pipeline"):
-        asked = [(sizes.recipe, RECIPES[sizes.recipe]())]
-        found = each(kind, lambda kind=kind, asked=asked: measure_recipes(kind, asked, open_activations, device, 2))
-        rows += [row | {"what": f"{kind}: {row['what']}"} for row in found]
-    return rows
+        found = each(kind, lambda kind=kind: measure_recipes(kind, asked, open_activations, device, 2))
+        yield [row | {"what": f"{kind}: {row['what']}"} for row in found]
 
 
 def each(what: str, measure: Callable[[], Rows]) -> Rows:
@@ -130,11 +122,12 @@ class Part(NamedTuple):
 
     name: str
     seconds: int
-    measure: Callable[[Sizes, torch.device], Rows] | None = None
+    measure: Measure | None = None
 
 
 PARTS = (
     Part("tests", 120),
+    Part("kernels", 60),
     Part("steps 16k", 60, steps_of_width(0)),
     Part("synthetic samples", 60, synthetic),
     Part("steps 65k", 80, steps_of_width(1)),
@@ -149,17 +142,11 @@ PARTS = (
 
 def command_of(part: Part, asked: argparse.Namespace, out: Path) -> list[str] | str:
     """The command line of a part; a string says why there is none."""
-    if part.name == "tests":
-        return [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--override-ini=addopts=",
-            *tests_of(asked),
-        ]
+    if part.name in ("tests", "kernels"):
+        of_part = ["-m", "gpu"] if part.name == "tests" else [TRITON]
+        chosen = [TRITON, "-k", "1024"] if asked.toy else of_part
+        plain = ["-q", "-p", "no:cacheprovider", "--override-ini=addopts=", "--import-mode=importlib"]
+        return [sys.executable, "-m", "pytest", *plain, *chosen]
     if part.name == "peers":
         python = ROOT / ".venv-peers" / "bin" / "python"
         if not python.exists():
@@ -170,12 +157,6 @@ def command_of(part: Part, asked: argparse.Namespace, out: Path) -> list[str] | 
         return [sys.executable, str(HERE / "step.py"), *how, *shape, "--without", "unbraid, dense", "product"]
     how = ["--only", part.name, "--device", asked.device, *(["--toy"] if asked.toy else [])]
     return [sys.executable, str(Path(__file__)), *how, "--out", str(out)]
-
-
-def tests_of(asked: argparse.Namespace) -> list[str]:
-    """What pytest is told."""
-    sizes = TOY if asked.toy else FULL
-    return ["--import-mode=importlib", *sizes.tests]
 
 
 Run = Callable[[list[str], float], tuple[int | None, str]]
@@ -290,8 +271,11 @@ def measure_part(name: str, asked: argparse.Namespace) -> None:
     """The rows of one part, in this process."""
     part = next(part for part in PARTS if part.name == name)
     assert part.measure is not None
-    rows = part.measure(TOY if asked.toy else FULL, pick_device(asked.device))
-    asked.out.write_text(json.dumps(rows), encoding="utf-8")
+    rows: Rows = []
+    for found in part.measure(TOY if asked.toy else FULL, pick_device(asked.device)):
+        rows += found
+        text = json.dumps(rows)
+        write_whole(asked.out, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
 
 
 def main(words: list[str] | None = None) -> None:

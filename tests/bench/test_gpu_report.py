@@ -80,6 +80,24 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_the_rest_goes_on(script, tmp
     assert "unspecified launch failure" in (tmp_path / "report.md").read_text()
 
 
+def test_rows_measured_before_the_limit_are_kept(script, tmp_path, monkeypatch):
+    """The third architecture takes too long: the process ends inside it."""
+
+    def measure(shape, architectures, *_):
+        if architectures == ["matryoshka"]:
+            raise SystemExit
+        return [{"what": architectures[0], "wall_ms": 1.0, "wall_ms_quartiles": [1.0, 1.0]}]
+
+    def run(command, seconds):
+        with pytest.raises(SystemExit):
+            script.main(command[2:])
+        return None, ""
+
+    monkeypatch.setattr(script, "measure_steps", measure)
+    found = script.report_on(asked(tmp_path, parts=["steps 16k"]), run)["parts"]["steps 16k"]
+    assert found["state"] == "out of time" and [row["what"] for row in found["rows"]] == ["topk", "batch_topk"]
+
+
 def test_no_part_begins_when_the_time_is_up(script, tmp_path):
     report = script.report_on(asked(tmp_path, minutes=0.1), lambda *_: 1 / 0)
     assert {found["state"] for found in report["parts"].values()} == {"left out"}
@@ -98,7 +116,7 @@ def test_an_architecture_that_runs_out_of_memory_leaves_the_others(script, monke
         return [{"what": architectures[0]}]
 
     monkeypatch.setattr(script, "measure_steps", measure)
-    rows = script.steps_of_width(0)(script.TOY, torch.device("cpu"))
+    rows = [row for found in script.steps_of_width(0)(script.TOY, torch.device("cpu")) for row in found]
     assert [row["what"] for row in rows] == list(script.ARCHITECTURES)
     assert rows[2]["error"] == "OutOfMemoryError: CUDA out of memory"
     assert "out of memory" in script.line_of(rows[2])
