@@ -144,6 +144,16 @@ def test_the_keyboard_suffices(page):
     assert page.evaluate("document.documentElement.dataset.theme") != before
 
 
+def test_a_link_from_the_dashboard_leads_to_its_feature(browser, address):
+    page = browser.new_page()
+    page.set_default_timeout(WAIT)
+    page.goto(f"{address}&feature={SITE}_twin%2F3")
+    page.get_by_label(f"by how much to steer {SITE}_twin/3").wait_for()
+    assert page.locator("#sae").input_value() == f"{SITE}_twin"
+    assert "s3cret" not in page.evaluate("location.href")
+    page.close()
+
+
 def test_without_the_secret_the_page_says_so(browser, address):
     page = browser.new_page()
     page.goto(address.partition("#")[0])

@@ -273,7 +273,8 @@ def test_a_damaged_data_file_is_said(browser, site: Path, tmp_path: Path):
 def served(browser, site: Path, tmp_path: Path):
     """A page of the served dashboard, its server and its labels file; nothing may have complained or been bitten."""
     labels = tmp_path / "labels.json"
-    with serve(site / "index.html", labels=labels) as server:
+    running: list[str] = []
+    with serve(site / "index.html", labels=labels, live=lambda: running[0] if running else None) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         context = browser.new_context(viewport={"width": 1280, "height": 800})
@@ -285,7 +286,7 @@ def served(browser, site: Path, tmp_path: Path):
             page.goto(server.url)
             page.wait_for_selector("body[data-ready='/']")
             assert server.secret not in page.url, "the secret leaves the address bar"
-            yield SimpleNamespace(page=page, server=server, labels=labels)
+            yield SimpleNamespace(page=page, server=server, labels=labels, running=running)
             assert page.evaluate("window.bitten") is None
             assert not complaints
         finally:
@@ -348,6 +349,19 @@ def test_lists_are_made_of_features_and_of_searches_and_deleted(served):
     page.get_by_role("button", name="Delete this list").click()
     page.wait_for_selector("body[data-ready='/lists']")
     assert [*json.loads(served.labels.read_text())["lists"]] == ["a/b <i>odd</i> %"]
+
+
+def test_a_feature_links_to_the_live_page_while_that_runs_and_else_names_the_command(served):
+    go(served.page, "/0/feature/7")
+    assert "start unbraid live runs/x and choose" in served.page.locator("main").inner_text()
+    served.running.append("http://127.0.0.1:4321/#k=" + "s" * 43)
+    go(served.page, "/0/feature/8")
+    link = served.page.get_by_role("link", name=f"steer {NAMES[0]}/8 there")
+    assert link.get_attribute("href") == f"{served.running[0]}&feature={NAMES[0]}%2F8"
+    served.running[0] = "javascript:window.bitten = true//#k="
+    go(served.page, "/0/feature/9")
+    served.page.wait_for_load_state("networkidle")
+    assert "start unbraid live runs/x and choose" in served.page.locator("main").inner_text()
 
 
 def test_a_dashboard_opened_as_a_file_shows_labels_and_says_how_to_write_them(page):
@@ -453,7 +467,7 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("method", ["GET", "POST", "LIVE"])
 @pytest.mark.parametrize("wrong", REQUESTS.values(), ids=[*REQUESTS])
 def test_labels_are_given_and_changed_only_for_requests_that_pass_every_check(site, tmp_path, method, wrong):
     file = tmp_path / "labels.json"
@@ -513,7 +527,8 @@ def ask(
         headers |= {"Host": f"{host}:{port}", "Origin": f"http://{host}:{port}"} | wrong
         connection = http.client.HTTPConnection(host, port, timeout=30)
         named = {name: value for name, value in headers.items() if value is not None}
-        connection.request(method, "/api/labels", body if method == "POST" else None, named)
+        path = "/api/live" if method == "LIVE" else "/api/labels"
+        connection.request("POST" if method == "POST" else "GET", path, body if method == "POST" else None, named)
         answer = connection.getresponse()
         found = answer.status, json.loads(answer.read())
         connection.close()

@@ -170,6 +170,7 @@ def dashboard(arguments: list[str]) -> None:
     options = tyro.cli(_Dashboard, args=arguments, prog="unbraid dashboard")
     from unbraid.formats import path_or_name
     from unbraid.reporting.dashboard import serve, write_dashboard
+    from unbraid.reporting.dashboard.live_page import address
     from unbraid.reporting.dashboard.opening import default_place, labels_place
 
     source = path_or_name(options.source)
@@ -194,7 +195,7 @@ def dashboard(arguments: list[str]) -> None:
         )
     console.print(str(index), highlight=False, markup=False)
     if options.serve:
-        with serve(index, options.port, labels=labels_place(source, final)) as server:
+        with serve(index, options.port, labels=labels_place(source, final), live=lambda: address(source)) as server:
             console.print(f"{server.url} (Ctrl-C ends it)", highlight=False)
             try:
                 server.serve_forever()

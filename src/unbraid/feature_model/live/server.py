@@ -14,6 +14,7 @@ from typing import Any
 
 from unbraid.errors import FeatureError, UnbraidError
 from unbraid.feature_model.live.session import Overtaken, Session
+from unbraid.reporting.dashboard.live_page import announced
 
 LOOPBACK = "127.0.0.1"
 LARGEST_BODY = 64 * 1024
@@ -232,9 +233,11 @@ def serve(fm: Any, port: int, run: str, ready: Callable[[str], None]) -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=2,
     )
-    ready(f"http://{LOOPBACK}:{bound}/#k={token}")
+    url = f"http://{LOOPBACK}:{bound}/#k={token}"
+    ready(url)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        with announced(run, url):
+            uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         pass
     finally:

@@ -160,7 +160,7 @@ def _write_sae(
             fires = firing(codes, feature)
             rows, quarters = strongest_contexts(held_out, fires.rows, fires.values)
             at_peaks = [site.texts[held_out.context_R[row]][held_out.position_R[row]] for row in rows[:6]]
-            peaks.append(" ".join(dict.fromkeys(clip(text.strip())[:24] for text in at_peaks if text.strip())))
+            peaks.append(" ".join(dict.fromkeys(clip(_bare(text))[:24] for text in at_peaks if text)))
             raised, lowered = ([], []) if lens is None else _lens_words(lens, feature, words)
             yield FeaturePage(
                 histogram(fires.values),
@@ -193,7 +193,7 @@ def _write_sae(
         "neighbour": shorts(near[:, 0]),
         "partner": shorts(correlation[:, 0]),
         "peaks": peaks,
-        "raises": [" ".join(token.strip() for token, _ in page.raised[:5]) for page in finished],
+        "raises": [" ".join(_bare(token) for token, _ in page.raised[:5]) for page in finished],
     }
     twin_codes = held_out.codes[twin] if twin is not None else None
     twin_W_dec = shown.saes[twin][1].W_dec.detach().cpu() if twin is not None else None
@@ -204,6 +204,11 @@ def _write_sae(
     pairs = pairs_here_or_in_twin(codes, W_dec, twin_codes, twin_W_dec, held_out.large_rows(name))
     site.write_pairs(index, pairs, (pair_contexts(held_out, codes, pair) for pair in pairs))
     return len(pairs)
+
+
+def _bare(text: str) -> str:
+    """A token without spaces around it; one of nothing but spaces shows them."""
+    return text.strip() or text.replace(" ", "␣")
 
 
 class _Words:

@@ -7,6 +7,7 @@ name an origin, come from this server's own pages.
 
 import json
 import secrets
+from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from unbraid.json_files import parse_json
 from unbraid.reporting.dashboard.labels import Labels, change
 
 LOOPBACK = "127.0.0.1"
-LABELS = "/api/labels"
+LABELS, LIVE = "/api/labels", "/api/live"
 LARGEST_BODY = 1 << 21
+Live = Callable[[], str | None]
 HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -34,6 +36,7 @@ class DashboardServer(ThreadingHTTPServer):
         index: its first page.
         port: 0 takes a free one.
         labels: the file of labels; None keeps none.
+        live: gives the address of the live page, or None while there is none.
 
     Attributes:
         url: to open, with the secret.
@@ -41,7 +44,8 @@ class DashboardServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, index: Path, port: int, labels: Path | None):
+    def __init__(self, index: Path, port: int, labels: Path | None, live: Live):
+        self.live = live
         self.folder, self.labels, self.secret = index.parent, labels, secrets.token_urlsafe(32)
         super().__init__((LOOPBACK, port), _Handler)
         self.url = f"http://{LOOPBACK}:{self.server_address[1]}/#k={self.secret}"
@@ -72,7 +76,9 @@ class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         """Files, and labels."""
         if self.path == LABELS:
-            self._answer(lambda file: Labels.read(file))
+            self._answer(lambda: Labels.read(self._file()).to_dict())
+        elif self.path == LIVE:
+            self._answer(lambda: {"url": self.server.live()})
         else:
             super().do_GET()
 
@@ -81,7 +87,7 @@ class _Handler(SimpleHTTPRequestHandler):
         if self.path != LABELS:
             self.send_error(404)
             return
-        self._answer(lambda file: change(file, self._body()))
+        self._answer(lambda: change(self._file(), self._body()).to_dict())
 
     def send_head(self) -> Any:
         """What GET and HEAD share. A page elsewhere that has its own name point here still sends that name as Host."""
@@ -97,7 +103,12 @@ class _Handler(SimpleHTTPRequestHandler):
         _, port = self.request.getsockname()
         return self.headers.get_all("Host") in [[f"{name}:{port}"] for name in (LOOPBACK, "localhost")]
 
-    def _answer(self, act: Any) -> None:
+    def _file(self) -> Path:
+        if self.server.labels is None:
+            raise UnbraidError("no labels are kept here")
+        return self.server.labels
+
+    def _answer(self, act: Callable[[], dict[str, Any]]) -> None:
         origins, given = self.headers.get_all("Origin", []), self.headers.get_all("Authorization", [])
         if not self._asked_by_address():
             self._send(403, {"error": "ask for this server by its address"})
@@ -105,11 +116,9 @@ class _Handler(SimpleHTTPRequestHandler):
             self._send(403, {"error": "requests of other origins are refused"})
         elif len(given) != 1 or not secrets.compare_digest(given[0].encode(), f"Bearer {self.server.secret}".encode()):
             self._send(403, {"error": "the secret of the printed address is missing"})
-        elif self.server.labels is None:
-            self._send(404, {"error": "no labels are kept here"})
         else:
             try:
-                self._send(200, act(self.server.labels).to_dict())
+                self._send(200, act())
             except (UnbraidError, OSError) as problem:
                 self._send(400, {"error": str(problem)})
 
@@ -137,13 +146,16 @@ class _Handler(SimpleHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def serve(index: Path | str, port: int = 0, *, labels: Path | None = None) -> DashboardServer:
+def serve(
+    index: Path | str, port: int = 0, *, labels: Path | None = None, live: Live = lambda: None
+) -> DashboardServer:
     """A server of the dashboard `index` on 127.0.0.1, not yet running: call its `serve_forever`.
 
     Args:
         index: what `write_dashboard` returned.
         port: 0 takes a free one; `url` of the server tells which.
         labels: file that keeps readers' labels, notes and lists; without one, none are kept.
+        live: gives the address of the live page of the same run, or None while there is none.
 
     Raises:
         UnbraidError: there is no dashboard, the labels file is damaged, or the port is taken or out of range.
@@ -156,7 +168,7 @@ def serve(index: Path | str, port: int = 0, *, labels: Path | None = None) -> Da
     if labels is not None:
         Labels.read(labels)
     try:
-        return DashboardServer(index, port, labels)
+        return DashboardServer(index, port, labels, live)
     except OSError as error:
         raise UnbraidError(
             f"port {port} cannot be used ({error.strerror}); expected a free one; choose another"

@@ -4,7 +4,7 @@ and nowhere else. The secret comes with the address, in its fragment, and leaves
 (() => {
   const {h, number, visible} = unbraid;
   const byId = (id) => document.getElementById(id);
-  const secret = new URLSearchParams(location.hash.slice(1)).get("k") || "";
+  const given = new URLSearchParams(location.hash.slice(1)), secret = given.get("k") || "";
   history.replaceState(null, "", location.pathname);
   const steering = new Map();  // address -> {by, without: Set}
   let reading = null, chosen = -1, running = null;
@@ -205,6 +205,12 @@ and nowhere else. The secret comes with the address, in its fragment, and leaves
     byId("run").textContent = `${about.run} · ${about.model}`;
     byId("sae").replaceChildren(...about.dictionaries.map((one) => h("option", {value: one.name}, one.name)));
     await read();
+    const wanted = given.get("feature");  // a dashboard links to a feature
+    if (wanted) {
+      if (about.dictionaries.some((one) => wanted.startsWith(`${one.name}/`))) byId("sae").value = wanted.slice(0, wanted.lastIndexOf("/"));
+      byId("address").value = wanted;
+      await add(wanted);
+    }
   }
 
   start();

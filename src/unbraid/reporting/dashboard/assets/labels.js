@@ -5,15 +5,23 @@ unbraid.labels = (() => {
   const {h, visible, load} = unbraid;
   let known = {features: {}, lists: {}}, secret = null;
 
-  async function ask(body) {
-    const answer = await fetch("api/labels", {
+  async function request(path, body) {
+    const answer = await fetch(path, {
       method: body ? "POST" : "GET", cache: "no-store",
       headers: {"Authorization": `Bearer ${secret}`, ...(body ? {"Content-Type": "application/json"} : {})},
       body: body ? JSON.stringify(body) : undefined,
     });
     const found = await answer.json();
     if (!answer.ok) throw new Error(found.error || `the server answered ${answer.status}`);
-    known = found;
+    return found;
+  }
+  async function ask(body) { known = await request("api/labels", body); }
+
+  /* The address of the live page of this run, while one runs. */
+  async function livePage() {
+    if (!secret) return null;
+    const {url} = await request("api/live", null).catch(() => ({url: null}));
+    return url && /^http:\/\/127\.0\.0\.1:\d+\/#k=[\w-]+$/.test(url) ? url : null;
   }
 
   /* Called once, before the first page. */
@@ -71,5 +79,5 @@ unbraid.labels = (() => {
       h("div", {class: "bar"}, h("button", {type: "button", onclick: save}, "Save"), status), boxes);
   }
 
-  return {open, of, all, lists, saveList, editor, howTo, writable: () => secret !== null};
+  return {open, livePage, of, all, lists, saveList, editor, howTo, writable: () => secret !== null};
 })();

@@ -56,10 +56,14 @@
     return h("div", {class: "bar tools"}, exports(title, addresses), keep);
   };
 
-  /* Which command shows a feature on the live page. */
+  /* A link to a feature on the live page if that runs, else the command that starts it. */
   unbraid.tryIt = (address) => {
     const {live} = unbraid.run().commands;
-    return live ? h("p", {class: "quiet"}, "To steer this feature, or see it on a prompt of your own, start ", h("code", {}, visible(live)), ` and choose ${address} there.`) : null;
+    const line = live ? h("p", {class: "quiet"}, "To steer this feature, or see it on a prompt of your own, start ", h("code", {}, visible(live)), ` and choose ${address} there.`) : null;
+    labels.livePage().then((url) => {
+      if (url && line) line.replaceChildren("The live page is running: ", h("a", {href: `${url}&feature=${encodeURIComponent(address)}`, target: "_blank", rel: "noopener noreferrer"}, `steer ${address} there`), ".");
+    });
+    return line;
   };
 
   page(/^\/lists$/, "Lists", async () => {

@@ -192,12 +192,12 @@
       h("p", {class: "steps"}, h("a", {href: `#/${index}/features`}, "all features"), step(at - 1, "prev", "← previous"), step(at + 1, "next", "next →")),
       h("h1", {}, `Feature ${feature} of ${sae.name}`),
       h("p", {class: "quiet"}, `fires on ${number(table.fires[feature])} of ${number(run.rows)} tokens (${number(100 * table.fires[feature] / run.rows)} %), largest code ${number(largest)}, mean where it fires ${number(table.mean[feature])}`),
-      twin, labels.editor(address),
+      twin, unbraid.tryIt(address), labels.editor(address),
       h("div", {class: "columns small"},
         h("section", {class: "card"}, h("h2", {}, "How strongly it fires"), data.histogram.length ? charts.bars(data.histogram, largest) : h("p", {class: "quiet"}, "silent on these tokens")),
         tokens("Tokens it raises", data.raised, "no unembedding"), tokens("Tokens it lowers", data.lowered, "no unembedding"),
         others("Most correlated codes", index, data.partners, (other) => `#/${index}/feature/${other}`),
         others("Nearest decoder rows", index, data.neighbours, (other) => `#/${index}/feature/${other}`)),
-      h("h2", {}, "Where it fires"), h("section", {class: "card"}, data.contexts.length ? banded(data, largest) : h("p", {class: "quiet"}, "nowhere on these tokens")), unbraid.tryIt(address));
+      h("h2", {}, "Where it fires"), h("section", {class: "card"}, data.contexts.length ? banded(data, largest) : h("p", {class: "quiet"}, "nowhere on these tokens")));
   });
 })();

@@ -8,6 +8,7 @@
 
   /* Three decimals with a sign; what rounds to nothing is 0.000 without one. */
   const change = (pair) => { const text = (pair.correlation - pair.twinCorrelation).toFixed(3); return Number(text) === 0 ? "0.000" : text.replace("-", "−"); };
+  const HIDDEN = new Set(["together", "fires", "cosine", "match"]);  // on a narrow screen; the page of a pair has them
   const WHERE = {here: "here", twin: "the twin", both: "both"};
   /* What the reader should know about rows of large norm. */
   const rowsNote = (sae, run) => (sae.large ? `${number(sae.large)} of ${number(run.rows)} rows have more than 3 times the median norm; the number in brackets leaves them out, and ⚠ marks a pair whose correlation at least halves without them.`
@@ -31,9 +32,9 @@
       const shown = all.filter((pair) => !wanted || String(pair.i).startsWith(wanted) || String(pair.j).startsWith(wanted));
       shown.sort((a, b) => (state.down ? -1 : 1) * (value(a) - value(b)) || a.at - b.at);
       count.textContent = `${number(shown.length)} of ${number(all.length)} pairs`;
-      head.replaceChildren(...columns.map(([key, name]) => h("th", {scope: "col", "aria-sort": state.sort === key ? (state.down ? "descending" : "ascending") : null},
+      head.replaceChildren(...columns.map(([key, name]) => h("th", {scope: "col", class: HIDDEN.has(key) ? "narrow-hidden" : null, "aria-sort": state.sort === key ? (state.down ? "descending" : "ascending") : null},
         h("button", {type: "button", onclick: () => { state.down = state.sort === key ? !state.down : key !== "at"; state.sort = key; arrange(); }}, name + (state.sort === key ? (state.down ? " ↓" : " ↑") : "")))));
-      body.replaceChildren(...shown.map((pair) => h("tr", {}, columns.map(([key, , text]) => h("td", {}, key === "at" ? h("a", {href: `#/${index}/pair/${pair.at}`}, text(pair)) : text(pair))))));
+      body.replaceChildren(...shown.map((pair) => h("tr", {}, columns.map(([key, , text]) => h("td", {class: HIDDEN.has(key) ? "narrow-hidden" : null}, key === "at" ? h("a", {href: `#/${index}/pair/${pair.at}`}, text(pair)) : text(pair))))));
       history.replaceState(null, "", `#/${index}/pairs?${new URLSearchParams({sort: state.sort, down: state.down ? 1 : 0, q: state.q})}`);
     }
     search.addEventListener("input", () => { state.q = search.value; arrange(); });
@@ -41,7 +42,7 @@
     return h("div", {}, h("h1", {}, `Entangled pairs of ${sae.name}`),
       h("p", {class: "quiet"}, `Correlation of codes on ${number(run.rows)} held-out tokens, among features that fire at least 10 times. `,
         twin ? `The pairs are the most correlated ones here and in the twin, ${twin.name} (the same SAE without decorrelation); those whose correlation changed most come first. `
-          + "A feature's counterpart in the twin is the one with the nearest decoder row; “match” is the weaker of the two cosines, and pairs with a match below 0.5, which compare different features, come last. "
+          + "A feature's counterpart in the twin is the one with the nearest decoder row; “match” is the weaker of the two cosines, and pairs with a match below 0.5, which compare different features, come last; “where” says in which of the two a pair is among the most correlated. "
           : "This SAE has no twin without decorrelation to compare with; the most correlated pairs come first. ", rowsNote(sae, run)),
       h("div", {class: "bar"}, search, count), all.length ? h("div", {class: "scroll"}, h("table", {}, h("thead", {}, head), body)) : h("p", {}, "No two features fire often enough."));
   });
