@@ -45,7 +45,7 @@
   const ROW = 30;
   const COLUMNS = [["id", "feature", "88px"], ["fires", "density", "100px"], ["largest", "largest", "92px"], ["mean", "mean", "92px"],
     ["partner", "top corr.", "116px"], ["neighbour", "decoder cos", "128px"], ["label", "label", "140px"], ["peaks", "fires on", "1fr"], ["raises", "raises", "1fr"]];
-  const TEXTS = ["label", "peaks", "raises"], NARROW = {id: "62px", partner: "74px", label: "minmax(0, 1fr)", peaks: "minmax(0, 2fr)"};
+  const TEXTS = ["label", "peaks", "raises"], NARROW = {id: "72px", partner: "98px", label: "minmax(0, 1fr)", peaks: "minmax(0, 2fr)"};
   const classes = (key) => [TEXTS.includes(key) ? "text" : "", key in NARROW ? "" : "narrow-hidden"].join(" ").trim() || null;
   page(/^\/(\d+)\/features$/, "Features", async (match, query) => {
     const index = Number(match[1]), run = unbraid.run(), sae = run.saes[index], loaded = await load(`${index}/features`);
