@@ -175,6 +175,7 @@ def test_pairs_that_compare_different_features_come_last():
     W_dec, elsewhere = torch.eye(N), torch.eye(N)
     elsewhere[2] = torch.ones(N)
     pairs = pairs_here_or_in_twin(passed.codes["sae"], elsewhere, passed.codes["sae"], W_dec)
+    assert any(pair.entangled_in == "both" for pair in pairs)
     comparable = [pair.comparable for pair in pairs]
     assert comparable == sorted(comparable, reverse=True) and {*comparable} == {True, False}
 
