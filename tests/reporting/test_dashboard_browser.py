@@ -213,13 +213,13 @@ def test_a_pair_shows_its_twin_and_its_contexts_side_by_side(page):
     page.keyboard.press("p")
     page.wait_for_selector("body[data-ready='/0/pairs']")
     assert "in the twin, resid_post.0_twin" in page.locator("main").inner_text()
-    change = [abs(float(text.replace(MINUS, "-"))) for text in page.locator("tbody td:nth-child(7)").all_inner_texts()]
+    change = [abs(float(text.replace(MINUS, "-"))) for text in page.locator("tbody td:nth-child(2)").all_inner_texts()]
     match = [float(text) for text in page.locator("tbody td:nth-child(9)").all_inner_texts()]
     assert list(zip(change, match, strict=True)) == sorted(
         zip(change, match, strict=True), key=lambda row: (row[1] < 0.5, -row[0])
     ), "what changed most comes first"
     page.get_by_role("button", name="together").click()
-    column = [int(text.replace(",", "")) for text in page.locator("tbody td:nth-child(3)").all_inner_texts()]
+    column = [int(text.replace(",", "")) for text in page.locator("tbody td:nth-child(6)").all_inner_texts()]
     assert column == sorted(column, reverse=True) and len(column) > 10
     page.locator("tbody a").first.click()
     page.wait_for_selector("body[data-ready^='/0/pair/']")

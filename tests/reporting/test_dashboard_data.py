@@ -170,6 +170,22 @@ def test_a_pair_of_the_twin_alone_is_seen_from_here_and_counted_once():
     assert pair.correlation < 0.1 < 0.9 < pair.twin_correlation and pair.together == 0
 
 
+def test_a_pair_is_entangled_in_both_only_if_its_own_counterparts_are_entangled_there():
+    """The twin has copies of features 2 and 3 that fire together and point nearly, not exactly, their way."""
+    _, f_RN = held_out(density=0.03)
+    here = f_RN[:, :8].copy()
+    twin = np.concatenate([here, here[:, [2, 3]]], axis=1)
+    twin[:, [2, 3]] = np.random.default_rng(3).permutation(here[:, [2, 3]], axis=0) * (here[:, [2, 3]] == 0)
+    twin[:, 3] *= twin[:, 2] == 0
+    near = torch.eye(8)[[2, 3]] + 0.3 * torch.eye(8)[[0, 0]]
+    pairs = pairs_here_or_in_twin(
+        sparse.csc_array(here), torch.eye(8), sparse.csc_array(twin), torch.cat([torch.eye(8), near])
+    )
+    (pair,) = [pair for pair in pairs if pair.features == (2, 3)]
+    assert pair.correlation > 0.9 and pair.twin_correlation == 0
+    assert pair.counterparts == (2, 3) and pair.entangled_in == "here"
+
+
 def test_pairs_that_compare_different_features_come_last():
     passed, _ = held_out()
     W_dec, elsewhere = torch.eye(N), torch.eye(N)

@@ -89,8 +89,10 @@ def pairs_here_or_in_twin(
         for pair in entangled_pairs(twin_codes, twin_W_dec, codes, W_dec):
             turned = _seen_from_here(pair, codes, unit_ND)
             if turned is not None:
-                known = here.get(turned.features)
-                here[turned.features] = turned if known is None else replace(known, entangled_in="both")
+                known = here.setdefault(turned.features, turned)
+                # Where the nearest features differ from there and from here, those seen from here are nearer.
+                if known.entangled_in == "here" and known.counterparts == turned.counterparts:
+                    here[turned.features] = replace(known, entangled_in="both")
     pairs = [_with_calm(pair, codes, twin_codes, large_R) for pair in here.values()]
     return sorted(pairs, key=lambda pair: (not pair.comparable, -abs(pair.change), -pair.correlation, pair.features))
 

@@ -18,17 +18,17 @@
     const index = Number(match[1]), run = unbraid.run(), sae = run.saes[index], all = (await load(`${index}/pairs`)).map(read);
     const twin = sae.twin === null ? null : run.saes[sae.twin];
     const without = sae.large ? " (without)" : "", calm = (value) => (sae.large ? ` (${number(value)})` : "");
-    const columns = [["at", "pair", (p) => `${p.i} · ${p.j}`, (p) => p.at], ["correlation", `correlation${without}`, (p) => number(p.correlation) + calm(p.calm) + (p.large ? " ⚠" : "")],
+    const columns = [["at", "pair", (p) => `${p.i} · ${p.j}`, (p) => p.at],
+      ...(twin ? [["change", "change", change, (p) => Math.abs(p.correlation - p.twinCorrelation)], ["where", "where", (p) => WHERE[p.where], (p) => ["here", "both", "twin"].indexOf(p.where)]] : []),
+      ["correlation", `correlation${without}`, (p) => number(p.correlation) + calm(p.calm) + (p.large ? " ⚠" : "")],
+      ...(twin ? [["twinCorrelation", `in the twin${without}`, (p) => number(p.twinCorrelation) + calm(p.twinCalm)]] : []),
       ["together", "together", (p) => number(p.together)], ["fires", "each fires", (p) => `${number(p.firesI)} · ${number(p.firesJ)}`, (p) => Math.min(p.firesI, p.firesJ)],
-      ["cosine", "decoder cos", (p) => number(p.cosine)]];
-    if (twin) columns.push(["twinCorrelation", `in the twin${without}`, (p) => number(p.twinCorrelation) + calm(p.twinCalm)],
-      ["change", "change", (p) => change(p), (p) => Math.abs(p.correlation - p.twinCorrelation)], ["where", "where", (p) => WHERE[p.where], (p) => ["here", "both", "twin"].indexOf(p.where)],
-      ["match", "match", (p) => number(weakest(p)), weakest]);
+      ["cosine", "decoder cos", (p) => number(p.cosine)], ...(twin ? [["match", "match", (p) => number(weakest(p)), weakest]] : [])];
     const state = {sort: query.get("sort") || "at", down: query.get("down") === "1", q: query.get("q") || ""};
     const head = h("tr", {}), body = h("tbody", {}), count = h("span", {class: "quiet", role: "status"});
     const search = h("input", {type: "search", placeholder: "feature number", "aria-label": "search pairs by feature number", value: state.q});
     function arrange() {
-      const column = columns.find(([key]) => key === state.sort) || columns[1], value = column[3] || ((pair) => pair[column[0]]), wanted = state.q.trim();
+      const column = columns.find(([key]) => key === state.sort) || columns[0], value = column[3] || ((pair) => pair[column[0]]), wanted = state.q.trim();
       const shown = all.filter((pair) => !wanted || String(pair.i).startsWith(wanted) || String(pair.j).startsWith(wanted));
       shown.sort((a, b) => (state.down ? -1 : 1) * (value(a) - value(b)) || a.at - b.at);
       count.textContent = `${number(shown.length)} of ${number(all.length)} pairs`;
