@@ -10,6 +10,13 @@ class UnbraidError(Exception):
 
     Attributes:
         silent: another process of the run says why it ended.
+
+    Example:
+        >>> try:
+        ...     unbraid.load("no such folder")
+        ... except UnbraidError as error:
+        ...     print(type(error).__name__)
+        FormatError
     """
 
     silent: bool = False

@@ -199,16 +199,17 @@ def _rehearse(config: RunConfig, source: ActivationSource, device: torch.device,
     rows = rows_filter(chunk)
     for site, rows_RD in zip(config.sites, rows, strict=True):
         Normalisation.of(rows_RD.float(), str(site))
-    began = time.perf_counter()
     if not any(len(rows_filter(held_out)[0]) for held_out in source.chunks(None, held_out=True)):
         raise TextError(
             "every row of the held-out text is left out by the row filter (special tokens, first positions, norms "
             f"beyond buffer.norm_limit = {config.buffer.norm_limit} medians); give more text, or raise "
             "text.held_out_fraction or buffer.norm_limit"
         )
-    passed = time.perf_counter() - began
     if not timed:
         return None
+    began = time.perf_counter()
+    next(chunks, None)  # the second: what is done once was done for the first
+    passed = time.perf_counter() - began
     tokens = config.steps * config.training.batch_tokens
     steps = sum(_seconds_of_a_step(config, site, variant, rows[site], device) for site, variant in _places(config))
     return tokens * passed / max(1, chunk.tokens_BT.numel()) + config.steps * steps

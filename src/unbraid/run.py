@@ -44,6 +44,16 @@ class Run:
 
     Args:
         path: a run folder.
+
+    Raises:
+        TrainingError: the folder holds no run.
+
+    Example:
+        >>> run = Run("runs/tiny")
+        >>> run.config.sae_names[0], run.summary["steps"]
+        ('resid_post.0_decorrelated', {'planned': 100, 'executed': 100})
+        >>> run.saes["resid_post.1_twin"]
+        ReLUSAE(relu, N=128, D=64, site=blocks.1.hook_resid_post, model=random:llama, trained_tokens=25600)
     """
 
     def __init__(self, path: Path | str):
@@ -118,6 +128,12 @@ def train(
 
     Raises:
         UnbraidError: with what was wrong, what was expected and what to change.
+
+    Example:
+        >>> from unbraid import recipes
+        >>> run = train(recipes.tiny(), "runs/tiny", console=Console(quiet=True))
+        >>> sorted(path.name for path in run.path.glob("*.json*") if not path.name.startswith("."))
+        ['config.json', 'metrics.jsonl', 'summary.json', 'timing.jsonl']
     """
     console = console or default_console()
     inputs = Inputs(model, tokenizer, text, activations, penalty)
@@ -189,6 +205,11 @@ def resume(
     Raises:
         UnbraidError: the folder holds no run, is in use, its newest checkpoint is damaged or of another run, or a
             setting may not change.
+
+    Example:
+        >>> run = resume("runs/tiny", changes={"training.tokens": 26_000}, console=Console(quiet=True))
+        >>> run.summary["tokens"]
+        25856
     """
     console = console or default_console()
     folder = RunFolder(path, trust_remote_code)

@@ -40,6 +40,10 @@ class DecorrelationConfig(Kinds):
     """Selective feature decorrelation (Eq. 2-4) and what it is compared with.
 
     Calling it gives the class of the method named, with the settings that method reads.
+
+    Example:
+        >>> DecorrelationConfig(space="decoder", floor="0.6 chance", lambda2=0.1).method
+        'selective'
     """
 
     group = "decorrelation"

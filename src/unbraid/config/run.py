@@ -50,7 +50,12 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimiserConfig(Section):
-    """Adam and its schedules."""
+    """Adam and its schedules.
+
+    Example:
+        >>> OptimiserConfig(lr=1e-3, warmup_steps=200).decay_fraction
+        0.2
+    """
 
     group = "optimiser"
 
@@ -150,7 +155,12 @@ Variants = Annotated[dict[str, dict[str, Any]], AfterValidator(_checked_variants
 
 
 class VariantConfig(Section):
-    """What may differ between SAEs that share a run's text, model pass and buffer."""
+    """What may differ between SAEs that share a run's text, model pass and buffer.
+
+    Example:
+        >>> unbraid.recipes.tiny().variant("twin").decorrelation.lambda2
+        0.0
+    """
 
     seed: int = Field(ge=0)
     sae: SerializeAsAny[SAEConfig]
@@ -183,7 +193,18 @@ class VariantConfig(Section):
 
 
 class RunConfig(Section):
-    """One run: text -> language model -> buffer -> SAEs, for every site and every variant."""
+    """One run: text -> language model -> buffer -> SAEs, for every site and every variant.
+
+    Example:
+        >>> config = RunConfig(
+        ...     model={"name": "random:llama", "sites": ["resid_post.0"]},
+        ...     sae={"architecture": "topk", "n_features": 256, "k": 8},
+        ...     training={"tokens": 100_000, "batch_tokens": 1_000},
+        ...     variants={"decorrelated": {}, "twin": {"decorrelation.lambda2": 0.0}},
+        ... )
+        >>> config.steps, config.sae_names
+        (100, ['resid_post.0_decorrelated', 'resid_post.0_twin'])
+    """
 
     name: str = "custom"
     """Name of the recipe."""

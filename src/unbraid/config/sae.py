@@ -19,7 +19,7 @@ class SAEConfig(Kinds):
     Calling it gives the class of the architecture named, with the settings that architecture reads:
 
         >>> SAEConfig(architecture="topk", k=8, n_features=64)
-        TopKConfig(architecture='topk', n_features=64, dead_after_tokens=1000000, decoder_init_norm=None, k=8, ...)
+        TopKConfig(architecture='topk', n_features=64, ..., k=8, ...)
     """
 
     group = "sae"

@@ -24,6 +24,13 @@ class Steer:
             of the site's activations (the decoder row then has unit norm).
         without: features of the same site whose decoder rows the change is orthogonal to.
         at: positions.
+
+    Example:
+        >>> fm = unbraid.features("runs/tiny")
+        >>> edits = [Steer("resid_post.1_twin/3", by=2.0, without=["resid_post.1_twin/14"])]
+        >>> made = fm.generate("the river", edits, max_new_tokens=4)
+        >>> made.plain != made.text
+        True
     """
 
     feature: str
@@ -35,7 +42,13 @@ class Steer:
 
 @dataclass(frozen=True)
 class Scale:
-    """Multiply a feature's code by `factor`."""
+    """Multiply a feature's code by `factor`.
+
+    Example:
+        >>> fm = unbraid.features("runs/tiny")
+        >>> float(fm.run("the river", [Scale("resid_post.1_twin/14", 1.0)]).kl.max())
+        0.0
+    """
 
     feature: str
     factor: float | int
@@ -44,7 +57,14 @@ class Scale:
 
 @dataclass(frozen=True)
 class Clamp:
-    """Set a feature's code to `value`, whatever it was."""
+    """Set a feature's code to `value`, whatever it was.
+
+    Example:
+        >>> fm = unbraid.features("runs/tiny")
+        >>> effect = fm.run("the river", [Clamp("resid_post.1_twin/14", 5.0, at=-1)])
+        >>> int((effect.kl > 0).sum())
+        1
+    """
 
     feature: str
     value: float | int
@@ -53,7 +73,14 @@ class Clamp:
 
 @dataclass(frozen=True)
 class Ablate:
-    """Set a feature's code to zero; `"NAME/all"` (or `"all"` where there is one dictionary) silences all of them."""
+    """Set a feature's code to zero; `"NAME/all"` (or `"all"` where there is one dictionary) silences all of them.
+
+    Example:
+        >>> fm = unbraid.features("runs/tiny")
+        >>> reading = fm.read("the river", [Ablate("resid_post.0_twin/3", at="all")])
+        >>> float(reading.code("resid_post.0_twin", 3).max())
+        0.0
+    """
 
     feature: str
     at: Any = "content"
@@ -65,6 +92,12 @@ class Patch:
 
     The positions that `at` names in the reading are matched, in order, to those it names in the prompt, and there must
     be as many. Generated text is not patched.
+
+    Example:
+        >>> fm = unbraid.features("runs/tiny")
+        >>> effect = fm.run("the river", [Patch("resid_post.1_twin/all", fm.read("the riven"))])
+        >>> bool(effect.kl.max() > 0)
+        True
     """
 
     feature: str
@@ -80,6 +113,11 @@ class Splice:
         dictionary: NAME.
         error: keep what the reconstruction misses, which changes nothing unless codes are edited too.
         at: positions.
+
+    Example:
+        >>> fm = unbraid.features("runs/tiny")
+        >>> fm.run("the river", [Splice("resid_post.1_twin")]).kl.shape
+        torch.Size([1, 6])
     """
 
     dictionary: str

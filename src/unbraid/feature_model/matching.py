@@ -60,7 +60,10 @@ def match(a: Any, b: Any, *, by: str = "decoder", x: Tensor | None = None) -> Ma
         FeatureError: the dictionaries differ in width, or `x` is missing.
 
     Example:
-        match(sae, sae).cosine is all ones.
+        >>> saes = unbraid.Run("runs/tiny").saes
+        >>> found = match(saes["resid_post.1_decorrelated"], saes["resid_post.1_twin"])
+        >>> len(found.pairs), bool(found.cosine.mean() > 0.9)
+        (128, True)
     """
     one, other = _rows(a, by, x), _rows(b, by, x)
     if one.shape[1] != other.shape[1]:

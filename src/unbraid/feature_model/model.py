@@ -45,6 +45,14 @@ class FeatureModel:
 
     Raises:
         FeatureError: a site does not exist, a dictionary lacks something, or the model cannot be hooked.
+
+    Example:
+        >>> from unbraid.activations.load import load_model_and_tokenizer
+        >>> hf_model, tokenizer = load_model_and_tokenizer(unbraid.Run("runs/tiny").config.model)
+        >>> sae = unbraid.load("runs/tiny/saes/resid_post.1_twin")
+        >>> fm = FeatureModel(hf_model, tokenizer, {"resid_post.1": sae}, bos=True)
+        >>> fm.read("the river").codes["resid_post.1"].shape
+        torch.Size([1, 6, 128])
     """
 
     def __init__(

@@ -55,6 +55,11 @@ def features(
 
     Raises:
         UnbraidError: there is no finished dictionary, or its model or site is unknown or not there.
+
+    Example:
+        >>> fm = features("runs/tiny")
+        >>> fm.contexts("resid_post.1_twin/14", k=2)
+        resid_post.1_twin/14: fires on ...
     """
     from unbraid.evaluation.subjects import centre_where_needed, open_subjects
 

@@ -77,10 +77,6 @@ MOST_FILES = 200
 def load(path: Path | str, **options: Any) -> SAE:
     """The dictionary at `path`, in any known layout, ready for inference on raw activations.
 
-    Example:
-        >>> sae = unbraid.load("runs/tiny/saes/resid_post.1_decorrelated")  # doctest: +SKIP
-        >>> f = sae.encode(x); x_hat = sae.decode(f)  # doctest: +SKIP
-
     Args:
         path: the folder, one of the files in it, or a file that is a dictionary of its own; or a name of SAELens'
             registry, `release/id`; or a path on the hub, `hf://owner/name/folder`.
@@ -88,6 +84,12 @@ def load(path: Path | str, **options: Any) -> SAE:
 
     Raises:
         FormatError: no known layout is recognised, or the one that is cannot be held exactly.
+
+    Example:
+        >>> sae = load("runs/tiny/saes/resid_post.1_decorrelated")
+        >>> f = sae.encode(torch.randn(5, sae.d_in))
+        >>> f.shape, sae.decode(f).shape
+        (torch.Size([5, 128]), torch.Size([5, 64]))
     """
     return open_folder(path, **options).sae
 
@@ -99,7 +101,9 @@ def open_folder(
     decoder_norms: str | None = None,
     known: Known | None = None,
 ) -> SAEFolder:
-    """The dictionary at `path` with what its folder says about it; the same stands in the dictionary's `metadata`.
+    """The dictionary at `path` with what its folder says about it.
+
+    The dictionary's own `metadata` says the same, and its architecture, `d_in`, `d_sae` and `k`.
 
     Args:
         path: the folder, one of the files in it, or a file that is a dictionary of its own; or a name of SAELens'
@@ -129,7 +133,10 @@ def open_folder(
     except (OSError, ValueError) as problem:  # no permission, a name too long, a NUL byte
         raise FormatError(f"cannot look into {str(path)!r}: {problem}; expected a folder that can be read") from None
     found = layout.load(place, known)
-    found.sae.metadata = {name: value for name, value in found.metadata.items() if name != "unbraid"}
+    sae = found.sae
+    shape = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.n_features, "k": sae.k}
+    said = {name: value for name, value in found.metadata.items() if name != "unbraid"}
+    sae.metadata = said | {name: value for name, value in shape.items() if value is not None}
     return found
 
 
