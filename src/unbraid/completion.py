@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from unbraid import commands
+from unbraid.bundled import BUNDLED
 from unbraid.config import EvaluationConfig, RunConfig, Section, SynthConfig
 from unbraid.config.checks import group_of, setting_paths
 from unbraid.config.kinds import Kinds
@@ -61,7 +62,7 @@ def command_words() -> dict[str, Words]:
     from unbraid.formats import WRITABLE
     from unbraid.reporting import commands as reporting
 
-    recipes = tuple(RECIPES)
+    recipes, named = tuple(RECIPES), tuple(BUNDLED)
     run = _settings(RunConfig)
     own = {"preset": tuple(PRESETS)}
     changes = tuple(flag for flag in run if flag.name.removeprefix("--").replace("-", "_") in MAY_CHANGE)
@@ -70,17 +71,17 @@ def command_words() -> dict[str, Words]:
         "harvest": Words(recipes, run),
         "resume": Words((), (*_options(commands._Resume), *changes)),
         "launch": Words(("train", "resume"), _options(commands.Launch)),
-        "eval": Words((), (Flag("--suite", _suites(), "Suites to run."), *_settings(EvaluationConfig))),
+        "eval": Words(named, (Flag("--suite", _suites(), "Suites to run."), *_settings(EvaluationConfig))),
         "figure": Words((), _options(commands._Figure)),
-        "compare": Words((), _options(reporting._Compare)),
-        "export": Words((), _options(reporting._Export, {"to": tuple(WRITABLE)})),
+        "compare": Words(named, _options(reporting._Compare)),
+        "export": Words(named, _options(reporting._Export, {"to": tuple(WRITABLE)})),
         "search": Words((), _options(reporting._Search)),
         "dashboard": Words((), _options(reporting._Dashboard)),
-        "read": Words((), _options(features._Read)),
-        "feature": Words((), _options(features._Feature)),
-        "steer": Words((), _options(features._Steer)),
-        "attribute": Words((), _options(features._Attribute, {"method": METHODS})),
-        "live": Words((), _options(features._Live)),
+        "read": Words(named, _options(features._Read)),
+        "feature": Words(named, _options(features._Feature)),
+        "steer": Words(named, _options(features._Steer)),
+        "attribute": Words(named, _options(features._Attribute, {"method": METHODS})),
+        "live": Words(named, _options(features._Live)),
         "synth": Words(_worlds(), (*_settings(commands._SynthOptions), *_settings(SynthConfig))),
         "bench": Words(bench.KINDS, _options(bench.Bench)),
         "doctor": Words(),

@@ -34,7 +34,10 @@ ELSEWHERE = {".", "tensorboard", "hf", "pre-commit"}
 """Commands of a shell or of other packages."""
 SMALL = {
     "dashboard": ["--tokens", "2048"],
-    "eval": ["--suite", "core,geometry", "--tokens", "512", "--splice-contexts", "2", "--meta-steps", "5"],
+    "eval": [
+        *("--suite", "core,geometry", "--tokens", "512", "--splice-contexts", "2"),
+        *("--meta-steps", "5", "--control-tokens", "1024"),
+    ],
     "synth": ["--world", "unit", "--architectures", "topk", "--samples", "8192", "--eval-samples", "2048"],
 }
 """What makes a command quick enough to run here."""

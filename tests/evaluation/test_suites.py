@@ -102,7 +102,7 @@ def test_an_sae_folder_is_evaluated_at_the_model_and_site_it_names(run_path, tmp
     (folder,) = export(run_path / "saes" / "resid_post.1_twin", "dictionary_learning", tmp_path)
     text = {"source": "generated", "context_length": 32}
     suites = ["core", "geometry"]
-    quick = EvaluationConfig(suites=suites, text=text, tokens=512, splice_contexts=2, meta_steps=5)
+    quick = EvaluationConfig(suites=suites, text=text, tokens=512, splice_contexts=2, meta_steps=5, control_tokens=1024)
     report = run_suites(folder, quick)
     assert list(report["saes"]) == ["resid_post.1_twin"] and report["model"] == "random:llama"
     assert report["saes"]["resid_post.1_twin"]["site"] == "resid_post.1" and not report["skipped"]

@@ -153,7 +153,9 @@ class EvaluationConfig(Section):
     )
     controls: bool = True
     """Measure what has learned nothing beside the SAEs: a random SAE, a permuted decoder, PCA."""
-    control_tokens: Annotated[int, active_when(controls=True)] = Field(default=200_000, ge=0)
+    control_tokens: Annotated[
+        int, active_when(controls=True, suites=including("core", "correlation", "contexts", "probing", "absorption"))
+    ] = Field(default=200_000, ge=0)
     """Tokens on which controls are trained once per site, width and L0, and then kept: SAEs with a frozen decoder, a
     decoder that may turn a little, a frozen encoder. 0 leaves them out, as do more than 32,768 features."""
     world: Annotated[str | None, active_when(suites=including("ground-truth"))] = None

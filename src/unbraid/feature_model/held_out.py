@@ -114,17 +114,22 @@ class HeldOut:
         seen: tokens, places and codes.
         norms: NAME -> mean ||x|| of the rows read.
         length_C: `[C]` tokens of each row of text; shorter rows are padded on the right.
+        known_maxima: NAME -> `[N]` largest codes where more was seen than is kept.
     """
 
     seen: HeldOutPass
     norms: dict[str, float]
     length_C: np.ndarray
+    known_maxima: dict[str, np.ndarray] = field(default_factory=dict)
     _texts: dict[int, list[str]] = field(default_factory=dict)
 
     @cached_property
     def maxima(self) -> dict[str, np.ndarray]:
         """NAME -> `[N]` largest code of each feature; 0 where it never fired."""
-        return {name: codes.max(axis=0).toarray().ravel() for name, codes in self.seen.codes.items()}
+        return {
+            name: self.known_maxima[name] if name in self.known_maxima else codes.max(axis=0).toarray().ravel()
+            for name, codes in self.seen.codes.items()
+        }
 
     def maximum(self, feature: Feature) -> float | None:
         """The largest code; None for a feature that never fired."""

@@ -16,11 +16,14 @@ import torch
 from rich.console import Console
 
 from unbraid.activations.live import LiveActivations
+from unbraid.bundled import bundled_folder, is_bundled
 from unbraid.config import EvaluationConfig, RunConfig
 from unbraid.device import pick_device
 from unbraid.errors import FeatureError
 from unbraid.feature_model.held_out import HeldOut
 from unbraid.feature_model.model import FeatureModel
+from unbraid.feature_model.stored_held_out import FILE as STORED
+from unbraid.feature_model.stored_held_out import load_held_out
 from unbraid.files import write_whole
 from unbraid.formats import path_or_name
 from unbraid.json_files import is_number, parse_json
@@ -81,6 +84,9 @@ def features(
     console = console or Console(stderr=True, soft_wrap=True)
 
     def held_out(fm: FeatureModel) -> HeldOut:
+        if is_bundled(path) and tokens == TOKENS:
+            stored = bundled_folder(str(path)) / STORED
+            return load_held_out(stored, next(iter(saes)), fm.tokenizer, console)
         return _held_out(fm, config, source, tokens, kept, place, console)
 
     language_model = source.model

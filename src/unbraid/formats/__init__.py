@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unbraid.bundled import bundled_folder, is_bundled
 from unbraid.errors import FormatError
 from unbraid.formats import (
     connor_rob,
@@ -78,8 +79,9 @@ def load(path: Path | str, **options: Any) -> SAE:
     """The dictionary at `path`, in any known layout, ready for inference on raw activations.
 
     Args:
-        path: the folder, one of the files in it, or a file that is a dictionary of its own; or a name of SAELens'
-            registry, `release/id`; or a path on the hub, `hf://owner/name/folder`.
+        path: the folder, one of the files in it, or a file that is a dictionary of its own; or `smollm2-demo`, which
+            comes with unbraid; or a name of SAELens' registry, `release/id`; or a path on the hub,
+            `hf://owner/name/folder`.
         options: as for `open_folder`.
 
     Raises:
@@ -106,8 +108,7 @@ def open_folder(
     The dictionary's own `metadata` says the same, and its architecture, `d_in`, `d_sae` and `k`.
 
     Args:
-        path: the folder, one of the files in it, or a file that is a dictionary of its own; or a name of SAELens'
-            registry, `release/id`; or a path on the hub, `hf://owner/name/folder`.
+        path: as for `load`.
         norm_scaling_factor: what activations were multiplied with before the dictionary saw them, for layouts that do
             not store it: SAELens' "expected_average_only_in", Llama Scope of R1.
         decoder_norms: for Llama Scope, whether norms of decoder rows come before the threshold ("folded") or are left
@@ -124,6 +125,8 @@ def open_folder(
     if factor is not None and not (is_number(factor) and factor > 0):
         raise FormatError(f"norm_scaling_factor is {factor!r}; expected a positive number")
     path = path_or_name(path)
+    if is_bundled(path):
+        path = bundled_folder(str(path))
     if isinstance(path, str):
         return registry.open_named(path, known)
     try:
@@ -141,16 +144,17 @@ def open_folder(
 
 
 def path_or_name(text: Path | str) -> Path | str:
-    """What a user typed: a string for a name of the registry or a path on the hub, a `Path` for a place here.
+    """What a user typed: a string for a dictionary's name or a path on the hub, a `Path` for a place here.
 
-    It is a name where nothing here could hold it: `hf://...`, or `a/b` without a folder `a`. Commands that take either
+    It is a name where nothing here could hold it: `hf://...`, `a/b` without a folder `a`, or `smollm2-demo` where
+    nothing is called that. Commands that take either
     pass words through this, because a name made a `Path` is one no more.
 
     Example:
         >>> path_or_name("hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
         'hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82'
     """
-    if isinstance(text, Path) or text.startswith("hf://"):
+    if isinstance(text, Path) or text.startswith("hf://") or is_bundled(text):
         return text
     first, slash, _ = text.partition("/")
     try:

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from http.client import HTTPException
@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from unbraid.bundled import BUNDLED
 from unbraid.errors import FormatError
 from unbraid.files import write_json, write_whole
 from unbraid.formats.folder import SAEFolder
@@ -225,12 +226,26 @@ def search(query: str) -> list[Entry]:
 
     A number must stand alone, and one after "layer" be the layer's: "gemma 2b layer 12" finds no 12b, no layer 112.
 
+    What comes with unbraid stands first, and is found without a registry too.
+
     Raises:
-        FormatError: there is no registry.
+        FormatError: there is no registry, and nothing that comes with unbraid is meant.
     """
     words = re.sub(r"\b(layers?|blocks?)[\s_.-]*(\d+)\b", r"layer:\2", query.lower()).split()
     patterns = [_pattern(word) for word in words]
-    return [entry for entry in registry().values() if all(pattern.search(_text(entry)) for pattern in patterns)]
+    own = [Entry(name, "", words, "sae_lens", "sae_lens", words) for name, words in BUNDLED.items()]
+    found = [entry for entry in own if _has_all(entry, patterns)]
+    try:
+        listed = registry()
+    except FormatError:
+        if not found:
+            raise
+        return found
+    return found + [entry for entry in listed.values() if _has_all(entry, patterns)]
+
+
+def _has_all(entry: Entry, patterns: Sequence[re.Pattern[str]]) -> bool:
+    return all(pattern.search(_text(entry)) for pattern in patterns)
 
 
 def _pattern(word: str) -> re.Pattern[str]:
