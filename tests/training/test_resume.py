@@ -88,6 +88,17 @@ def test_an_edited_config_is_refused_and_the_setting_named(run, setting, value):
     assert not (run / "saes").exists()
 
 
+def test_a_checkpoint_from_before_a_setting_came_is_resumed(run):
+    """The same commit may not have written both: settings are added, at defaults that change nothing."""
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    state, manifest = (json.loads((newest / name).read_text()) for name in ("state.json", "manifest.json"))
+    del state["run"]["settings"]["training"]["epochs"], state["run"]["settings"]["sae"]["frozen"]
+    (newest / "state.json").write_text(json.dumps(state))
+    manifest["checksums"]["state.json"] = checksum(newest / "state.json")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert unbraid.resume(run).summary["steps"]["executed"] == 16
+
+
 def test_another_architecture_in_config_is_refused(run):
     data = small().model_dump(mode="json")
     data["sae"] |= {"architecture": "topk", "k": 4}

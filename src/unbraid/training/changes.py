@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.config import RunConfig, overridden
+from unbraid.config.overrides import merged
 from unbraid.errors import CheckpointError, ConfigError, TrainingError
 from unbraid.files import write_whole
 from unbraid.json_files import parse_json, read_text
@@ -130,7 +131,7 @@ def require_same_run(
     Raises:
         CheckpointError: naming everything that differs.
     """
-    odd = differences(recorded["settings"], settings)
+    odd = differences(_as_read_now(recorded["settings"]), settings)
     if odd:
         raise CheckpointError(
             f"config.json differs from the run that wrote checkpoint {str(path)!r}: {_listed(odd)}; expected the "
@@ -143,6 +144,14 @@ def require_same_run(
             f"the model or text is not the one that checkpoint {str(path)!r} was trained on: {_listed(odd)}; expected "
             "the same; put it back, or train again into a new run folder"
         )
+
+
+def _as_read_now(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Recorded settings with those that came later at their defaults, under which the run was made."""
+    try:
+        return merged(RunConfig, dict(settings), {}, "the checkpoint")[0].model_dump(mode="json")
+    except ConfigError:  # they cannot be read any more: what differs is named
+        return settings
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
