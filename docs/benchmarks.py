@@ -34,7 +34,7 @@ the wall time of a step over that of one bare encoder product of the same shape,
 load; nothing in it names you.
 """
 KINDS = {
-    "step": ("A training step", "of the architectures and penalties named, none of them logged"),
+    "step": ("A training step", "one step of the architectures and penalties named, none of them logged"),
     "harvest": ("The model alone", "one model batch from text to filtered rows"),
     "pipeline": ("From text to trained SAEs", "one refill of the buffer and the steps that use it up"),
     "synth": ("Samples with known features", "drawn alone, and learnt from by an SAE a quarter as wide as the world"),

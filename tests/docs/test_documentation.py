@@ -21,6 +21,7 @@ from stand_in_hub import stand_in_hub
 
 import unbraid
 from unbraid import cli, commands, run
+from unbraid.bench import steps, whole
 from unbraid.feature_model.live import server
 from unbraid.formats import hub as hub_module
 from unbraid.recipes import RECIPES
@@ -74,6 +75,8 @@ def shell(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(commands, "execute", lambda words: None)
             patch.setattr(server, "serve", lambda fm, port, run, ready: None)
+            for module, name in ((steps, "measure_steps"), (whole, "measure_recipes"), (whole, "measure_world")):
+                patch.setattr(module, name, lambda *_: [])
             if large:
                 patch.setattr(run, "train", lambda config, path, console: None)
                 patch.setattr(run, "fill_cache", lambda config, path, console: None)

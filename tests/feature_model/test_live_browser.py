@@ -56,6 +56,7 @@ def browser():
 @pytest.fixture
 def page(browser, address):
     page = browser.new_page()
+    page.set_default_timeout(120_000)
     page.set_default_timeout(WAIT)
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
@@ -146,6 +147,7 @@ def test_the_keyboard_suffices(page):
 
 def test_a_link_from_the_dashboard_leads_to_its_feature(browser, address):
     page = browser.new_page()
+    page.set_default_timeout(120_000)
     page.set_default_timeout(WAIT)
     page.goto(f"{address}&feature={SITE}_twin%2F3")
     page.get_by_label(f"by how much to steer {SITE}_twin/3").wait_for()
@@ -156,6 +158,7 @@ def test_a_link_from_the_dashboard_leads_to_its_feature(browser, address):
 
 def test_without_the_secret_the_page_says_so(browser, address):
     page = browser.new_page()
+    page.set_default_timeout(120_000)
     page.goto(address.partition("#")[0])
     page.wait_for_selector("#problem:not([hidden])")
     assert "secret" in page.text_content("#problem")

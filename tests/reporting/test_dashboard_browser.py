@@ -127,6 +127,7 @@ def page(browser, site: Path):
     """The first page; after the test, nothing may have complained, reached out, or been bitten."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light")
     page = context.new_page()
+    page.set_default_timeout(120_000)
     complaints: list[str] = []
     requested: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
@@ -261,6 +262,7 @@ def test_a_damaged_data_file_is_said(browser, site: Path, tmp_path: Path):
     (copy / "data" / "1" / "features.js").unlink()
     context = browser.new_context()
     page = context.new_page()
+    page.set_default_timeout(120_000)
     page.goto((copy / "index.html").as_uri())
     page.wait_for_selector("body[data-ready='/']")
     for number, problem in ((0, "damaged"), (1, "missing")):
@@ -279,6 +281,7 @@ def served(browser, site: Path, tmp_path: Path):
         thread.start()
         context = browser.new_context(viewport={"width": 1280, "height": 800})
         page = context.new_page()
+        page.set_default_timeout(120_000)
         complaints: list[str] = []
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
