@@ -120,6 +120,12 @@ def of_noise(line: dict[str, Any]) -> tuple[str, str, int]:
     return "noise", label, int(line["run"].rsplit("-s", 1)[1])
 
 
+def of_full(line: dict[str, Any]) -> tuple[str, str, int]:
+    """How far a training on the full world is."""
+    trial = line["trial"]
+    return f"{trial['samples'] / 1e6:.1f} M", trial["method"], trial["seed"]
+
+
 READERS = {
     "grid": of_trial,
     "sweep": of_sweep,
@@ -127,11 +133,22 @@ READERS = {
     "hybrids": of_trial,
     "recipe": lambda line: (line["trial"]["world"], line["trial"]["method"], line["trial"]["seed"]),
     "revival": of_trial,
+    "full": of_full,
     "real": lambda line: of_run(line["run"], line["sae"]),
     "noise": of_noise,
     "real-cost": lambda line: (line["architecture"], line["method"], 0),
 }
-COLUMNS = {"real": MODEL, "noise": NOISE, "real-cost": COST}
+FULL = {
+    "F1": "f1",
+    "MCC": "mcc",
+    "R²": "r2",
+    "L0": "l0",
+    "unique": "uniqueness",
+    "hedging": "hedging",
+    "max cosine": "mean_max_decoder_cosine",
+    "dead": "dead_fraction",
+}
+COLUMNS = {"real": MODEL, "noise": NOISE, "real-cost": COST, "full": FULL}
 
 
 def by_seed(metrics: dict[int, dict[str, Any]], metric: str) -> BySeed:
