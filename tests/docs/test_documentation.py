@@ -119,7 +119,7 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
         if language == "python":
             exec(compile(code, str(page), "exec"), names)
         elif language == "sh":
-            for line in code.splitlines():
+            for line in code.replace("\\\n", " ").splitlines():
                 if line.strip():
                     shell(line, monkeypatch)
         else:

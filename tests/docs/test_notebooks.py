@@ -25,8 +25,9 @@ def executed(path: Path) -> nbformat.NotebookNode:
 
 
 def is_progress(output: nbformat.NotebookNode) -> bool:
-    """A frame of a live display: how many there are depends on the machine's speed."""
-    return output.output_type == "display_data" and set(output.data) == {"text/plain", "text/html"}
+    """A frame of a live display, of which there are as many as the machine's speed makes, or a warning."""
+    frame = output.output_type == "display_data" and set(output.data) == {"text/plain", "text/html"}
+    return frame or output.get("name") == "stderr"
 
 
 def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:

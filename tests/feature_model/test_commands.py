@@ -32,7 +32,7 @@ def test_read_prints_each_token_with_its_features(run, fm, capsys):
     name = next(iter(run.saes))
     best = fm.read(PROMPT).of(name).top(1)[0]
     shown = call(capsys, "read", run.path, PROMPT, "--sae", name)
-    assert best["feature"].rpartition("/")[2] in shown and "of max" in shown and "error" in shown
+    assert best["feature"].rpartition("/")[2] in shown and " %)" in shown and "error" in shown
     data = json.loads(call(capsys, "read", run.path, PROMPT, "--json"))
     assert data["prompts"][0][best["position"]]["features"][best["feature"]] == pytest.approx(best["code"])
 

@@ -59,6 +59,9 @@ def test_contexts_alone_from_another_are_where_it_is_silent(fm):
     alone = fm.contexts(f"{SITE}/{_busy(fm)}", alone_from=partner)
     assert all(one.others is not None and one.others[one.peak] == 0 for one in alone)
     assert len(alone) <= len(fm.contexts(f"{SITE}/{_busy(fm)}"))
+    codes = fm.held_out.seen.codes[SITE].toarray() > 0
+    own, other = (codes[:, int(address.split("/")[1])] for address in (alone.feature, partner))
+    assert alone.alone == int((own & ~other).sum()) and f"on {alone.alone:,} of them without {partner}" in alone.caption
 
 
 def _busy(fm) -> int:
@@ -194,3 +197,17 @@ def test_json_is_written_where_asked(tmp_path, fm):
     assert tokens[0]["features"] == {} and tokens[2]["features"]
     with pytest.raises(FeatureError, match="cannot be written"):
         fm.read(PROMPT).to_json(tmp_path / "no" / "such.json")
+
+
+def test_a_feature_is_described_by_the_tokens_it_fires_on_where_they_are_known_and_else_by_those_it_raises():
+    fresh = random_feature_model()
+    index = 3
+    raised = fresh.words(SITE, index)
+    assert raised.startswith("↑ ")
+    column = fresh.held_out.seen.codes[SITE][:, [index]].toarray().ravel()
+    row = int(column.argmax())
+    seen = fresh.held_out.seen
+    strongest = fresh.tokenizer.decode([int(seen.tokens_CT[seen.context_R[row], seen.position_R[row]])]).strip()
+    fires_on = fresh.held_out.peaks(fresh, fresh.feature(f"{SITE}/{index}"), 100)
+    assert strongest in fires_on and len(set(fires_on)) == len(fires_on)
+    assert fresh.words(SITE, index) == " ".join(fires_on[:3]) != raised

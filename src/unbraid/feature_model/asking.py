@@ -12,6 +12,7 @@ from unbraid.feature_model.tables import Table, visible
 from unbraid.reporting.dashboard.features import logit_lens
 
 FEW_WORDS = 3
+LONGEST_WORD = 16
 
 
 def search(fm: Any, prompt: Any, contrast: Any, by: str, at: Any, k: int) -> Table:
@@ -80,13 +81,19 @@ def lens(fm: Any, feature: Feature, k: int) -> Table:
 
 
 def few_words(fm: Any, feature: Feature) -> str:
-    """The tokens a feature raises most; empty for a model without tokenizer or unembedding of its width."""
+    """The tokens a feature fires on where that is known, else those it raises, behind ↑.
+
+    Empty without a tokenizer or an unembedding of the feature's width.
+    """
+    known = fm.known_held_out
+    if known is not None and (fires_on := known.peaks(fm, feature, FEW_WORDS)):
+        return " ".join(visible(token)[:LONGEST_WORD] for token in fires_on)
     if fm.tokenizer is None:
         return ""
     found = logit_lens(feature.dictionary.W_dec[feature.index : feature.index + 1], fm.hf_model, FEW_WORDS)  # pyright: ignore
     if found is None:
         return ""
-    return " ".join(visible(text(fm, token).strip())[:16] for token in found[0][0].tolist())
+    return "↑ " + " ".join(visible(text(fm, token).strip())[:LONGEST_WORD] for token in found[0][0].tolist())
 
 
 def text(fm: Any, token: int) -> str:

@@ -1,7 +1,7 @@
 """Where features fire on held-out text: largest codes, contexts, and what partners are computed from."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,9 +13,11 @@ from unbraid.feature_model.dictionaries import Feature
 from unbraid.feature_model.tables import Result, Table, limited
 from unbraid.reporting.dashboard.entangled import alone
 from unbraid.reporting.dashboard.features import Firing, excerpt, firing
-from unbraid.reporting.dashboard.passes import HeldOutPass, token_texts
+from unbraid.reporting.dashboard.passes import HeldOutPass, single_token_text, token_texts
 
 PROMPTS_AT_ONCE = 8
+STRONGEST = 32
+"""Tokens that `HeldOut.peaks` looks at."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Contexts(Result):
     rows: int
     largest: float
     alone_from: str | None = None
+    alone: int | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -61,13 +64,14 @@ class Contexts(Result):
     @property
     def caption(self) -> str:
         """One line."""
-        apart = f" without {self.alone_from}" if self.alone_from else ""
-        return f"{self.feature}{apart}: fires on {self.fires:,} of {self.rows:,} tokens, at most {self.largest:.4g}"
+        apart = f"; on {self.alone:,} of them without {self.alone_from}" if self.alone_from else ""
+        return f"{self.feature}: fires on {self.fires:,} of {self.rows:,} tokens, at most {self.largest:.4g}{apart}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
         items = [{"tokens": one.tokens, "codes": one.codes.tolist(), "peak": one.peak} for one in self.items]
         return {"feature": self.feature, "alone_from": self.alone_from, "fires": self.fires, "rows": self.rows} | {
+            "alone": self.alone,
             "largest": self.largest,
             "contexts": items,
         }
@@ -141,6 +145,17 @@ class HeldOut:
         assert feature.index is not None
         return firing(self.seen.codes[feature.dictionary.name], feature.index)
 
+    def peaks(self, fm: Any, feature: Feature, k: int) -> list[str]:
+        """The tokens a feature fires on, of its strongest firings: those with the largest codes in sum, at most k."""
+        fires = self.firing(feature)
+        strongest = np.argsort(-fires.values, kind="stable")[:STRONGEST]
+        weights: dict[str, float] = {}
+        for row, value in zip(fires.rows[strongest].tolist(), fires.values[strongest].tolist(), strict=True):
+            token = int(self.seen.tokens_CT[self.seen.context_R[row], self.seen.position_R[row]])
+            text = f"<{token}>" if fm.tokenizer is None else single_token_text(fm.tokenizer, token).strip()
+            weights[text] = weights.get(text, 0.0) + value
+        return [text for text in sorted(weights, key=lambda text: -weights[text]) if text][:k]
+
     def contexts(self, fm: Any, feature: Feature, k: int, other: Feature | None) -> Contexts:
         """See `FeatureModel.contexts`."""
         if k < 1:
@@ -155,7 +170,8 @@ class HeldOut:
         items = [self._context(fm, int(row), firings) for row in rows[np.sort(first)][:k]]
         largest = float(fires.values.max()) if len(fires.values) else 0.0
         counts = len(fires.rows), len(self.seen.context_R)
-        return Contexts(str(feature), items, *counts, largest, None if other is None else str(other))
+        found = Contexts(str(feature), items, *counts, largest)
+        return found if other is None else replace(found, alone_from=str(other), alone=len(rows))
 
     def _context(self, fm: Any, row: int, firings: list[Firing]) -> Context:
         found = excerpt(self.seen, row, firings)

@@ -76,7 +76,7 @@ class FeatureModel:
         self.device = next(hf_model.parameters()).device
         self.prompt = PromptReader(tokenizer, bos, self.special_ids, self.device)
         self._text, self._held_out = text, held_out
-        self._words: dict[tuple[str, int], str] = {}
+        self._words: dict[tuple[str, int, bool], str] = {}
 
     # What the dictionaries see.
 
@@ -205,6 +205,11 @@ class FeatureModel:
         """Whether there is held-out text."""
         return self._held_out is not None or self._text is not None
 
+    @property
+    def known_held_out(self) -> HeldOut | None:
+        """Codes on held-out text if they have been computed."""
+        return self._held_out if isinstance(self._held_out, HeldOut) else None
+
     def feature(self, address: Any) -> Feature:
         """The feature an address `NAME/index` means."""
         return self.dictionaries.feature(address)
@@ -233,16 +238,19 @@ class FeatureModel:
 
     def share(self, name: str, index: int, code: float) -> float | None:
         """A code as a share of the feature's largest on held-out text, if that has been computed."""
-        if isinstance(self._held_out, HeldOut):
-            largest = self._held_out.maximum(Feature(self.dictionaries[name], index))
-            return None if largest is None else code / largest
-        return None
+        known = self.known_held_out
+        largest = None if known is None else known.maximum(Feature(self.dictionaries[name], index))
+        return None if largest is None else code / largest
 
     def words(self, name: str, index: int) -> str:
-        """The tokens a feature raises most, in a few characters."""
-        if (name, index) not in self._words:
-            self._words[name, index] = asking.few_words(self, Feature(self.dictionaries[name], index))
-        return self._words[name, index]
+        """A feature in a few characters: tokens it fires on, or, behind ↑, tokens it raises.
+
+        Those it fires on are known once held-out codes have been computed.
+        """
+        known = self.known_held_out is not None
+        if (name, index, known) not in self._words:
+            self._words[name, index, known] = asking.few_words(self, Feature(self.dictionaries[name], index))
+        return self._words[name, index, known]
 
     @overload
     def passed(

@@ -90,7 +90,7 @@ def features(
         return _held_out(fm, config, source, tokens, kept, place, console)
 
     language_model = source.model
-    return FeatureModel(
+    fm = FeatureModel(
         language_model.model,
         language_model.tokenizer,
         saes,
@@ -99,6 +99,11 @@ def features(
         twins=twins,
         bos=source.prepends_bos,
     )
+    if is_bundled(path) or (kept is not None and kept.is_file()):  # read from a file: shares of maxima at once
+        _ = (
+            fm.held_out
+        )  # read from a file: shares of maxima and what features fire on are there from the first question
+    return fm
 
 
 def _held_out(

@@ -14,6 +14,10 @@ from unbraid.feature_model.hooks import StopPass
 from unbraid.feature_model.positions import Span, chosen
 from unbraid.feature_model.tables import Result, Table, limited, shown, visible
 
+NOTE = (
+    "features: index, tokens it fires on (or raises: ↑), code in % of its largest on held-out text if that is known; "
+    "error: ||x - x_hat|| / ||x||"
+)
 FeaturesOfToken = list[tuple[str, float]]
 
 
@@ -104,20 +108,20 @@ class Reading(Result):
                     continue
                 read = bool(self.read_BT[row, token])
                 for name, features in self.of_token(row, token, k).items():
-                    described = [
-                        f"{split_address(address)[1]} {shown(code)}{self._aside(address, code)}"
-                        for address, code in features
-                    ]
+                    described = [self._described(address, code) for address, code in features]
                     line = {"prompt": row, "position": int(self.span.position_BT[row, token]), "token": text}
                     line |= {"dictionary": name, "features": " | ".join(described)}
                     lines.append(line | {"error": float(self.error[name][row, token]) if read else None})
         columns = ["prompt"] if len(self.tokens) > 1 else []
         columns += ["position", "token", *(["dictionary"] if len(self.codes) > 1 else []), "features", "error"]
-        return Table(columns, lines)
+        return Table(columns, lines, notes=(NOTE,))
 
-    def _aside(self, address: str, code: float) -> str:
-        share, words = self.share(*split_address(address), code), self.words(*split_address(address))
-        return (f" ({share:.2f} of max)" if share is not None else "") + (f" {words}" if words else "")
+    def _described(self, address: str, code: float) -> str:
+        """`334 she her (87 %)`: a feature, in words, and its code in percent of its largest, or as it is."""
+        name, index = split_address(address)
+        share, words = self.share(name, index, code), self.words(name, index)
+        strength = shown(code) if share is None else f"{100 * share:.0f} %"
+        return " ".join(part for part in (str(index), words, f"({strength})") if part)
 
     def to_dict(self) -> dict[str, Any]:
         """Tokens, and the features of each, as plain values."""
