@@ -63,6 +63,7 @@ $(PEERS)/.ready: requirements/peers.txt constraints.txt pyproject.toml
 	@$(PEERS)/bin/python $(PIP) -c <(echo "$(TORCH)") -r requirements/peers.txt
 	@$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
 	@$(PEERS)/bin/python $(PIP) -c <(echo "$(TORCH)") -e . beartype pytest pytest-timeout hypothesis
+	@$(PEERS)/bin/python $(PIP) --no-deps sae-dashboard==0.8.0
 	@touch $@
 
 peers: $(PEERS)/.ready

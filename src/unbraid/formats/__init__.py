@@ -235,7 +235,10 @@ def writable_layout(name: str) -> ModuleType:
     if key is None:
         close = difflib.get_close_matches(_bare(name), spelled, n=1)
         hint = f"; did you mean {spelled[close[0]]!r}?" if close else ""
-        raise FormatError(f"no layout {name!r} can be written; expected one of {', '.join(WRITABLE)}{hint}")
+        raise FormatError(
+            f"no layout {name!r} can be written; expected one of {', '.join(WRITABLE)}{hint}; `unbraid export` also "
+            "writes neuronpedia, which needs the model"
+        )
     return WRITABLE[key]
 
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from unbraid.errors import ConfigError
-from unbraid.flags import Trust
+from unbraid.flags import TRUST, Trust
 
 console = Console(soft_wrap=True)
 
@@ -24,20 +24,47 @@ class _Export:
     source: tyro.conf.Positional[str]
     """A run folder, an SAE folder in any known layout, or a published SAE's name."""
     to: str
-    """sae_lens, dictionary_learning or sparsify."""
+    """sae_lens, dictionary_learning or sparsify; or neuronpedia, the features as JSON."""
     out: Path
     """Folder for the SAE folders."""
     overwrite: bool = False
     """Replace SAE folders of the same names in it, if unbraid wrote them."""
+    set_name: str | None = None
+    """For neuronpedia: what the set of SAEs is called there; made from the SAE's name by default."""
+    tokens: int | None = None
+    """For neuronpedia: held-out token rows to look at; 16,384 by default."""
+    trust_remote_code: Trust = False
 
 
 def export(arguments: list[str]) -> None:
-    """Write a run's SAEs in another library's layout, all of them or none."""
+    """Write a run's SAEs in another library's layout, or their features for Neuronpedia; all of them or none."""
     options = tyro.cli(_Export, args=arguments, prog="unbraid export")
+    for path in _exported(options):
+        console.print(str(path), highlight=False, markup=False)
+
+
+def _exported(options: _Export) -> list[Path]:
+    from unbraid.feature_model.neuronpedia import TOKENS, export_neuronpedia, is_neuronpedia
+
+    if is_neuronpedia(options.to):
+        return export_neuronpedia(
+            options.source,
+            options.out,
+            set_name=options.set_name,
+            tokens=TOKENS if options.tokens is None else options.tokens,
+            overwrite=options.overwrite,
+            trust_remote_code=options.trust_remote_code,
+        )
+    given = {"--set-name": options.set_name, "--tokens": options.tokens, TRUST: options.trust_remote_code or None}
+    unread = [flag for flag, value in given.items() if value is not None]
+    if unread:
+        raise ConfigError(
+            f"{' and '.join(unread)} {'is' if len(unread) == 1 else 'are'} read with --to neuronpedia only, which runs "
+            f"the model; found --to {options.to}; drop what is not read"
+        )
     from unbraid.formats.export import export as export_saes
 
-    for path in export_saes(options.source, options.to, options.out, overwrite=options.overwrite):
-        console.print(str(path), highlight=False, markup=False)
+    return export_saes(options.source, options.to, options.out, overwrite=options.overwrite)
 
 
 @dataclasses.dataclass

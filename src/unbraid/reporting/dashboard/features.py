@@ -4,6 +4,7 @@ Everything is worked out feature by feature from one column of the sparse codes,
 and no [rows, N] matrix is ever dense.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,23 +161,35 @@ def _largest(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def logit_lens(W_dec: Tensor, model: Any, count: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The tokens each decoder row raises and lowers most when read through the final norm and the unembedding.
+def logit_effects(W_dec: Tensor, model: Any) -> Iterator[Tensor] | None:
+    """What each decoder row adds to the logits when read through the final norm and the unembedding.
 
     Returns:
-        ids and values of the raised, then of the lowered tokens, `[N, count]` each; None for a model without an
-        unembedding of the residual stream's width.
+        `[some rows, V]` at a time, in the order of the rows, without the mean over the vocabulary, which no prediction
+        depends on; None for a model without an unembedding of the residual stream's width.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or head.weight.shape[1] != W_dec.shape[1]:
         return None
-    direction_ND = W_dec.to(head.weight.device, torch.float32) * _norm_gain(model, W_dec.shape[1]).to(
-        head.weight.device
-    )
+    weight = head.weight.detach()
+    gain_D = _norm_gain(model, W_dec.shape[1]).detach().to(weight.device)
+    direction_ND = W_dec.detach().to(weight.device, torch.float32) * gain_D
+    tiles = direction_ND.split(max(1, TILE_ENTRIES // len(weight)))
+    logits = (tile @ weight.float().T for tile in tiles)
+    return (tile - tile.mean(dim=1, keepdim=True) for tile in logits)
+
+
+def logit_lens(W_dec: Tensor, model: Any, count: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The tokens each decoder row raises and lowers most; see `logit_effects`.
+
+    Returns:
+        ids and values of the raised, then of the lowered tokens, `[N, count]` each; None where there are no effects.
+    """
+    effects = logit_effects(W_dec, model)
+    if effects is None:
+        return None
     raised_ids, raised, lowered_ids, lowered = [], [], [], []
-    for tile in direction_ND.split(max(1, TILE_ENTRIES // len(head.weight))):
-        logits = tile @ head.weight.float().T
-        logits -= logits.mean(dim=1, keepdim=True)
+    for logits in effects:
         top, bottom = logits.topk(count, dim=1), logits.topk(count, dim=1, largest=False)
         raised_ids.append(top.indices)
         raised.append(top.values)
