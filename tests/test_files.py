@@ -9,8 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
-from unbraid.files import first_link, folder_name, held, holds_nothing, is_folder_name, write_json
+from unbraid.files import (
+    TEMPORARY,
+    first_link,
+    folder_name,
+    held,
+    holds_nothing,
+    is_folder_name,
+    write_json,
+    write_whole_tensors,
+)
 
 SOURCES = sorted((Path(__file__).parents[1] / "src").rglob("*.py"))
 
@@ -23,6 +33,35 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_what_it_points_to_stays(t
     write_json(tmp_path / "a.json", {"a": 1})
     assert victim.read_text() == "precious" and not (tmp_path / "a.json").is_symlink()
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+WRITE = """
+import sys, torch, safetensors.torch
+safetensors.torch.save_file({"a": torch.zeros(50_000_000)}, sys.argv[1])
+"""
+
+
+def test_what_a_kill_inside_safetensors_leaves_is_known_and_swept_by_the_next_write(tmp_path: Path):
+    aside = tmp_path / ".a.safetensors.partial"
+    aside.mkdir()
+    writer = subprocess.Popen([sys.executable, "-c", WRITE, str(aside / "a.safetensors")])
+    while not any(aside.iterdir()):
+        assert writer.poll() is None
+    writer.kill()
+    writer.wait()
+    (left,) = (path.name for path in aside.iterdir())
+    assert TEMPORARY.fullmatch(left), "a new safetensors names its temporary files in another way"
+    write_whole_tensors(tmp_path / "a.safetensors", lambda partial: safetensors.torch.save_file({}, partial))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_files_of_others_where_tensors_would_be_written_stay(tmp_path: Path):
+    aside = tmp_path / ".a.safetensors.partial"
+    aside.mkdir()
+    (aside / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError):
+        write_whole_tensors(tmp_path / "a.safetensors", lambda partial: safetensors.torch.save_file({}, partial))
+    assert (aside / "thesis.tex").read_text() == "precious"
 
 
 def test_a_lock_that_is_a_link_is_refused_and_two_cannot_hold_one_folder(tmp_path: Path):

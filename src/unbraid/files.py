@@ -23,6 +23,8 @@ LEFT_BY_A_KILLED_WRITE = re.compile(
     r"\.(\.unbraid\.json|config\.json|manifest\.json|changes\.jsonl|step_[0-9]+)\.partial"
 )
 """What a process that was killed before it had written anything whole leaves in a folder."""
+TEMPORARY = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+"""The file that safetensors writes beside its target and then renames; a kill leaves it there."""
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -38,6 +40,40 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole_tensors(path: Path, write: Callable[[Path], None]) -> None:
+    """`write_whole` for a writer that makes further files beside its target, as safetensors does.
+
+    It works in a folder of its own, so what a kill leaves of it is swept away by the next write.
+
+    Raises:
+        OSError: the disk is full, writing is not permitted, or files that are not ours are in the way.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    partial = aside / path.name
+    _sweep(aside, path.name)
+    aside.mkdir()
+    try:
+        write(partial)
+        follow_umask(partial)
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        _sweep(aside, path.name)
+
+
+def _sweep(aside: Path, name: str) -> None:
+    """Delete what a write left, if nothing else is in it."""
+    if aside.is_symlink() or not aside.is_dir():
+        aside.unlink(missing_ok=True)
+        return
+    for path in aside.iterdir():
+        if path.name == name or TEMPORARY.fullmatch(path.name):
+            path.unlink()
+    if not any(aside.iterdir()):
+        aside.rmdir()
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from unbraid import cli, formats, recipes
-from unbraid.config import RunConfig
+from unbraid.config import overridden
 
 PYTHON = [sys.executable, "-m", "unbraid"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -38,12 +38,13 @@ def test_launch_without_a_command_says_what_it_needs(capsys):
     assert "launch needs a command; such as" in capsys.readouterr().err
 
 
-def settings(folder: Path, **sae: object) -> str:
-    data = recipes.tiny().model_dump(mode="json")
-    data["training"] |= {"tokens": 40 * 256, "checkpoint_every": 10, "feature_shards": 4}
-    data["sae"] |= {"architecture": "topk", "k": 8} | sae
+def settings(folder: Path, shards: int | None = 4) -> str:
+    given = {"training.tokens": 40 * 256, "training.checkpoint_every": 10, "sae.architecture": "topk", "sae.k": 8}
+    if shards is not None:
+        given["training.feature_shards"] = shards
+    config, _ = overridden(recipes.tiny(), given)
     path = folder / "settings.json"
-    path.write_text(json.dumps(RunConfig.model_validate(data).model_dump(mode="json")))
+    path.write_text(json.dumps(config.model_dump(mode="json")))
     return str(path)
 
 
@@ -72,6 +73,7 @@ def test_a_rank_killed_mid_run_is_restarted_and_the_run_ends_with_the_bytes_of_a
     assert text.count("unbraid: rank ") == 1 and "lost contact with another rank" in text
     assert re.search(r"going on after step \d", text)
     assert run_bytes(broken) == run_bytes(tmp_path / "whole")
+    config = settings(tmp_path, shards=None)
     alone = subprocess.run([*PYTHON, "train", config, "--run", str(tmp_path / "alone")], capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     for folder in sorted((tmp_path / "alone" / "saes").iterdir()):

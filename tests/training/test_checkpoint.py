@@ -108,7 +108,18 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoint_and_no_rubbish(tmp_pat
 def test_a_half_written_checkpoint_of_a_killed_process_is_ignored_and_cleared(tmp_path):
     write_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
     (tmp_path / ".step_2.partial").mkdir()
-    (tmp_path / ".step_2.partial" / "sae.safetensors").write_bytes(b"half")
+    for name in ("sae.safetensors", ".tmpE5ya0z"):  # safetensors writes into the second and renames it
+        (tmp_path / ".step_2.partial" / name).write_bytes(b"half")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_1"]
     write_checkpoint(tmp_path, 2, tensors(), {}, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_2"]
+
+
+def test_files_of_others_in_the_place_of_a_checkpoint_are_named_and_stay(tmp_path):
+    write_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
+    (tmp_path / ".step_2.partial").mkdir()
+    (tmp_path / ".step_2.partial" / "thesis.tex").write_text("precious")
+    with pytest.raises(CheckpointError, match=r"holds thesis\.tex, which unbraid did not write.*move it away"):
+        write_checkpoint(tmp_path, 2, tensors(), {}, keep=2)
+    assert (tmp_path / ".step_2.partial" / "thesis.tex").read_text() == "precious"
+    read_checkpoint(tmp_path / "step_1")

@@ -19,7 +19,7 @@ from unbraid.activations.live import LiveActivations
 from unbraid.activations.rows import Chunk, RefillInterrupted, RowFilter, StopSignal, interruptible, never
 from unbraid.config import RunConfig, TextConfig
 from unbraid.errors import ActivationError, TextError
-from unbraid.files import checksum, free_bytes, held, holds_nothing, write_json, write_whole
+from unbraid.files import checksum, free_bytes, held, holds_nothing, write_json, write_whole_tensors
 from unbraid.json_files import is_count, read_json_object
 from unbraid.owned_folders import mark, read_marker
 
@@ -207,7 +207,7 @@ def _write_shard(
             "some space and run the same command to resume"
         )
     path = folder / f"{name}.safetensors"
-    write_whole(path, lambda partial: safetensors.torch.save_file(tensors, partial))
+    write_whole_tensors(path, lambda partial: safetensors.torch.save_file(tensors, partial))
     return {
         "file": path.name,
         "checksum": checksum(path),

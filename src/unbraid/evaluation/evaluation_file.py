@@ -17,7 +17,7 @@ from torch import Tensor
 from unbraid.config.measuring import SUITES
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.subjects import EvaluatedSAE
-from unbraid.files import held, write_json, write_whole
+from unbraid.files import held, write_json, write_whole_tensors
 from unbraid.json_files import finite, read_json_object
 
 Report = dict[str, Any]
@@ -105,7 +105,7 @@ class EvaluationFile:
         features = {f"{one.name}.{key}": x.contiguous() for one in subjects for key, x in one.features.items()}
         if features:
             features = self._earlier_features() | features
-            write_whole(self.features_path, lambda partial: save_file(features, partial, WRITTEN_BY))
+            write_whole_tensors(self.features_path, lambda partial: save_file(features, partial, WRITTEN_BY))
         elif not self.earlier:
             self.features_path.unlink(missing_ok=True)
 

@@ -167,13 +167,14 @@ class HeldOut:
             silent = self.firing(other)
             rows, firings = alone(self.seen, fires, silent), [fires, silent]
         _, first = np.unique(self.seen.context_R[rows], return_index=True)
-        items = [self._context(fm, int(row), firings) for row in rows[np.sort(first)][:k]]
+        items = [self.context(fm, int(row), firings) for row in rows[np.sort(first)][:k]]
         largest = float(fires.values.max()) if len(fires.values) else 0.0
         counts = len(fires.rows), len(self.seen.context_R)
         found = Contexts(str(feature), items, *counts, largest)
         return found if other is None else replace(found, alone_from=str(other), alone=len(rows))
 
-    def _context(self, fm: Any, row: int, firings: list[Firing]) -> Context:
+    def context(self, fm: Any, row: int, firings: list[Firing]) -> Context:
+        """The text around a token, with the codes of the features given by their firings."""
         found = excerpt(self.seen, row, firings)
         stop = min(found.stop, int(self.length_C[found.context]))
         if found.context not in self._texts:

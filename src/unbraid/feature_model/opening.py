@@ -24,7 +24,7 @@ from unbraid.feature_model.held_out import HeldOut
 from unbraid.feature_model.model import FeatureModel
 from unbraid.feature_model.stored_held_out import FILE as STORED
 from unbraid.feature_model.stored_held_out import load_held_out
-from unbraid.files import write_whole
+from unbraid.files import write_whole_tensors
 from unbraid.formats import path_or_name
 from unbraid.json_files import is_number, parse_json
 from unbraid.progress import Progress
@@ -156,7 +156,7 @@ def _save(made: HeldOut, path: Path, identity: str, console: Console) -> None:
     metadata = {"identity": identity, "norms": json.dumps(made.norms), "shapes": json.dumps(shapes)}
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     try:
-        write_whole(path, lambda partial: save_file(whole, partial, metadata=metadata))
+        write_whole_tensors(path, lambda partial: save_file(whole, partial, metadata=metadata))
     except OSError as problem:
         why = f"the held-out codes are not kept: {str(path)!r} cannot be written ({problem.strerror})"
         console.print(why, highlight=False, markup=False)

@@ -10,6 +10,7 @@ checkpoint.
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import CheckpointError
-from unbraid.files import checksum, follow_umask, free_bytes, is_system_file, sync
+from unbraid.files import TEMPORARY, checksum, follow_umask, free_bytes, is_system_file, sync
 from unbraid.json_files import is_count, is_number, read_json_object
 
 FORMAT_VERSION = 2
@@ -70,6 +71,12 @@ def write_checkpoint(
                     f"checkpoint of step {step} needs {needed / 2**20:,.1f} MiB but {str(folder)!r} has "
                     f"{free / 2**20:,.1f} MiB free; free some space (earlier checkpoints are intact) and run `unbraid "
                     "resume` on this run"
+                )
+            if os.path.lexists(partial):
+                raise CheckpointError(
+                    f"{str(partial)!r} holds {', '.join(foreign_in(partial)[:5])}, which unbraid did not write, in the "
+                    f"place of the checkpoint of step {step}; move it away, then run `unbraid resume` on this run "
+                    "(earlier checkpoints are intact)"
                 )
             partial.mkdir()
         ranks.wait()
@@ -206,9 +213,16 @@ def _discard(checkpoint: Path) -> None:
 
 
 def _delete_partial(folder: Path) -> None:
-    """Delete what an unfinished write left."""
-    if folder.is_dir() and _holds_only(folder, {path.name for path in folder.iterdir() if A_FILE.fullmatch(path.name)}):
+    """Delete what an unfinished write left; a folder with other files in it stays."""
+    if folder.is_dir() and not foreign_in(folder):
         shutil.rmtree(folder)
+
+
+def foreign_in(folder: Path) -> list[str]:
+    """Names in a half-written checkpoint that no write leaves there."""
+    left = {path.name for path in folder.iterdir()} if folder.is_dir() and not folder.is_symlink() else {folder.name}
+    ours = {name for name in left if A_FILE.fullmatch(name) or TEMPORARY.fullmatch(name)}
+    return [] if _holds_only(folder, ours) else sorted(left - ours) or sorted(left)
 
 
 def _holds_only(folder: Path, names: set[str]) -> bool:
