@@ -125,11 +125,13 @@ $(SAEBENCH)/.ready: requirements/saebench.txt constraints.txt
 test-saebench: $(SAEBENCH)/.ready
 	PYTHONPATH=src OMP_NUM_THREADS=1 $(SAEBENCH)/bin/python -m pytest -m peers tests/formats/test_saebench.py
 
-# Strictly: a link that leads nowhere fails.
+# Strictly: a link that leads nowhere fails. The rows of docs/sites.md take a minute: `make test-slow` checks them, and
+# `python docs/sites.py` writes them anew.
 docs: setup
 	$(BIN)/python docs/benchmarks.py --check
 	$(BIN)/python docs/reliability.py --check
 	$(BIN)/python docs/settings.py --check
+	$(BIN)/python docs/sites.py --check --rows-as-they-are
 	$(BIN)/python study/page.py --check
 	PYTHONPATH=docs $(BIN)/zensical build --clean --strict
 

@@ -123,7 +123,9 @@ def ce_scores(config: RunConfig, source: ActivationSource, trained: Trained) -> 
     saes: dict[Any, dict[str, Any]] = {}
     for trainer in trained.trainers:
         saes.setdefault(config.sites[trainer.site], {})[trainer.name] = trainer.sae
-    found = preservation(model, saes, [(chunk.tokens_BT[:SPLICED_CONTEXTS], keep_CT)], config.seed)
+    chunk = chunk.of_first(SPLICED_CONTEXTS)
+    apart = () if chunk.positions_BT is None else (chunk.positions_BT,)
+    found = preservation(model, saes, [(chunk.tokens_BT, keep_CT, *apart)], config.seed)
     return {name: found[name]["model_performance_preservation"]["ce_loss_score"] for name in scores}
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from unbraid.activations.language_model import LanguageModel
+from unbraid.activations.suitability import check_keeps_documents_apart
 from unbraid.errors import ModelError
 from unbraid.sites import KINDS
 
@@ -117,6 +118,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+HIDDEN = ("equal", "equal, reported one place earlier")
+"""How `resid_post` may relate to the hidden states that a model reports."""
+
+
 class _Tokenizer:
     bos_token_id, eos_token_id, pad_token_id = 0, 1, None
 
@@ -130,12 +135,14 @@ class Findings:
         layers: kind -> layers that have it.
         reasons: kind -> why a layer has none, in the words of the error.
         n_layers: how many layers there are.
+        apart: whether documents packed into one context can be kept apart.
     """
 
     hidden: str
     layers: dict[str, list[int]]
     reasons: dict[str, str]
     n_layers: int
+    apart: bool
 
 
 def build(family: str) -> Any:
@@ -179,7 +186,16 @@ def examine(family: str) -> Findings:
     _check_changes(reader, tokens, sites)
     with torch.inference_mode():
         hidden = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
-    return Findings(_relation([found[f"resid_post.{i}"] for i in range(n_layers)], hidden), layers, reasons, n_layers)
+    relation = _relation([found[f"resid_post.{i}"] for i in range(n_layers)], hidden)
+    return Findings(relation, layers, reasons, n_layers, _keeps_apart(reader))
+
+
+def _keeps_apart(reader: LanguageModel) -> bool:
+    try:
+        check_keeps_documents_apart("", reader.last_output, V)
+    except ModelError:
+        return False
+    return True
 
 
 def _check_sums(found: dict[str, torch.Tensor], n_layers: int) -> None:
@@ -209,8 +225,7 @@ def _check_changes(reader: LanguageModel, tokens: torch.Tensor, sites: list[str]
 
 def _relation(posts: list[torch.Tensor], hidden: tuple[torch.Tensor, ...]) -> str:
     """The last entry of hidden states usually comes after the final norm and is left out."""
-    if all(torch.equal(post, hidden[i + 1]) for i, post in enumerate(posts[:-1])):
-        return "equal"
-    if all(torch.equal(post, hidden[i]) for i, post in enumerate(posts[:-1])):
-        return "equal, reported one place earlier"
+    for later, relation in ((1, HIDDEN[0]), (0, HIDDEN[1])):
+        if all(torch.equal(post, hidden[i + later]) for i, post in enumerate(posts[:-1])):
+            return relation
     raise AssertionError("resid_post equals no hidden state that the model reports")

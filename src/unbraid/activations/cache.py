@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from unbraid.activations.live import LiveActivations
-from unbraid.activations.rows import Chunk, RefillInterrupted, RowFilter, StopSignal, interruptible, never
+from unbraid.activations.rows import TABLES, Chunk, RefillInterrupted, RowFilter, StopSignal, interruptible, never
 from unbraid.config import RunConfig, TextConfig
 from unbraid.errors import ActivationError, TextError
 from unbraid.files import checksum, free_bytes, held, holds_nothing, write_json, write_whole_tensors
@@ -195,9 +195,9 @@ def _write_shard(
 ) -> dict[str, Any]:
     dtype = getattr(torch, config.buffer.dtype)
     tensors = {"tokens": torch.cat([chunk.tokens_BT for chunk in group]).to(torch.int32)}
-    trains = [chunk.trains_BT for chunk in group if chunk.trains_BT is not None]
-    if trains:
-        tensors["trains"] = torch.cat(trains)
+    for table, stored in TABLES.items():
+        if getattr(group[0], table) is not None:
+            tensors[stored] = torch.cat([getattr(chunk, table) for chunk in group])
     for i, site in enumerate(config.sites):
         tensors[str(site)] = torch.cat([chunk.activations[i].to("cpu", dtype) for chunk in group])
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), free_bytes(folder)
@@ -361,8 +361,8 @@ class CachedActivations:
                 first += contexts
                 if not waiting:
                     activations = [tensors[str(site)][here] for site in self.sites]
-                    trains = tensors["trains"][here] if "trains" in tensors else None
-                    yield Chunk(tensors["tokens"][here].long(), activations, after, trains)
+                    tables = {name: tensors[at][here] for name, at in TABLES.items() if at in tensors}
+                    yield Chunk(tensors["tokens"][here].long(), activations, after, **tables)
                 elif after == position:
                     waiting = False
 
@@ -370,8 +370,8 @@ class CachedActivations:
         path = self.folder / shard["file"]
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                masks = [name for name in file.keys() if name == "trains"]  # noqa: SIM118
-                tensors = {name: file.get_tensor(name) for name in ("tokens", *masks, *map(str, self.sites))}
+                tables = sorted({*file.keys()} & {*TABLES.values()})
+                tensors = {name: file.get_tensor(name) for name in ("tokens", *tables, *map(str, self.sites))}
         except (OSError, safetensors.SafetensorError) as error:
             raise ActivationError(
                 f"shard {str(path)!r} cannot be read ({error}); harvest again into a new folder"

@@ -25,6 +25,8 @@ from unbraid.errors import ModelError
 from unbraid.sites import KINDS, Site
 
 ResultT = TypeVar("ResultT")
+Given = dict[str, Tensor]
+"""What a model is given beside token ids."""
 
 
 class _DeepestSiteReached(Exception):
@@ -81,9 +83,9 @@ class LanguageModel:
         check_vocabulary(self.name, tokenizer, self.special_ids, self.vocabulary)
         self.widths = [0] * len(self.sites)
         self._find_places(self.sites)
-        self.widths = [x.shape[-1] for x in self._capture(trial_tokens(self.vocabulary), None)]
+        self.widths = [x.shape[-1] for x in self._capture(trial_tokens(self.vocabulary), {})]
         if not bidirectional:
-            check_causal(self.name, self._last_output, self.vocabulary)
+            check_causal(self.name, self.last_output, self.vocabulary)
 
     @property
     def d_model(self) -> int:
@@ -170,18 +172,23 @@ class LanguageModel:
             yield
 
     def activations(
-        self, tokens: Int[Tensor, "C T"], mask: Int[Tensor, "C T"] | None = None
+        self,
+        tokens: Int[Tensor, "C T"],
+        mask: Int[Tensor, "C T"] | None = None,
+        positions: Int[Tensor, "C T"] | None = None,
     ) -> list[Float[Tensor, "C T _"]]:
         """Activations of every site for `C` contexts of token ids, on the model's device and in its dtype.
 
         Args:
             tokens: token ids.
             mask: 1 where there is a token, 0 where a shorter context was filled up; None for contexts without filling.
+            positions: for contexts without filling, positions that start anew with each document, which is then read
+                as if it were alone.
 
         Raises:
             ModelError: a site did not fire or gave another shape than [C, T, W]; memory ran out for one context.
         """
-        parts = self._passes(tokens, mask, self._capture)
+        parts = self._passes(tokens, _given(mask, positions), self._capture)
         if len(parts) == 1:
             return parts[0]
         return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
@@ -192,6 +199,7 @@ class LanguageModel:
         site: Site | str | None = None,
         replace: Callable[[Float[Tensor, "C T W"]], Float[Tensor, "C T W"]] | None = None,
         mask: Int[Tensor, "C T"] | None = None,
+        positions: Int[Tensor, "C T"] | None = None,
     ) -> Float[Tensor, "C T V"]:
         """Next-token logits; with `replace`, the activations of `site` are what it returns, at every position.
 
@@ -201,10 +209,11 @@ class LanguageModel:
         site = Site.parse(site) if isinstance(site, str) else site
         if (site is None) != (replace is None):
             raise ModelError(f"logits got site={site} and replace={replace}; expected both or neither")
-        parts = self._passes(tokens, mask, lambda part, seen: self._spliced_logits(part, seen, site, replace))
+        given = _given(mask, positions)
+        parts = self._passes(tokens, given, lambda part, seen: self._spliced_logits(part, seen, site, replace))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _capture(self, tokens: Tensor, mask: Tensor | None) -> list[Tensor]:
+    def _capture(self, tokens: Tensor, given: Given) -> list[Tensor]:
         captured: dict[int, Tensor] = {}
 
         def keep(i: int) -> Visit:
@@ -220,15 +229,15 @@ class LanguageModel:
             for i, site in enumerate(self.sites):
                 stack.enter_context(visited(self._places[site], keep(i)))
             with suppress(_DeepestSiteReached):
-                self._forward(tokens, mask)
+                self._forward(tokens, given)
         self._require_fired([site for i, site in enumerate(self.sites) if i not in captured])
         return [captured[i] for i in range(len(self.sites))]
 
     def _spliced_logits(
-        self, tokens: Tensor, mask: Tensor | None, site: Site | None, replace: Callable[[Tensor], Tensor] | None
+        self, tokens: Tensor, given: Given, site: Site | None, replace: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
         if site is None or replace is None:
-            return self._logits(tokens, mask)
+            return self._logits(tokens, given)
         fired: list[Site] = []
 
         def visit(x: Tensor) -> Tensor:
@@ -236,12 +245,12 @@ class LanguageModel:
             return replace(x)
 
         with visited(self.place(site), visit):
-            logits = self._logits(tokens, mask)
+            logits = self._logits(tokens, given)
         self._require_fired([] if fired else [site])
         return logits
 
-    def _logits(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        found = getattr(self._forward(tokens, mask), "logits", None)
+    def _logits(self, tokens: Tensor, given: Given) -> Tensor:
+        found = getattr(self._forward(tokens, given), "logits", None)
         if found is None:
             raise ModelError(
                 f"{self.name} ({type(self.model).__name__}) gives no logits; expected a model with a language-model "
@@ -249,19 +258,17 @@ class LanguageModel:
             )
         return found.clone()
 
-    def _forward(self, tokens: Tensor, mask: Tensor | None = None) -> Any:
+    def _forward(self, tokens: Tensor, given: Given | None = None) -> Any:
         if int(tokens.max()) >= self.vocabulary:
             raise ModelError(
                 f"token id {int(tokens.max())} is beyond the {self.vocabulary} that {self.name} knows; expected ids "
                 "of the tokenizer the model was trained with; change the data or model.name"
             )
-        mask = torch.ones_like(tokens) if mask is None else mask
+        inputs = {"input_ids": tokens} | (given or {"attention_mask": torch.ones_like(tokens)})
         with torch.inference_mode():
-            return self.model(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
+            return self.model(**{name: table.to(self.device) for name, table in inputs.items()}, use_cache=False)
 
-    def _passes(
-        self, tokens: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor | None], ResultT]
-    ) -> list[ResultT]:
+    def _passes(self, tokens: Tensor, given: Given, run: Callable[[Tensor, Given], ResultT]) -> list[ResultT]:
         """`run` on at most `pass_contexts` contexts at a time, in order."""
         longest = getattr(self._text_config, "max_position_embeddings", None)
         if tokens.ndim != 2 or 0 in tokens.shape:
@@ -274,9 +281,10 @@ class LanguageModel:
         parts: list[ResultT] = []
         done = 0
         while done < len(tokens):
-            part = tokens[done : done + self.pass_contexts]
+            here = slice(done, done + self.pass_contexts)
+            part = tokens[here]
             try:
-                parts.append(run(part, None if mask is None else mask[done : done + self.pass_contexts]))
+                parts.append(run(part, {name: table[here] for name, table in given.items()}))
                 done += len(part)
                 continue
             except RuntimeError as problem:
@@ -348,13 +356,18 @@ class LanguageModel:
         with suppress(_DeepestSiteReached), visited(Place("", self.blocks[layer], "output"), stop):
             yield
 
-    def _last_output(self, tokens: Tensor) -> Tensor:
+    def last_output(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """What the last block gives."""
         kept: list[Tensor] = []
         with visited(Place("", self.blocks[-1], "output"), kept.append), self._stopping_after(self.n_layers - 1):
-            self._forward(tokens)
+            self._forward(tokens, _given(None, positions))
         self._require_fired([] if kept else [Site("resid_post", self.n_layers - 1)])
         return kept[0]
+
+
+def _given(mask: Tensor | None, positions: Tensor | None) -> Given:
+    """Positions that start anew are seen only without a mask: transformers then stops attention where they do."""
+    return {"attention_mask": mask} if mask is not None else {} if positions is None else {"position_ids": positions}
 
 
 def _is_out_of_memory(problem: RuntimeError) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from unbraid.activations.language_model import LanguageModel, load_language_model
 from unbraid.activations.rows import Chunk
+from unbraid.activations.suitability import check_keeps_documents_apart
 from unbraid.config import ModelConfig, RunConfig
 from unbraid.distributed.ranks import ALONE, Ranks
 from unbraid.errors import ModelError
@@ -27,11 +28,12 @@ DOCUMENTS_SEARCHED = 200_000
 
 
 class _Pass(NamedTuple):
-    """One model batch: token ids, which may be learnt from, and where there is a token and no filling."""
+    """One model batch: token ids, which may be learnt from, where there is a token and no filling, and positions."""
 
     tokens_BT: torch.Tensor
     trains_BT: torch.Tensor
     present_BT: torch.Tensor
+    positions_BT: torch.Tensor
 
 
 class LiveActivations:
@@ -68,6 +70,8 @@ class LiveActivations:
         if config.text.bos == "none":
             # Whatever makes contexts or prompts asks the tokenizer, and this one is the model's own.
             self.model.tokenizer.bos_token = None
+        if config.text.separate_documents:
+            check_keeps_documents_apart(self.model.name, self.model.last_output, self.model.vocabulary)
         vocabulary = self.model.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
         self.documents = documents or HandedInText(text, vocabulary)
         self.model_name = self.model.name
@@ -92,8 +96,9 @@ class LiveActivations:
             passes = [_Pass(*map(torch.tensor, rows)) for rows, _ in turns]
             own = self._activations(passes[self.ranks.rank]) if self.ranks.rank < len(turns) else []
             for turn, (batch, (_, after)) in enumerate(zip(passes, turns, strict=True)):
-                trains_BT = batch.trains_BT if self.text.masked else None
-                yield Chunk(batch.tokens_BT, self._from_rank(turn, own, batch.tokens_BT), after, trains_BT)
+                tables = {"trains_BT": batch.trains_BT} if self.text.masked else {}
+                tables |= {"positions_BT": batch.positions_BT} if self.text.separate_documents else {}
+                yield Chunk(batch.tokens_BT, self._from_rank(turn, own, batch.tokens_BT), after, **tables)
             if len(turns) < self.ranks.size:
                 return
 
@@ -104,6 +109,8 @@ class LiveActivations:
             yield [torch.stack(rows).tolist() for rows in zip(*batch, strict=True)], contexts.position.to_json()
 
     def _activations(self, batch: _Pass) -> list[torch.Tensor]:
+        if self.text.separate_documents:  # every context is full
+            return self.model.activations(batch.tokens_BT, positions=batch.positions_BT)
         return self.model.activations(batch.tokens_BT, batch.present_BT.long() if self.text.masked else None)
 
     def _from_rank(self, rank: int, own: list[torch.Tensor], tokens_BT: torch.Tensor) -> list[torch.Tensor]:
@@ -131,7 +138,7 @@ class LiveActivations:
         special, found = torch.tensor(sorted(self.special_ids), dtype=torch.long), 0
         for context in self._contexts(self.documents, None, False).with_masks():
             kept_T = context.trains & ~torch.isin(context.tokens, special)
-            found += int(kept_T[int(self.drop_first_position) :].sum())
+            found += int((kept_T & (context.positions > 0)).sum() if self.drop_first_position else kept_T.sum())
             if found >= limit:
                 return found
         return found

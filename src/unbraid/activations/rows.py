@@ -19,6 +19,9 @@ from unbraid.errors import ActivationError
 from unbraid.json_files import is_count, is_number
 from unbraid.sites import Site
 
+TABLES = {"trains_BT": "trains", "positions_BT": "positions"}
+"""What a chunk may say of each of its tokens: attribute -> name in a cache."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -29,12 +32,21 @@ class Chunk:
         activations: one [contexts, T, D] tensor a site.
         position: where the text continues after this chunk; plain JSON data.
         trains_BT: which tokens may be learnt from, [contexts, T] bool; None for all.
+        positions_BT: position of each token in its document, where a context holds several that are kept apart,
+            [contexts, T]; None where they are positions in the context.
     """
 
     tokens_BT: Tensor
     activations: list[Tensor]
     position: dict[str, Any]
     trains_BT: Tensor | None = None
+    positions_BT: Tensor | None = None
+
+    def of_first(self, contexts: int) -> "Chunk":
+        """The chunk with its first contexts only."""
+        part = slice(contexts)
+        tables = {name: None if (table := getattr(self, name)) is None else table[part] for name in TABLES}
+        return Chunk(self.tokens_BT[part], [x_BTD[part] for x_BTD in self.activations], self.position, **tables)
 
 
 @runtime_checkable
@@ -60,7 +72,8 @@ class ChunkSource(Protocol):
 class RowFilter:
     """Decides which rows of a chunk may be learnt from.
 
-    Special tokens (BOS, EOS, padding) never are. Position 0 and rows beyond `norm_limit` times the site's median norm
+    Special tokens (BOS, EOS, padding) never are. Position 0 of a context (and of a
+    document, where documents are kept apart) and rows beyond `norm_limit` times the site's median norm
     are massive activations: one such row outweighs ten thousand others in the loss, so they are dropped by default,
     at every site together (sites share the buffer), and counted.
 
@@ -93,7 +106,9 @@ class RowFilter:
             ActivationError: a value is NaN or infinite.
         """
         first_BT = torch.zeros_like(chunk.tokens_BT, dtype=torch.bool)
-        first_BT[:, 0] = self.config.drop_first_position
+        if self.config.drop_first_position:
+            first_BT[:, 0] = True
+            first_BT |= False if chunk.positions_BT is None else chunk.positions_BT == 0
         unwanted_BT = torch.zeros_like(first_BT) if chunk.trains_BT is None else ~chunk.trains_BT & ~first_BT
         special_BT = torch.isin(chunk.tokens_BT, self.special_ids) & ~first_BT & ~unwanted_BT
         keep_BT = ~(first_BT | unwanted_BT | special_BT)

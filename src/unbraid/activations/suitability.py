@@ -1,5 +1,6 @@
 """Whether a model is what a run takes it for, tried on a few tokens when it is loaded."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,11 +59,45 @@ def check_causal(name: str, last_output: Callable[[Tensor], Tensor], vocabulary:
     changed = tokens.clone()
     changed[:, half:] = (tokens[:, half:] + 5) % vocabulary
     before, after = last_output(tokens)[:, :half], last_output(changed)[:, :half]
-    allowed = MOVED.get(before.dtype, MOVED_IN_FEW_BITS)
-    moved = (after.double() - before.double()).norm(dim=-1) / before.double().norm(dim=-1).clamp_min(1e-30)
-    if not float(moved.max()) <= allowed:
+    moved, allowed = _moved(before, after)
+    if not moved <= allowed:
         raise ModelError(
             f"{name} looks ahead: other tokens at the end of a context change what stands before them (by "
-            f"{float(moved.max()):.0%}); expected a causal language model; set model.bidirectional to true to use it "
+            f"{moved:.0%}); expected a causal language model; set model.bidirectional to true to use it "
             "as it is, or change model.name"
         )
+
+
+def check_keeps_documents_apart(name: str, last_output: Callable[[Tensor, Tensor], Tensor], vocabulary: int) -> None:
+    """Two documents in one context, told apart by their positions, must give what each gives alone.
+
+    Args:
+        name: what messages call the model.
+        last_output: token ids [C, T], positions [C, T] -> the last block's output [C, T, D].
+        vocabulary: token ids the model knows.
+
+    Raises:
+        ModelError: a document sees the one before it, or positions are not understood.
+    """
+    tokens_1T = trial_tokens(vocabulary).view(1, -1)
+    documents = tokens_1T.split([TRIAL_TOKENS + 3, TRIAL_TOKENS - 3], dim=1)
+    positions = [torch.arange(document.shape[1])[None] for document in documents]
+    try:
+        together = last_output(tokens_1T, torch.cat(positions, dim=1))
+        alone = torch.cat([last_output(*one) for one in zip(documents, positions, strict=True)], dim=1)
+        moved, allowed = _moved(alone, together)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # code of the model's makers
+        moved, allowed = math.inf, 0.0
+    if not moved <= allowed:
+        raise ModelError(
+            f"{name} cannot keep the documents of a context apart: attention does not stop where positions start anew, "
+            "as in state-space and recurrent models, or with positions that are no input; expected a model in which it "
+            "does, such as Llama or GPT-2; set text.separate_documents to false, or text.pack to false for one "
+            "document per context"
+        )
+
+
+def _moved(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """The largest relative change of a token's activations, and the one that rounding explains."""
+    moved = (after.double() - before.double()).norm(dim=-1) / before.double().norm(dim=-1).clamp_min(1e-30)
+    return float(moved.max()), MOVED.get(before.dtype, MOVED_IN_FEW_BITS)

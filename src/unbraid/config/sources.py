@@ -46,6 +46,9 @@ class TextConfig(Section):
     pack: bool = True
     """Contexts run on from document to document; false: each holds tokens of one document, and the rest of a
     document's last context is filled up with tokens that are not learnt from."""
+    separate_documents: Annotated[bool, active_when(pack=True, bos=("document", "none"))] = False
+    """Attention stops at the border between two documents of a context, and positions start anew there, as if each
+    were read alone; a model in which that has no effect is refused."""
     special_tokens: bool = False
     """Read the name of a special token inside a text as that token; false: as plain text. Chats always keep theirs."""
     train_on: Annotated[Literal["all", "assistant"], active_when(source=("files", "hub", "handed_in"))] = "all"

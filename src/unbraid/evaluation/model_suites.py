@@ -55,6 +55,7 @@ class ModelSuites:
         self.filter = RowFilter(run.buffer, self.source.sites, self.source.special_ids)
         self.contexts: list[tuple[Tensor, Tensor]] = []
         self.held_out: list[tuple[Tensor, Tensor]] = []
+        self.positions: list[Tensor] = []
         bar.advance(task)
 
     def control_rows(self) -> list[Tensor]:
@@ -112,6 +113,8 @@ class ModelSuites:
             meters.append((subject, CoreMeter(subject.sae, on_codes=_keep_codes(subject) if with_codes else None)))
         for chunk, keep_CT in self._held_out_chunks():
             self.held_out += zip(chunk.tokens_BT, keep_CT, strict=True)
+            if chunk.positions_BT is not None:
+                self.positions += chunk.positions_BT
             activations = [x_CTD.float() for x_CTD in chunk.activations]
             for subject, meter in meters:
                 meter.add(activations[subject.site], keep_CT.to(self.device))
@@ -128,7 +131,7 @@ class ModelSuites:
         task = self.bar.add_task("held-out activations", total=wanted, unit="contexts")
         if text.held_out_fraction > 0:
             for chunk in self.source.chunks(None, held_out=True):
-                chunk = Chunk(chunk.tokens_BT[:left], [x[:left] for x in chunk.activations], chunk.position)
+                chunk = chunk.of_first(left)
                 yield chunk, self.filter.mask(chunk)
                 self.bar.advance(task, len(chunk.tokens_BT))
                 left -= len(chunk.tokens_BT)
@@ -145,9 +148,9 @@ class ModelSuites:
         """The part of core that continues the model behind reconstructions."""
         task = self.bar.add_task("spliced passes", total=len(self.contexts), unit="contexts")
 
-        def counted() -> Iterator[tuple[Tensor, Tensor]]:
-            for tokens_T, keep_T in self.contexts:
-                yield tokens_T.unsqueeze(0), keep_T.unsqueeze(0)
+        def counted() -> Iterator[tuple[Tensor, ...]]:
+            for number, context in enumerate(self.contexts):
+                yield tuple(table_T.unsqueeze(0) for table_T in (*context, *self.positions[number : number + 1]))
                 self.bar.advance(task)
 
         saes: dict[Any, dict[str, Any]] = {}

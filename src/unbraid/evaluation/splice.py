@@ -7,6 +7,7 @@ NaN where a probability underflows. The intact pass is shared by all SAEs, the a
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,7 +32,7 @@ class Spliceable(Protocol):
 def preservation(
     model: Spliceable,
     saes: Mapping[Any, Mapping[str, Autoencoder]],
-    contexts: Iterable[tuple[Tensor, Tensor]],
+    contexts: Iterable[tuple[Tensor, ...]],
     seed: int = 0,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Cross-entropy and KL of every SAE.
@@ -40,7 +41,8 @@ def preservation(
         model: anything with `logits(tokens, site, replace)`.
         saes: site, as the model takes it -> name -> SAE acting on raw activations of the site; no name twice.
         contexts: token ids `[C, T]` and which positions count and are replaced `[C, T]`; any number of contexts at a
-            time.
+            time. A third table `[C, T]` has positions that start anew with each document of a context; the model then
+            takes `positions=`.
         seed: of the bootstrap over contexts.
 
     Returns:
@@ -51,10 +53,12 @@ def preservation(
         EvaluationError: no position counts.
     """
     rows: dict[str, list[np.ndarray]] = {name: [] for here in saes.values() for name in here}
-    for tokens_CT, keep_CT in contexts:
+    for tables in contexts:
         # One context at a time: it is the unit of the bootstrap, and its logits fit any memory.
-        for tokens_1T, keep_1T in zip(tokens_CT.split(1), keep_CT.split(1), strict=True):
-            for name, sums in _one_context(model, saes, tokens_1T, keep_1T):
+        for tokens_1T, keep_1T, *apart in zip(*(table_CT.split(1) for table_CT in tables), strict=True):
+            logits: Callable[..., Tensor] = model.logits
+            logits = partial(logits, positions=apart[0]) if apart else logits
+            for name, sums in _one_context(logits, saes, tokens_1T, keep_1T):
                 rows[name].append(sums)
     return {name: _summary(np.array(table), seed) for name, table in rows.items()}
 
@@ -63,16 +67,16 @@ SUMS = ("positions", "kept", "targets", "kl_sae", "kl_ablation", "ce_sae", "ce_m
 
 
 def _one_context(
-    model: Spliceable, saes: Mapping[Any, Mapping[str, Autoencoder]], tokens_1T: Tensor, keep_1T: Tensor
+    logits: Callable[..., Tensor], saes: Mapping[Any, Mapping[str, Autoencoder]], tokens_1T: Tensor, keep_1T: Tensor
 ) -> Iterator[tuple[str, np.ndarray]]:
-    intact = model.logits(tokens_1T).float().log_softmax(-1)
+    intact = logits(tokens_1T).float().log_softmax(-1)
     probability = intact.exp()
     targets, keep_1T = tokens_1T.to(intact.device)[:, 1:, None], keep_1T.to(intact.device)
     counts = keep_1T.numel(), keep_1T.sum(), keep_1T[:, :-1].sum()
 
     def losses(replace: Callable[[Tensor], Tensor] | None, site: Any) -> tuple[Tensor, Tensor]:
         """(KL divergence from the intact model, cross-entropy), summed over what counts."""
-        log_q = intact if replace is None else model.logits(tokens_1T, site, replace).float().log_softmax(-1)
+        log_q = intact if replace is None else logits(tokens_1T, site, replace).float().log_softmax(-1)
         kl = (probability * (intact - log_q)).sum(-1)[keep_1T]
         ce = -log_q[:, :-1].gather(2, targets).squeeze(2)[keep_1T[:, :-1]]
         return kl.double().sum(), ce.double().sum()

@@ -1,7 +1,8 @@
 """Packs documents into contexts: rows of exactly T tokens, from a position that can be saved.
 
 A context is the tokenizer's BOS token, if it has one, then the next tokens of an endless row: one document, EOS,
-another document, EOS, and so on. With `text.pack` off each context holds tokens of one document and what is left is
+another document, EOS, and so on. With `text.separate_documents` positions start anew with each of them, which is how a
+model is told to keep them apart. With `text.pack` off each context holds tokens of one document and what is left is
 filled up, never to be learnt from. Each document belongs to training or to held-out by a hash of what it holds, so
 equal texts never fall on both sides, whatever source or order they come in.
 """
@@ -82,11 +83,13 @@ class Context(NamedTuple):
         tokens: token ids [T], int64.
         trains: which of them may be learnt from [T].
         present: where there is a token and no filling [T].
+        positions: the position of each token [T], from 0 in the context, or in its part of each document.
     """
 
     tokens: Int[Tensor, " T"]
     trains: Bool[Tensor, " T"]
     present: Bool[Tensor, " T"]
+    positions: Int[Tensor, " T"]
 
 
 class _Piece(NamedTuple):
@@ -159,6 +162,7 @@ class Contexts:
         start, length = len(self._context_start), self.config.context_length
         tokens_T = np.full(length, self._filling, dtype=np.int64)
         trains_T, present_T = np.zeros(length, dtype=bool), np.zeros(length, dtype=bool)
+        positions_T = np.arange(length)
         tokens_T[:start], trains_T[:start] = self._context_start, True
         filled = start
         while filled < length:
@@ -168,6 +172,8 @@ class Contexts:
             taken = self._piece.tokens[rest]
             here = slice(filled, filled + len(taken))
             tokens_T[here], trains_T[here] = taken, self._piece.trains[rest]
+            if self.config.separate_documents:
+                positions_T[here] = np.arange(len(taken))
             filled += len(taken)
             self._token += len(taken)
             if self._token >= len(self._piece.tokens):
@@ -178,7 +184,7 @@ class Contexts:
         present_T[:filled] = True
         if self._piece is not None:
             self._position = Position(self._piece.index, self._token, self._piece.before)
-        return Context(torch.from_numpy(tokens_T), torch.from_numpy(trains_T), torch.from_numpy(present_T))
+        return Context(*map(torch.from_numpy, (tokens_T, trains_T, present_T, positions_T)))
 
     def _next_piece(self) -> _Piece:
         try:
