@@ -130,10 +130,12 @@ def test_what_was_stored_in_few_bits_is_folded_in_many(architecture, reads_x_min
 
 @pytest.mark.parametrize("norm", ["constant_norm_rescale", "layer_norm"])
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated", "abstopk", "matching_pursuit"])
-def test_a_norm_per_token_is_part_of_the_sae(architecture, norm, x, tmp_path: Path):
-    tensors = random_tensors(ARCHITECTURES[architecture], dtype="bfloat16")
-    tensors["W_dec"] = torch.nn.functional.normalize(tensors["W_dec"].float(), dim=1)
+@pytest.mark.parametrize("dtype", STORED[:3])
+def test_a_norm_per_token_is_part_of_the_sae(dtype, architecture, norm, x, tmp_path: Path):
+    tensors = random_tensors(ARCHITECTURES[architecture])
+    tensors["W_dec"] = torch.nn.functional.normalize(tensors["W_dec"], dim=1)
     tensors["b_dec"] = tensors["b_dec"] / 5
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     cfg = {"architecture": architecture, "normalize_activations": norm}
     cfg |= {"k": K} if architecture in ("topk", "abstopk") else {}
     cfg |= {"max_iterations": 7} if architecture == "matching_pursuit" else {}
@@ -150,7 +152,7 @@ def test_a_norm_per_token_is_part_of_the_sae(architecture, norm, x, tmp_path: Pa
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if "transcoder" in name])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", STORED[:3])
 def test_transcoders_predict_something_else(architecture, dtype, x, tmp_path: Path):
     tensors = random_tensors(ARCHITECTURES[architecture], d_out=M, dtype=dtype)
     cfg = {"architecture": architecture, "d_out": M}
@@ -163,16 +165,19 @@ def test_transcoders_predict_something_else(architecture, dtype, x, tmp_path: Pa
 
 @pytest.mark.parametrize("cfg", [{}, {"max_iterations": 3}, {"residual_threshold": 4.0}, {"max_iterations": 40}])
 @pytest.mark.parametrize("stop", [True, False])
-def test_matching_pursuit_takes_the_steps_of_its_formula(cfg, stop, x, tmp_path: Path):
+@pytest.mark.parametrize("dtype", STORED[:3])
+def test_matching_pursuit_takes_the_steps_of_its_formula(dtype, cfg, stop, x, tmp_path: Path):
     tensors = random_tensors(ARCHITECTURES["matching_pursuit"])
     tensors["W_dec"] = torch.nn.functional.normalize(tensors["W_dec"], dim=1)
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     cfg = cfg | {"architecture": "matching_pursuit", "stop_on_duplicate_support": stop}
     sae = formats.load(write(tmp_path / "sae", tensors, **cfg))
     assert_same(sae, x[0, :20], *sae_lens_oracle(cfg, tensors, x[0, :20]))
 
 
-def test_a_constant_scale_of_activations_is_folded_when_it_is_known(x, tmp_path: Path):
-    tensors = random_tensors(ARCHITECTURES["jumprelu"], dtype="bfloat16")
+@pytest.mark.parametrize("dtype", STORED[:3])
+def test_a_constant_scale_of_activations_is_folded_when_it_is_known(dtype, x, tmp_path: Path):
+    tensors = random_tensors(ARCHITECTURES["jumprelu"], dtype=dtype)
     cfg = {"architecture": "jumprelu", "normalize_activations": "expected_average_only_in"}
     folder = write(tmp_path / "sae", tensors, **cfg)
     with pytest.raises(FormatError, match="norm_scaling_factor"):

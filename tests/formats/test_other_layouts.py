@@ -76,15 +76,19 @@ def write_trainer(folder: Path, name: str, state: dict[str, Tensor], **settings)
     return folder
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_class_of_dictionary_learning_gives_its_own_codes_and_reconstructions(name, x, tmp_path: Path):
-    state = random_state(name)
-    found = formats.open_folder(write_trainer(tmp_path / "trainer_0", name, state))
-    f, x_hat = oracle(name, state, x)
+def test_every_class_of_dictionary_learning_gives_its_own_codes_and_reconstructions(name, dtype, x, tmp_path: Path):
+    in_dtype = {
+        key: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for key, t in random_state(name).items()
+    }
+    found = formats.open_folder(write_trainer(tmp_path / "trainer_0", name, in_dtype))
+    f, x_hat = oracle(name, {key: t.double() for key, t in in_dtype.items()}, x.double())
     assert found.layout == "dictionary_learning"
     assert found.metadata == {"model_name": "m", "hook_layer": 4}
-    torch.testing.assert_close(found.sae.encode(x), f, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.sae(x), x_hat, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.sae.encode(x) != 0, f != 0)
+    torch.testing.assert_close(found.sae.encode(x).double(), f, rtol=1e-5, atol=1e-5 * float(f.abs().max()))
+    torch.testing.assert_close(found.sae(x).double(), x_hat, rtol=1e-5, atol=1e-5 * float(x_hat.abs().max()))
     assert (found.sae.encode(x) != 0).double().mean() > 0.02
 
 

@@ -15,6 +15,7 @@ from unbraid.cli import main
 from unbraid.errors import FormatError
 from unbraid.formats import registry
 
+DTYPES = ("float32", "bfloat16", "float16")
 LIST = """
 gemma-scope-2b-pt-res-canonical:
   conversion_func: gemma_2
@@ -285,8 +286,12 @@ def test_search_on_the_command_line_lists_names_l0_and_neuronpedia(listed, capsy
 
 
 def test_the_share_of_the_registry_that_is_read(listed):
-    from registry_share import share
+    from registry_share import KINDS, passing, share
 
-    readable, total = share({name: True for name in ("gemma_scope", "qwen_scope", "llama_scope_r1", "sae_lens")})
-    assert (readable, total) == (5, 7)
-    assert share({}) == (0, 7)
+    assert share(set(KINDS)) == (6, 7)
+    assert share(set()) == (0, 7)
+    outcomes = {f"test_layout[{name}-{dtype}]": True for name in ("gemma_scope", "qwen_scope") for dtype in DTYPES}
+    assert share(passing(outcomes)) == (3, 7)
+    assert share(passing(outcomes | {"test_layout[gemma_scope-bfloat16]": False})) == (1, 7), "one that fails"
+    del outcomes["test_layout[qwen_scope-float16]"]
+    assert share(passing(outcomes)) == (2, 7), "one that is missing"

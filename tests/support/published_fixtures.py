@@ -75,14 +75,31 @@ def save(path: Path, tensors: dict, pickled: bool = False) -> Path:
     return path
 
 
-def gemma_scope(root: Path, dtype: str) -> Made:
-    """Residual stream; float16 is not published but costs nothing to hold."""
-    t = drawn(*JUMP, dtype=dtype if dtype != "bfloat16" else "float32")
-    folder = root / "google" / "gemma-scope-2b-pt-res" / "layer_20" / "width_16k" / "average_l0_71"
+def archived(folder: Path, dtype: str) -> dict[str, Tensor]:
+    """Tensors of a JumpReLU written as `params.npz`, in float64; NumPy has no bfloat16, so those are float32 there."""
+    t = drawn(*JUMP, dtype=dtype)
     folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in t.items()})
+    as_numpy = {name: (tensor.float() if dtype == "bfloat16" else tensor).numpy() for name, tensor in t.items()}
+    np.savez(folder / "params.npz", **as_numpy)
+    return doubled(t)
+
+
+def gemma_scope(root: Path, dtype: str) -> Made:
+    """Residual stream."""
+    folder = root / "google" / "gemma-scope-2b-pt-res" / "layer_20" / "width_16k" / "average_l0_71"
+    t = archived(folder, dtype)
     hook = {"model_name": "google/gemma-2-2b", "hook_name": "blocks.20.hook_resid_post"}
-    return Made(folder, plain_form(t := doubled(t), lambda pre: jump(t, pre)), {}, hook)
+    return Made(folder, plain_form(t, lambda pre: jump(t, pre)), {}, hook)
+
+
+def gemma_scope_mlp(root: Path, dtype: str) -> Made:
+    made = gemma_scope(root, dtype)
+    folder = root / "google" / "gemma-scope-9b-pt-mlp" / "layer_20" / "width_131k" / "average_l0_12"
+    folder.parent.mkdir(parents=True)
+    made.place.rename(folder)
+    return made._replace(
+        place=folder, metadata={"model_name": "google/gemma-2-9b", "hook_name": "blocks.20.hook_mlp_out"}
+    )
 
 
 def gemma_scope_attention(root: Path, dtype: str) -> Made:
@@ -95,19 +112,15 @@ def gemma_scope_attention(root: Path, dtype: str) -> Made:
 
 
 def gemma_scope_embedding(root: Path, dtype: str) -> Made:
-    t = doubled(drawn(*JUMP))
     folder = root / "models--google--gemma-scope-2b-pt-res" / "snapshots" / "abc" / "embedding" / "width_4k"
-    folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **{name: tensor.float().numpy() for name, tensor in t.items()})
+    t = archived(folder, dtype)
     scaled = t | {"W_enc": t["W_enc"] / D**0.5, "W_dec": t["W_dec"] * D**0.5}
     return Made(folder, plain_form(scaled, lambda pre: jump(t, pre)), {}, {"hook_name": "hook_embed"})
 
 
 def gemma_scope_transcoder(root: Path, dtype: str) -> Made:
-    t = doubled(drawn(*JUMP))
     folder = root / "google" / "gemma-scope-2b-pt-transcoders" / "layer_3" / "width_16k" / "average_l0_9"
-    folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **{name: tensor.float().numpy() for name, tensor in t.items()})
+    t = archived(folder, dtype)
     hooks = {"hook_name": "blocks.3.ln2.hook_normalized", "hook_name_out": "blocks.3.hook_mlp_out"}
     return Made(folder, plain_form(t, lambda pre: jump(t, pre)), {}, hooks)
 
@@ -135,6 +148,32 @@ def gemma_scope_2_by_path(root: Path, dtype: str) -> Made:
     (folder / "config.json").unlink()
     hook = {"model_name": "google/gemma-3-270m", "hook_name": "blocks.5.hook_resid_post"}
     return made._replace(place=folder, metadata=hook)
+
+
+def gemma_scope_2_mlp(root: Path, dtype: str) -> Made:
+    made = gemma_scope_2(root, dtype)
+    folder = root / "google" / "gemma-scope-2-12b-it" / "mlp_out" / "layer_31_width_262k_l0_medium_seed_1"
+    folder.parent.mkdir(parents=True)
+    made.place.rename(folder)
+    config = json.loads((folder / "config.json").read_text())
+    point = "model.layers.31.post_feedforward_layernorm.output"
+    config |= {"hf_hook_point_in": point, "hf_hook_point_out": point, "model_name": "gemma-3-12b-it"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return made._replace(
+        place=folder, metadata={"model_name": "google/gemma-3-12b-it", "hook_name": "blocks.31.hook_mlp_out"}
+    )
+
+
+def gemma_scope_2_transcoder(root: Path, dtype: str) -> Made:
+    t = drawn(*JUMP, dtype=dtype, d_out=M)
+    folder = root / "google" / "gemma-scope-2-27b-pt" / "transcoder" / "layer_40_width_65k_l0_medium"
+    save(folder / "params.safetensors", {NAMES_2.get(name, name): tensor for name, tensor in t.items()})
+    ends = ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output")
+    config = {f"hf_hook_point_{end}": f"model.layers.40.{at}" for end, at in zip(("in", "out"), ends, strict=True)}
+    config |= {"width": N, "model_name": "google/gemma-3-27b-pt", "architecture": "jump_relu", "l0": 50}
+    (folder / "config.json").write_text(json.dumps(config | {"affine_connection": False, "type": "transcoder"}))
+    hooks = {"hook_name": "blocks.40.mlp.hook_in", "hook_name_out": "blocks.40.hook_mlp_out"}
+    return Made(folder, plain_form(t := doubled(t), lambda pre: jump(t, pre)), {}, hooks)
 
 
 def gemma_scope_2_affine(root: Path, dtype: str) -> Made:
@@ -353,11 +392,14 @@ def dictionary_learning_fork(root: Path, dtype: str) -> Made:
 
 FIXTURES: dict[str, Callable[[Path, str], Made]] = {
     "gemma_scope": gemma_scope,
+    "gemma_scope_mlp": gemma_scope_mlp,
     "gemma_scope_attention": gemma_scope_attention,
     "gemma_scope_embedding": gemma_scope_embedding,
     "gemma_scope_transcoder": gemma_scope_transcoder,
     "gemma_scope_2": gemma_scope_2,
     "gemma_scope_2_by_path": gemma_scope_2_by_path,
+    "gemma_scope_2_mlp": gemma_scope_2_mlp,
+    "gemma_scope_2_transcoder": gemma_scope_2_transcoder,
     "gemma_scope_2_affine": gemma_scope_2_affine,
     "qwen_scope": qwen_scope,
     "mwhanna": mwhanna,
