@@ -89,6 +89,7 @@ def settings(cell: Cell, asked: argparse.Namespace) -> RunConfig:
         "seed": cell.seed,
         "cache": str(CACHE),
         "model": base.model.model_copy(update={"sites": [f"resid_post.{cell.layer}"]}),
+        "buffer": base.buffer.model_copy(update={"norm_limit": 10.0}),  # What the table was made with.
         "sae": SAEConfig.model_validate(
             {
                 "architecture": cell.architecture,

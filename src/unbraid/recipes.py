@@ -53,14 +53,12 @@ def demo() -> RunConfig:
     Matryoshka SAEs with k = 32 on the residual stream after block 3: the form the study recommends, the paper's
     penalty, and no penalty. A top-k architecture holds L0 equal, so that what differs is the penalty. One shallow site
     instead of several deep ones, because what makes features readable is tokens, and the model gives 4,000 of them a
-    second here. Rows above 3 times the median norm stay out: they are 1 to 2 % of the tokens and carry a quarter to a
-    third of the squared norm, and most entangled pairs would be about them. The buffer is small so that the first step
-    comes soon.
+    second here. The buffer is small so that the first step comes soon.
     """
     return RunConfig(
         name="demo",
         model=ModelConfig(sites=["resid_post.3"]),
-        buffer=BufferConfig(contexts=256, norm_limit=3.0),
+        buffer=BufferConfig(contexts=256),
         sae=SAEConfig(architecture="matryoshka", n_features=2304, k=32),
         decorrelation=DecorrelationConfig(
             space="decoder", fraction=1e-3, push="rarer", floor="0.6 chance", scan_rows=128

@@ -59,6 +59,8 @@ def test_rows_that_training_left_out_are_left_out(tmp_path: Path):
     assert run_of(LLAMA).buffer.norm_limit == 10.0
     found = formats.open_folder(sae_folder(tmp_path / "sae", **LLAMA, norm_limit=3.0))
     assert run_of(found.metadata).buffer.norm_limit == 3.0
+    found = formats.open_folder(sae_folder(tmp_path / "every", **LLAMA, norm_limit=None))
+    assert run_of(found.metadata).buffer.norm_limit is None
     with pytest.raises(FormatError, match=r"norm_limit is 0\.5; expected a number above 1"):
         formats.load(sae_folder(tmp_path / "odd", **LLAMA, norm_limit=0.5))
 

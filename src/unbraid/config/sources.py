@@ -123,7 +123,7 @@ class BufferConfig(Section):
     """Capacity in contexts; refilled when half has been used."""
     drop_first_position: bool = True
     """Leave out position 0 of every context (an attention sink with about 100x the median norm)."""
-    norm_limit: float | None = Field(default=10.0, gt=1.0)
+    norm_limit: float | None = Field(default=3.0, gt=1.0)
     """Leave out rows whose norm exceeds this many times the site's median norm; none keeps every row."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of stored activations."""

@@ -13,6 +13,8 @@ from unbraid.config import BufferConfig, EvaluationConfig, ModelConfig, RunConfi
 from unbraid.errors import ConfigError, EvaluationError
 from unbraid.sites import Site
 
+LIMIT_OF_OTHERS = 10.0
+"""Times the median norm: the rows that dictionary_learning leaves out, for SAEs whose folder says nothing."""
 TRANSFORMER_LENS_NAMES = (
     (r"gpt2-small", "openai-community/gpt2"),
     (r"(gpt2(-medium|-large|-xl)?|distilgpt2)", r"openai-community/\1"),
@@ -72,7 +74,7 @@ def origin(metadata: dict[str, Any], config: EvaluationConfig, transcoders: bool
         text["context_length"] = metadata["context_size"]
     if metadata.get("prepend_bos") is not None:
         text["bos"] = "context" if metadata["prepend_bos"] else "none"
-    rows = {"norm_limit": metadata["norm_limit"]} if metadata.get("norm_limit") is not None else {}
+    rows = {"norm_limit": metadata.get("norm_limit", LIMIT_OF_OTHERS)}
     try:
         return RunConfig(
             buffer=validated(BufferConfig, rows, "the SAE's folder (norm_limit)"),

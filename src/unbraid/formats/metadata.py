@@ -11,7 +11,7 @@ COUNTS = ("context_size", "training_tokens")
 
 
 def checked_metadata(metadata: dict[str, Any], where: str) -> dict[str, Any]:
-    """`metadata` without its nulls.
+    """`metadata` without its nulls, but for `norm_limit`: there null says that every row counts.
 
     Raises:
         FormatError: an entry that unbraid acts on has the wrong type.
@@ -29,4 +29,4 @@ def checked_metadata(metadata: dict[str, Any], where: str) -> dict[str, Any]:
         raise FormatError(f"{where}: norm_limit is {shown(limit)}; expected a number above 1, or no such entry")
     flag(metadata, "prepend_bos", True, where)
     section(metadata, "model_from_pretrained_kwargs", where)
-    return {name: value for name, value in metadata.items() if value is not None}
+    return {name: value for name, value in metadata.items() if value is not None or name == "norm_limit"}
