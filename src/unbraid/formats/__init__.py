@@ -237,9 +237,22 @@ def writable_layout(name: str) -> ModuleType:
         hint = f"; did you mean {spelled[close[0]]!r}?" if close else ""
         raise FormatError(
             f"no layout {name!r} can be written; expected one of {', '.join(WRITABLE)}{hint}; `unbraid export` also "
-            "writes neuronpedia, which needs the model"
+            "writes circuit_tracer (transcoders of all layers) and neuronpedia (features, with the model)"
         )
     return WRITABLE[key]
+
+
+def is_transcoder_set(layout: str) -> bool:
+    """Whether `layout` names circuit-tracer's, in which transcoders of all layers make one folder."""
+    return _bare(layout) in transcoder_set.SPELLINGS
+
+
+def sae_folders_in(folder: Path) -> list[Path]:
+    """The SAE folders directly in a folder that is none itself, by name; nothing where one entry is something else."""
+    if not folder.is_dir() or any(layout.recognises(folder) for layout in FOLDERS.values()):
+        return []
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return inside if all(any(layout.recognises(path) for layout in FOLDERS.values()) for path in inside) else []
 
 
 def _bare(name: str) -> str:

@@ -1,19 +1,28 @@
-"""A run's SAEs in another layout, all of them or none."""
+"""A run's dictionaries in another layout, all of them or none."""
 
 from pathlib import Path
 
 from unbraid.errors import FormatError
-from unbraid.formats import folder_name, open_folder, path_or_name, writable_layout
+from unbraid.formats import (
+    folder_name,
+    is_transcoder_set,
+    open_folder,
+    path_or_name,
+    sae_folders_in,
+    transcoder_set,
+    writable_layout,
+)
 from unbraid.formats.folder import SAEFolder, check_sae_folder
 from unbraid.training.run_folder import RunFolder, is_run
 
 
 def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = False) -> list[Path]:
-    """Write every SAE of a run (or the one of an SAE folder) into `out/<name>` in the layout `to`.
+    """Write every dictionary of a run (or the one of an SAE folder) into `out/<name>` in the layout `to`.
 
     Args:
-        source: a run folder, an SAE folder in any known layout, or a name that `unbraid.load` takes.
-        to: sae_lens, dictionary_learning or sparsify.
+        source: a run folder, an SAE folder in any known layout, a folder of such folders, or a name that `unbraid.load`
+            takes.
+        to: sae_lens, dictionary_learning, sparsify, or circuit_tracer: transcoders of every layer in one folder, `out`.
         out: folder for the SAE folders.
         overwrite: replace SAE folders of the same name in it, if unbraid wrote them.
 
@@ -24,7 +33,9 @@ def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = Fa
         FormatError: there is no SAE, the layout cannot hold one of them, a folder of its name is there already
             (nothing is written then), or `out` is not writable.
     """
-    layout, folders = writable_layout(to), open_source(source)
+    if is_transcoder_set(to):
+        return [transcoder_set.save_set(_opened(source), Path(out), overwrite=overwrite)]
+    layout, folders = writable_layout(to), _opened(source)
     for name, found in folders.items():
         refusal = layout.cannot_hold(found.sae)
         if refusal is not None:
@@ -35,6 +46,13 @@ def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = Fa
         frequency_N = None if found.log10_frequency_N is None else 10.0**found.log10_frequency_N
         written.append(layout.save(found.sae, Path(out) / name, found.metadata, frequency_N))
     return written
+
+
+def _opened(source: Path | str) -> dict[str, SAEFolder]:
+    """As `open_source`, and the SAEs of a folder that holds nothing but their folders."""
+    place = path_or_name(source)
+    inside = sae_folders_in(place) if isinstance(place, Path) and not is_run(place) else []
+    return {path.name: open_folder(path) for path in inside} or open_source(source)
 
 
 def open_source(source: Path | str) -> dict[str, SAEFolder]:

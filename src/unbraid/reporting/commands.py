@@ -22,11 +22,12 @@ console = Console(soft_wrap=True)
 @dataclasses.dataclass
 class _Export:
     source: tyro.conf.Positional[str]
-    """A run folder, an SAE folder in any known layout, or a published SAE's name."""
+    """A run folder, an SAE folder in any known layout, a folder of such folders, or a published SAE's name."""
     to: str
-    """sae_lens, dictionary_learning or sparsify; or neuronpedia, the features as JSON."""
+    """sae_lens, dictionary_learning or sparsify; circuit_tracer, transcoders of every layer as one set; or neuronpedia,
+    the features as JSON."""
     out: Path
-    """Folder for the SAE folders."""
+    """Folder for the SAE folders, or for the set."""
     overwrite: bool = False
     """Replace SAE folders of the same names in it, if unbraid wrote them."""
     set_name: str | None = None
