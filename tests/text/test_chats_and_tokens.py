@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from unbraid.activations.buffer import ActivationBuffer
 from unbraid.activations.live import LiveActivations
 from unbraid.activations.packaged_model import packaged_model_folder
 from unbraid.activations.random_model import word_tokenizer
 from unbraid.activations.rows import RowFilter
 from unbraid.config import BufferConfig, ModelConfig, RunConfig, TextConfig
-from unbraid.errors import TextError
+from unbraid.errors import RowsUsedUp, TextError
 from unbraid.text import Contexts, Document
 from unbraid.text.documents import TOO_LONG, usable
 from unbraid.text.tokens import DocumentTokenizer, tokenise
@@ -83,6 +84,9 @@ def test_a_chat_goes_through_the_packaged_models_own_template(smollm2: Any) -> N
     assert contexts([CHAT], smollm2, length=len(theirs) + 2) == [[0, *theirs, 0]]
     answer = DocumentTokenizer(smollm2, config(train_on="assistant"))([CHAT])[0]
     assert smollm2.decode(answer.ids[answer.trains]) == "Hello!<|im_end|>\n"
+    longer = [*CHAT, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Good bye, naïve 🙂."}]
+    both = DocumentTokenizer(smollm2, config(train_on="assistant"))([longer])[0]
+    assert smollm2.decode(both.ids[both.trains]) == "Hello!<|im_end|>\nGood bye, naïve 🙂.<|im_end|>\n"
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
@@ -161,7 +165,7 @@ def test_what_is_neither_text_nor_chat_nor_token_ids_is_skipped_and_counted(bad:
     assert len(list(rows)) == 2 and rows.counts.skipped == {"not text": 1}
 
 
-def test_pretokenised_and_chat_data_train_on_the_activations_that_transformers_computes(tmp_path: Path) -> None:
+def test_pretokenised_data_give_the_activations_that_transformers_computes(tmp_path: Path) -> None:
     rows = [[0, *range(5 + n, 20 + n)] for n in range(40)]
     datasets.Dataset.from_dict({"input_ids": rows}).to_parquet(tmp_path / "ids.parquet")
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
@@ -199,3 +203,51 @@ def test_rows_that_are_not_to_be_learnt_from_never_reach_the_buffer_and_are_coun
     answer = tokenizer.encode(" gale", add_special_tokens=False)
     assert chunk.tokens_BT[kept].tolist() == answer * 6
     assert rows.dropped["not_trained"] + rows.dropped["special"] + 6 + rows.kept == 6 * 24
+
+
+def conversation(number: int) -> list[dict[str, str]]:
+    """Turns of different lengths, so that contexts are filled up differently."""
+    words = [f"w{number}q{part} " * (1 + (number + part) % 4) for part in range(4)]
+    return [{"role": ("user", "assistant")[part % 2], "content": word.strip()} for part, word in enumerate(words)]
+
+
+@pytest.mark.parametrize(("column", "train_on"), [("messages", "assistant"), ("messages", "all"), ("input_ids", "all")])
+def test_what_is_trained_on_is_what_transformers_computes(column: str, train_on: str, tmp_path: Path) -> None:
+    """Chats are rendered, tokenised and masked by transformers alone here, and each is run by itself."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = MARKED
+    chats = [conversation(number) for number in range(24)]
+    theirs = [
+        tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        for chat in chats
+    ]
+    items = chats if column == "messages" else [one["input_ids"] for one in theirs]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({column: item}) + "\n" for item in items))
+    length = max(len(one["input_ids"]) for one in theirs)
+    run = RunConfig(
+        text=config(length, source="files", paths=[str(path)], column=column, pack=False, train_on=train_on),
+        model=ModelConfig(name="random:llama", sites=["resid_post.0"], batch_contexts=4),
+        buffer=BufferConfig(norm_limit=None, contexts=8),
+    )
+    plain = LiveActivations(run, torch.device("cpu"))
+    live = LiveActivations(run, torch.device("cpu"), model=plain.model.model, tokenizer=tokenizer)
+    expected = []
+    for one in theirs:
+        ids = torch.tensor([one["input_ids"]])
+        with torch.inference_mode():
+            hidden_TD = live.model.model(ids, output_hidden_states=True).hidden_states[1][0]
+        keep_T = ~torch.isin(ids[0], torch.tensor(sorted(live.special_ids)))
+        if train_on == "assistant":
+            keep_T &= torch.tensor(one["assistant_masks"], dtype=torch.bool)
+        expected.append(hidden_TD[keep_T])
+    expected_RD = torch.cat(expected)
+    rows = len(expected_RD)
+    batch = next(size for size in range(32, 0, -1) if rows % size == 0)
+    buffer = ActivationBuffer(live, run.buffer, batch, 0, planned_rows=rows)
+    found_RD = torch.cat([buffer.next_batch()[0] for _ in range(rows // batch)])
+    distance_RR = torch.cdist(found_RD.double(), expected_RD.double())
+    for nearest in (distance_RR.min(dim=0), distance_RR.min(dim=1)):
+        assert float(nearest.values.max()) < 1e-5 * float(expected_RD.norm(dim=1).mean()) and len(found_RD) == rows
+    with pytest.raises(RowsUsedUp):
+        buffer.next_batch()

@@ -33,7 +33,9 @@ def check_vocabulary(name: str, tokenizer: Any, special_ids: tuple[int, ...], vo
     if not hasattr(tokenizer, "get_vocab"):
         return
     beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= vocabulary}
-    special = {index for index, token in beyond.items() if token in tokenizer.all_special_tokens}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {index for index in beyond if getattr(added.get(index), "special", False)}
+    special |= {index for index, token in beyond.items() if token in tokenizer.all_special_tokens}
     if set(beyond) - (special - set(special_ids)):
         first = min(beyond)
         raise ModelError(
