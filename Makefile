@@ -56,14 +56,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt requirements/packaged.txt require
 setup: $(VENV)/.ready
 	@:
 
-$(PEERS)/.ready: requirements/peers.txt constraints.txt pyproject.toml
+$(PEERS)/.ready: requirements/peers.txt requirements/peers-alone.txt constraints.txt pyproject.toml
 	$(call make_environment,$(PEERS))
 	@echo "installing into $(PEERS) (several minutes the first time) ..."
 	@$(PEERS)/bin/python $(PIP) "$(TORCH)"
 	@$(PEERS)/bin/python $(PIP) -c <(echo "$(TORCH)") -r requirements/peers.txt
 	@$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
 	@$(PEERS)/bin/python $(PIP) -c <(echo "$(TORCH)") -e . beartype pytest pytest-timeout hypothesis
-	@$(PEERS)/bin/python $(PIP) --no-deps sae-dashboard==0.8.0
+	@$(PEERS)/bin/python $(PIP) --no-deps -r requirements/peers-alone.txt
 	@touch $@
 
 peers: $(PEERS)/.ready

@@ -1,0 +1,56 @@
+"""llamascopium's own reader of its own files, and circuit-tracer's of our sets: `make test-peers`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from published_fixtures import FIXTURES, D
+from torch import Tensor
+
+from unbraid import formats
+from unbraid.formats.export import export
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
+SCOPIUM = [name for name in FIXTURES if name.startswith("llamascopium")]
+
+
+@pytest.mark.parametrize("name", SCOPIUM)
+def test_llamascopium_reads_the_same(name: str, x: Tensor, tmp_path: Path):
+    """It scales activations before it encodes them. Its own folding leaves thresholds as they are."""
+    models = pytest.importorskip("llamascopium.models.sae", reason="llamascopium, from `make test-peers`")
+    made = FIXTURES[name](tmp_path, "float32")
+    settings = json.loads((made.place / "config.json").read_text())
+    theirs = models.SparseAutoEncoder.from_pretrained(str(made.place), device="cpu", dtype=torch.float32)
+    ours = formats.load(made.place)
+    scale = D**0.5 / 2.5 if settings["norm_activation"] == "dataset-wise" else 1.0
+    with torch.no_grad():
+        f = theirs.encode(x * scale)
+        y = theirs.decode(f) / scale
+    assert torch.equal(ours.encode(x) != 0, f != 0)
+    torch.testing.assert_close(ours(x), y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
+    torch.testing.assert_close(ours.encode(x), f, rtol=1e-5, atol=1e-5 * float(f.abs().max()))
+
+
+@pytest.mark.parametrize("fixture", ["mwhanna", "transcoder_set", "gemma_scope_transcoder"])
+def test_circuit_tracer_reads_our_sets(fixture: str, x: Tensor, tmp_path: Path):
+    theirs = pytest.importorskip(
+        "circuit_tracer.transcoder.single_layer_transcoder", reason="circuit-tracer, from `make test-peers`"
+    )
+    for layer in range(3):
+        sae = formats.load(FIXTURES[fixture](tmp_path / f"made_{layer}", "float32").place)
+        hooks = {"hook_name": f"blocks.{layer}.mlp.hook_in", "hook_name_out": f"blocks.{layer}.hook_mlp_out"}
+        formats.save(sae, tmp_path / "saes" / f"layer_{layer}", metadata=hooks | {"model_name": "google/gemma-2-2b"})
+    (place,) = export(tmp_path / "saes", "circuit-tracer", tmp_path / "set")
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    assert config["model_kind"] == "transcoder_set"
+    paths = {layer: str(place / f"layer_{layer}.safetensors") for layer in range(3)}
+    ends = (config["feature_input_hook"], config["feature_output_hook"])
+    found = theirs.load_transcoder_set(paths, "scan", *ends, device=torch.device("cpu"), dtype=torch.float32)
+    for layer in range(3):
+        ours = formats.load(tmp_path / "saes" / f"layer_{layer}")
+        with torch.no_grad():
+            f, y = found[layer].encode(x), found[layer](x)
+        assert torch.equal(ours.encode(x) != 0, f != 0)
+        torch.testing.assert_close(ours(x), y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
