@@ -420,3 +420,42 @@ FIXTURES: dict[str, Callable[[Path, str], Made]] = {
     "connor_rob": connor_rob,
     "dictionary_learning_fork": dictionary_learning_fork,
 }
+
+
+def gemma_scope_2_layers(root: Path, dtype: str, kind: str = "clt", skips: bool = False) -> Made:
+    """Three layers, each with features of its own that write into itself and later ones (clt) or all (crosscoder)."""
+    layers, generator = 3, torch.Generator().manual_seed(5)
+    name = {
+        "clt": f"clt/width_262k_l0_big{'_affine' if skips else ''}",
+        "crosscoder": "crosscoder/layer_5_9_12_width_65k",
+    }
+    folder = root / "google" / "gemma-scope-2-1b-pt" / name[kind]
+    shapes = {"w_enc": (D, N), "b_enc": (N,), "threshold": (N,), "w_dec": (N, layers, D), "b_dec": (D,)}
+    shapes |= {"affine_skip_connection": (D, D)} if skips else {}
+    parts = []
+    for layer in range(layers):
+        part = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        part["threshold"] = part["threshold"].abs()
+        if kind == "clt":
+            part["w_dec"][:, :layer] = 0.0
+        part = {key: tensor.to(getattr(torch, dtype)) for key, tensor in part.items()}
+        save(folder / f"params_layer_{layer}.safetensors", part)
+        parts.append(doubled(part))
+    config = {"type": kind, "architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "affine_connection": skips}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Layer by layer, as the formula is written."""
+        pre = [x[..., at, :] @ part["w_enc"] + part["b_enc"] for at, part in enumerate(parts)]
+        f = [z.relu() * (z > part["threshold"]) for z, part in zip(pre, parts, strict=True)]
+        y = []
+        for to, part in enumerate(parts):
+            written = sum(f[source] @ parts[source]["w_dec"][:, to] for source in range(layers))
+            y.append(written + part["b_dec"] + (x[..., to, :] @ part["affine_skip_connection"] if skips else 0))
+        return torch.cat(f, dim=-1), torch.stack(y, dim=-2)
+
+    hooks = {"clt": ([0, 1, 2], "mlp.hook_in", "hook_mlp_out"), "crosscoder": ([5, 9, 12], *["hook_resid_post"] * 2)}
+    numbers, reads, writes = hooks[kind]
+    known = {"hook_names": [f"blocks.{layer}.{reads}" for layer in numbers], "model_name": "google/gemma-3-1b-pt"}
+    known |= {"hook_names_out": [f"blocks.{layer}.{writes}" for layer in numbers]}
+    return Made(folder, run, {}, known)

@@ -21,6 +21,7 @@ from unbraid.formats import (
     dictionary_learning,
     gemma_scope,
     gemma_scope_2,
+    gemma_scope_2_layers,
     linear_layers,
     llama_scope,
     llama_scope_r1,
@@ -47,6 +48,7 @@ FOLDERS: dict[str, ModuleType] = {
     "sparsify": sparsify,
     "gemma_scope": gemma_scope,
     "gemma_scope_2": gemma_scope_2,
+    "gemma_scope_2_layers": gemma_scope_2_layers,
     "llama_scope": llama_scope,
     "llama_scope_r1": llama_scope_r1,
     "llamascopium": llamascopium,
@@ -84,6 +86,8 @@ def load(path: Path | str, **options: Any) -> SAE:
             `hf://owner/name/folder`.
         options: as for `open_folder`.
 
+    Crosscoders and cross-layer transcoders take activations `[..., sites, D]`; `metadata["hook_names"]` has the sites.
+
     Raises:
         FormatError: no known layout is recognised, or the one that is cannot be held exactly.
 
@@ -93,7 +97,7 @@ def load(path: Path | str, **options: Any) -> SAE:
         >>> f.shape, sae.decode(f).shape
         (torch.Size([5, 128]), torch.Size([5, 64]))
     """
-    return open_folder(path, **options).sae
+    return open_folder(path, several_sites=True, **options).sae
 
 
 def open_folder(
@@ -102,6 +106,7 @@ def open_folder(
     norm_scaling_factor: float | None = None,
     decoder_norms: str | None = None,
     known: Known | None = None,
+    several_sites: bool = False,
 ) -> SAEFolder:
     """The dictionary at `path` with what its folder says about it.
 
@@ -114,13 +119,14 @@ def open_folder(
         decoder_norms: for Llama Scope, whether norms of decoder rows come before the threshold ("folded") or are left
             out ("kept"); what its files ask for by default.
         known: the same, and more, from a registry.
+        several_sites: read crosscoders and cross-layer transcoders too, which take activations `[..., sites, D]`.
 
     Raises:
         FormatError: no known layout is recognised, or the one that is cannot be held exactly.
     """
     if decoder_norms not in (None, "folded", "kept"):
         raise FormatError(f"decoder_norms is {decoder_norms!r}; expected 'folded', 'kept' or None")
-    known = known or Known(norm_scaling_factor, decoder_norms)
+    known = known or Known(norm_scaling_factor, decoder_norms, several_sites=several_sites)
     factor = known.norm_scaling_factor
     if factor is not None and not (is_number(factor) and factor > 0):
         raise FormatError(f"norm_scaling_factor is {factor!r}; expected a positive number")

@@ -67,14 +67,7 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
 
 def _where_from(config: dict[str, Any], words: str, kind: str, where: str) -> dict[str, Any]:
     """Model and hooks, from the configuration or else from the path."""
-    metadata: dict[str, Any] = {"prepend_bos": True}
-    model = text(config, "model_name", where)
-    size = re.search(r"gemma-scope-2-(\d+[mb])-(pt|it)", words)
-    if model is None and size is not None:
-        model = f"gemma-3-{size[1]}-{size[2]}"
-    if model is not None:
-        name = model.removeprefix("google/").replace("-v3", "-3")
-        metadata["model_name"] = "google/" + ("gemma-3-270m" if name == "gemma-3-270m-pt" else name)
+    metadata: dict[str, Any] = {"prepend_bos": True, "model_name": model_name(config, words, where)}
     hooks = [_hook(text(config, f"hf_hook_point_{end}", where)) for end in ("in", "out")]
     layer = re.search(r"(resid_post|mlp_out|attn_out|transcoder)(?:_all)?/layer_(\d{1,4})_", words)
     if hooks[0] is None and layer is not None:
@@ -84,6 +77,18 @@ def _where_from(config: dict[str, Any], words: str, kind: str, where: str) -> di
     if kind == "transcoder" or hooks[1] != hooks[0]:
         metadata["hook_name_out"] = hooks[1]
     return {name: value for name, value in metadata.items() if value is not None}
+
+
+def model_name(config: dict[str, Any], words: str, where: str) -> str | None:
+    """The model's id on the hub, from the configuration or else from the path."""
+    model = text(config, "model_name", where)
+    size = re.search(r"gemma-scope-2-(\d+[mb])-(pt|it)", words)
+    if model is None and size is not None:
+        model = f"gemma-3-{size[1]}-{size[2]}"
+    if model is None:
+        return None
+    name = model.removeprefix("google/").replace("-v3", "-3")
+    return "google/" + ("gemma-3-270m" if name == "gemma-3-270m-pt" else name)
 
 
 def _hook(point: str | None) -> str | None:

@@ -16,12 +16,14 @@ class Known:
             ("folded") or to codes as they are ("kept"); what the files ask for by default.
         settings: entries of cfg.json that go before the file's own.
         metadata: where the dictionary belongs, under SAELens' names; goes before what the files say.
+        several_sites: whether a dictionary that reads several sites is wanted too.
     """
 
     norm_scaling_factor: float | None = None
     decoder_norms: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    several_sites: bool = False
 
 
 NOTHING = Known()

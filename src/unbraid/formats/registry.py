@@ -14,7 +14,7 @@ import os
 import re
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -61,6 +61,8 @@ IN_A_FOLDER = (
     *("cfg.json", "config.json", "hyperparams.json", "sae_weights.safetensors", "sparsity.safetensors"),
     *("sae.safetensors", "ae.pt", "params.npz", "params.safetensors", "checkpoints/final.safetensors"),
 )
+ONE_PER_LAYER = tuple(f"params_layer_{digits}.safetensors" for digits in ("[0-9]", "[0-9][0-9]"))
+"""Patterns of further such files."""
 BESIDE_A_FILE = ("config.json", "config.yaml")
 HUB_PATH = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[^/\0]+)*)/?")
 """OWNER/NAME[@REVISION][/FOLDER]"""
@@ -296,7 +298,8 @@ def open_named(name: str, known: Known) -> SAEFolder:
         factor = entry.norm_scaling_factor
     metadata = {"registry_name": name, "neuronpedia_id": entry.neuronpedia} | known.metadata
     metadata = {key: value for key, value in metadata.items() if value is not None}
-    found = _open(entry.repository, entry.path, Known(factor, known.decoder_norms, entry.settings, metadata))
+    known = replace(known, norm_scaling_factor=factor, settings=entry.settings, metadata=metadata)
+    found = _open(entry.repository, entry.path, known)
     found.metadata.setdefault("model_name", entry.model)
     found.sae.metadata.setdefault("model_name", entry.model)
     return found
@@ -354,7 +357,7 @@ def files_of(path: str) -> list[str]:
     place, prefix = PurePosixPath(path), f"{path}/" if path else ""
     beside = [str(place.parent / name) for name in (*BESIDE_A_FILE, f"{place.stem}_cfg.json")] if path else []
     wanted = [*([path] if path else []), *(f"{prefix}{name}" for name in IN_A_FOLDER), *beside]
-    return [_literal(pattern) for pattern in wanted]
+    return [*(_literal(pattern) for pattern in wanted), *(f"{_literal(prefix)}{name}" for name in ONE_PER_LAYER)]
 
 
 def _literal(path: str) -> str:

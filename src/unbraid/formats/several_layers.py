@@ -1,4 +1,4 @@
-"""Dictionaries that several layers share, which unbraid recognises and refuses by name: crosscoders and CLTs."""
+"""Dictionaries that several layers share and that unbraid does not read: recognised, and refused by name."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,6 @@ from unbraid.errors import FormatError
 from unbraid.formats.published import NOTHING, Known
 
 FILES = {
-    r"params_layer_\d+\.safetensors": "a crosscoder or cross-layer transcoder of Gemma Scope 2",
     r"W_(enc|dec)_\d+\.safetensors": "a cross-layer transcoder",
     r"model_final\.pt": "a crosscoder of dictionary_learning",
     r"latest_ckpt\.safetensors": "a temporal SAE, whose codes depend on the whole sequence,",

@@ -1,0 +1,86 @@
+"""Dictionaries that read several sites at once, in inference form only: each site has features of its own.
+
+A cross-layer transcoder's features of a layer write into that layer and later ones; a crosscoder of this kind writes
+into all its sites. Which it is lies in the weights: a decoder row is zero where it does not write.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from unbraid.distributed.shard import Shard
+from unbraid.errors import ActivationError, CodesError
+from unbraid.sae import SAE
+
+
+class SeveralSitesDictionary(SAE):
+    """f_l = J(x_l W_enc_l + b_enc_l), y_k = sum_l f_l W_dec_l[:, k] + b_dec_k, and x_k W_skip_k in `forward`.
+
+    Attributes:
+        encoder_LND: `[L, n, D]`, n features of each of L sites; all N = L n of them stand in this order in codes.
+        b_enc, threshold: `[L, n]`.
+        W_dec: `[N, K, D]`, what each feature writes into each of K sites.
+        b_dec: `[K, D]`.
+        W_skip: `[K, D, D]` where there is a skip connection.
+    """
+
+    threshold: Tensor
+    W_skip: Tensor | None
+
+    def __init__(self, name: str, tensors: dict[str, Tensor]):
+        nn.Module.__init__(self)
+        self._name = name
+        self.encoder_LND = nn.Parameter(tensors["W_enc"].transpose(1, 2).contiguous())
+        self.b_enc = nn.Parameter(tensors["b_enc"])
+        self.threshold = nn.Parameter(tensors["threshold"])
+        self.W_dec = nn.Parameter(tensors["W_dec"].flatten(0, 1))
+        self.b_dec = nn.Parameter(tensors["b_dec"])
+        skip = tensors.get("W_skip")
+        self.register_parameter("W_skip", None if skip is None else nn.Parameter(skip))
+        self.n_sites, self.features_per_site, self.d_in = self.encoder_LND.shape
+        self.n_features = self.n_sites * self.features_per_site
+        self.shard = Shard(self.n_features)
+        self.metadata: dict[str, Any] = {}
+
+    @property
+    def architecture(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What it is."""
+        return self._name
+
+    @property
+    def k(self) -> int | None:
+        """No number of active features is fixed."""
+        return None
+
+    def preactivations(self, x: Float[Tensor, "*rows L D"]) -> Float[Tensor, "*rows N"]:
+        """What the activation is applied to, from raw activations."""
+        if x.ndim < 2 or x.shape[-2:] != (self.n_sites, self.d_in):
+            raise ActivationError(
+                f"activations have shape {tuple(x.shape)}; expected [..., {self.n_sites}, {self.d_in}]: those of all "
+                f"{self.n_sites} sites of a token, in the order of metadata['hook_names']; stack them"
+            )
+        return (torch.einsum("...ld,lnd->...ln", x, self.encoder_LND) + self.b_enc).flatten(-2)
+
+    def encode(self, x: Float[Tensor, "*rows L D"]) -> Float[Tensor, "*rows N"]:
+        """Codes of raw activations, the first site's features first."""
+        pre = self.preactivations(x)
+        return pre.relu() * (pre > self.threshold.flatten())
+
+    def decode(self, f: Float[Tensor, "*rows N"]) -> Float[Tensor, "*rows K D"]:
+        """Output of every site from codes, without the skip connection."""
+        return torch.einsum("...n,nkd->...kd", self.require_codes(f), self.W_dec) + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*rows L D"]) -> Float[Tensor, "*rows K D"]:
+        """Output from raw activations, the skip connection included."""
+        y = self.decode(self.encode(x))
+        return y if self.W_skip is None else y + torch.einsum("...kd,kde->...ke", x, self.W_skip)
+
+    def training_forward(self, *_: Any, **__: Any) -> Any:
+        """Imported dictionaries are not trained.
+
+        Raises:
+            CodesError: always.
+        """
+        raise CodesError(f"a {self.architecture} from elsewhere can be used but not trained; train a topk")
