@@ -10,7 +10,9 @@ from feature_models import random_feature_model, random_sae
 
 import unbraid
 from unbraid import cli
+from unbraid.config import RunConfig, TextConfig
 from unbraid.errors import FormatError
+from unbraid.feature_model import neuronpedia
 from unbraid.feature_model.neuronpedia import export_neuronpedia
 
 BATCH = ["model_id", "layer", "sae_set", "sae_id_suffix", "features"]
@@ -153,6 +155,15 @@ def test_only_our_own_earlier_export_is_replaced_and_only_when_asked(run, export
     with pytest.raises(FormatError, match=r"holds batch-0\.json, which unbraid did not write"):
         export_neuronpedia(run.path, tmp_path, tokens=2000, overwrite=True)
     assert contents(tmp_path) == {f"{name}/batch-0.json": b"mine"}
+
+
+@pytest.mark.parametrize(("dataset", "named"), [("a/b", "a/b"), ("/home/me/texts", "")])
+def test_the_hubs_data_set_is_named_and_a_place_on_this_machine_is_not(dataset: str, named: str, tmp_path: Path):
+    config = RunConfig(text=TextConfig(source="hub", dataset=dataset))
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    (tmp_path / "saes" / "one").mkdir(parents=True)
+    assert neuronpedia._dataset(tmp_path) == neuronpedia._dataset(str(tmp_path / "saes" / "one")) == named
+    assert neuronpedia._dataset("smollm2-demo") == ""
 
 
 def test_what_cannot_be_filed_there_is_said(run, tmp_path: Path, capsys):

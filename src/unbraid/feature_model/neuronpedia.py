@@ -23,11 +23,14 @@ from unbraid.errors import FormatError, UnbraidError
 from unbraid.feature_model.dictionaries import Dictionary
 from unbraid.feature_model.model import FeatureModel
 from unbraid.feature_model.opening import ARROW, TOKENS, features
+from unbraid.formats import path_or_name
+from unbraid.offline import is_hub_id
 from unbraid.owned_folders import check_replaceable, written_folder
 from unbraid.progress import Progress, default_console
 from unbraid.reporting.dashboard.features import Firing, firing, logit_effects
 from unbraid.reporting.dashboard.passes import single_token_text, token_texts
 from unbraid.sites import Site
+from unbraid.training.run_folder import RunFolder, is_run
 
 KIND = "Neuronpedia"
 FEATURES_PER_BATCH = 128
@@ -93,6 +96,7 @@ def export_neuronpedia(
     fm = source
     if not isinstance(fm, FeatureModel):
         fm = features(fm, tokens=tokens, console=console, trust_remote_code=trust_remote_code)
+    dataset = "" if isinstance(source, FeatureModel) else _dataset(source)
     places = {name: _place(one, set_name) for name, one in fm.dictionaries.items()}
     if len(set(places.values())) < len(places):
         raise FormatError(f"several of {', '.join(places)} would have one id on Neuronpedia; export them one by one")
@@ -102,7 +106,7 @@ def export_neuronpedia(
     for name, place in places.items():
         folder = Path(out) / name
         with written_folder(folder, KIND, error=FormatError) as unfinished:
-            _write(unfinished, fm, fm.dictionaries[name], place, console)
+            _write(unfinished, _Described(fm, fm.dictionaries[name], dataset), place, console)
         written.append(folder)
     return written
 
@@ -133,9 +137,18 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def _write(folder: Path, fm: FeatureModel, dictionary: Dictionary, place: _Place, console: Console) -> None:
+def _dataset(source: Path | str) -> str:
+    """The hub's data set that a run's text comes from, also for one of its SAEs; empty for other texts."""
+    path = path_or_name(source)
+    places = [path, path.resolve().parent.parent] if isinstance(path, Path) else []
+    run = next((place for place in places if is_run(place)), None)
+    text = None if run is None else RunFolder(run).recorded_config.text
+    return text.dataset if text is not None and text.source == "hub" and is_hub_id(text.dataset) else ""
+
+
+def _write(folder: Path, described: "_Described", place: _Place, console: Console) -> None:
     """All files of one dictionary."""
-    described = _Described(fm, dictionary)
+    dictionary = described.dictionary
     n = dictionary.n_features
     shown = np.flatnonzero(np.diff(described.codes.indptr)).tolist()
     head = place._asdict()
@@ -182,12 +195,13 @@ class _Described:
     row's norm.
     """
 
-    def __init__(self, fm: FeatureModel, dictionary: Dictionary):
+    def __init__(self, fm: FeatureModel, dictionary: Dictionary, dataset: str):
         held_out = fm.held_out
+        self.dictionary = dictionary
         self.fm, self.seen, self.length_C = fm, held_out.seen, held_out.length_C
         self.codes = held_out.seen.codes[dictionary.name]
         self.known: dict[str, Any] = getattr(dictionary.sae, "metadata", None) or {}
-        self.dataset = str(self.known.get("dataset_path") or self.known.get("training_text") or "")
+        self.dataset = dataset or str(self.known.get("dataset_path") or "")
         self.norm_N = dictionary.W_dec.norm(dim=1).cpu().double().numpy()
         self.unit_ND = torch.nn.functional.normalize(dictionary.W_dec, dim=1)
         self.rows = len(self.seen.context_R)

@@ -54,6 +54,7 @@ def _exported(options: _Export) -> list[Path]:
             set_name=options.set_name,
             tokens=TOKENS if options.tokens is None else options.tokens,
             overwrite=options.overwrite,
+            console=Console(stderr=True, soft_wrap=True),
             trust_remote_code=options.trust_remote_code,
         )
     given = {"--set-name": options.set_name, "--tokens": options.tokens, TRUST: options.trust_remote_code or None}
