@@ -1,4 +1,4 @@
-"""llamascopium's own reader of its own files, and circuit-tracer's of our sets: `make test-peers`."""
+"""llamascopium and circuit-tracer themselves read their own files, and circuit-tracer our sets: `make test-peers`."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from published_fixtures import FIXTURES, D
+from published_fixtures import FIXTURES, D, circuit_tracer_clt
 from torch import Tensor
 
 from unbraid import formats
@@ -54,3 +54,17 @@ def test_circuit_tracer_reads_our_sets(fixture: str, x: Tensor, tmp_path: Path):
             f, y = found[layer].encode(x), found[layer](x)
         assert torch.equal(ours.encode(x) != 0, f != 0)
         torch.testing.assert_close(ours(x), y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("jumps", [True, False])
+def test_circuit_tracer_reads_its_cross_layer_transcoders_as_we_do(jumps: bool, tmp_path: Path):
+    theirs = pytest.importorskip(
+        "circuit_tracer.transcoder.cross_layer_transcoder", reason="circuit-tracer, from `make test-peers`"
+    )
+    place = circuit_tracer_clt(tmp_path, "float32", jumps).place
+    found = theirs.load_clt(str(place), device=torch.device("cpu"), dtype=torch.float32, lazy_decoder=False)
+    ours, x_LBD = formats.load(place), torch.randn(3, 50, D, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        f_LBN, y_LBD = found.encode(x_LBD), found(x_LBD)
+    assert torch.equal(ours.encode(x_LBD.transpose(0, 1)) != 0, f_LBN.transpose(0, 1).flatten(1) != 0)
+    torch.testing.assert_close(ours(x_LBD.transpose(0, 1)), y_LBD.transpose(0, 1), rtol=1e-5, atol=1e-4)

@@ -1,12 +1,13 @@
-"""Gemma Scope 2's files of several layers: codes and outputs of the formula; one-site commands refuse them by name."""
+"""Crosscoders and cross-layer transcoders give the formula's codes and outputs; one-site commands refuse them by name."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
-from published_fixtures import D, N, gemma_scope_2_layers
+from published_fixtures import D, N, circuit_tracer_clt, gemma_scope_2_layers
 from safetensors.torch import load_file, save_file
 from stand_in_hub import stand_in_hub
 
@@ -16,6 +17,14 @@ from unbraid.cli import main
 from unbraid.errors import ActivationError, FormatError
 from unbraid.formats.export import export
 
+SEVERAL = {
+    "gemma_scope_2_clt": gemma_scope_2_layers,
+    "gemma_scope_2_clt_affine": partial(gemma_scope_2_layers, skips=True),
+    "gemma_scope_2_crosscoder": partial(gemma_scope_2_layers, kind="crosscoder"),
+    "circuit_tracer_clt": circuit_tracer_clt,
+    "circuit_tracer_clt_relu": partial(circuit_tracer_clt, jumps=False),
+}
+
 
 @pytest.fixture
 def x_L() -> torch.Tensor:
@@ -24,9 +33,9 @@ def x_L() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(("kind", "skips"), [("clt", False), ("clt", True), ("crosscoder", False)])
-def test_codes_and_outputs_are_those_of_the_formula(kind: str, skips: bool, dtype: str, x_L, tmp_path: Path):
-    made = gemma_scope_2_layers(tmp_path, dtype, kind, skips)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_codes_and_outputs_are_those_of_the_formula(name: str, dtype: str, x_L, tmp_path: Path):
+    made = SEVERAL[name](tmp_path, dtype)
     sae = unbraid.load(made.place)
     f, y = made.run(x_L.double())
     codes, out = sae.encode(x_L), sae(x_L)
@@ -35,8 +44,8 @@ def test_codes_and_outputs_are_those_of_the_formula(kind: str, skips: bool, dtyp
     torch.testing.assert_close(codes.double(), f, rtol=1e-5, atol=1e-5 * float(f.abs().max()))
     torch.testing.assert_close(out.double(), y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
     assert sae.metadata.items() >= made.metadata.items()
-    assert sae.architecture == {"clt": "cross_layer_transcoder"}.get(kind, kind) and sae.architecture in repr(sae)
-    if kind == "clt":
+    assert sae.architecture in repr(sae) and (sae.architecture == "crosscoder") == ("crosscoder" in name)
+    if "crosscoder" not in name:
         assert not sae.W_dec[2 * N :, :2].any(), "the last layer writes into no earlier one"
 
 
@@ -55,6 +64,23 @@ def test_it_is_loaded_from_the_hub_file_by_file(x_L, tmp_path: Path, monkeypatch
         sae = unbraid.load("hf://google/gemma-scope-2-1b-pt/clt/width_262k_l0_big")
         assert torch.equal(sae(x_L), unbraid.load(made.place)(x_L))
         assert not any("width_524k" in request for request in hub.requests)
+
+
+def test_files_of_circuit_tracer_that_do_not_fit_together_are_named(tmp_path: Path):
+    place = circuit_tracer_clt(tmp_path, "float32").place
+    with pytest.raises(
+        FormatError, match="holds a cross-layer transcoder of circuit-tracer, which reads several sites"
+    ):
+        formats.open_folder(place)
+    save_file({"W_dec_1": torch.zeros(N, 3, D)}, place / "W_dec_1.safetensors")
+    with pytest.raises(FormatError, match=r"W_dec_1 is \(40, 3, 12\); expected \(40, 2, 12\) for 3 layers"):
+        unbraid.load(place)
+    (place / "W_dec_1.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"W_dec_1\.safetensors"):
+        unbraid.load(place)
+    (place / "W_enc_1.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"files of layers \[0, 2\]; expected 0 to 2"):
+        unbraid.load(place)
 
 
 def test_activations_of_another_shape_say_which_are_expected(tmp_path: Path):

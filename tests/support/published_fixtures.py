@@ -459,3 +459,37 @@ def gemma_scope_2_layers(root: Path, dtype: str, kind: str = "clt", skips: bool 
     known = {"hook_names": [f"blocks.{layer}.{reads}" for layer in numbers], "model_name": "google/gemma-3-1b-pt"}
     known |= {"hook_names_out": [f"blocks.{layer}.{writes}" for layer in numbers]}
     return Made(folder, run, {}, known)
+
+
+def circuit_tracer_clt(root: Path, dtype: str, jumps: bool = True) -> Made:
+    """Three layers, decoders from layer i into i and later ones."""
+    layers, generator, folder = 3, torch.Generator().manual_seed(6), root / "mntss" / "clt-gemma-2-2b-426k"
+    encoders, decoders = [], []
+    for layer in range(layers):
+        shapes = {"W_enc": (N, D), "b_enc": (N,), "b_dec": (D,)} | ({"threshold": (N,)} if jumps else {})
+        encoder = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        decoder = torch.randn(N, layers - layer, D, generator=generator).to(getattr(torch, dtype))
+        if jumps:
+            encoder["threshold"] = encoder["threshold"].abs()
+        encoder = {name: tensor.to(getattr(torch, dtype)) for name, tensor in encoder.items()}
+        save(folder / f"W_enc_{layer}.safetensors", {f"{name}_{layer}": tensor for name, tensor in encoder.items()})
+        save(folder / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": decoder})
+        encoders.append(doubled(encoder))
+        decoders.append(decoder.double())
+    config = "model_kind: cross_layer_transcoder\nmodel_name: google/gemma-2-2b\n"
+    (folder / "config.yaml").write_text(
+        f"{config}feature_input_hook: hook_resid_mid\nfeature_output_hook: mlp.hook_out\n"
+    )
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = [x[..., at, :] @ t["W_enc"].T + t["b_enc"] for at, t in enumerate(encoders)]
+        f = [jump(t, z) if jumps else z.relu() for z, t in zip(pre, encoders, strict=True)]
+        y = [
+            t["b_dec"] + sum(f[source] @ decoders[source][:, to - source] for source in range(to + 1))
+            for to, t in enumerate(encoders)
+        ]
+        return torch.cat(f, dim=-1), torch.stack(y, dim=-2)
+
+    known = {"hook_names": [f"blocks.{layer}.hook_resid_mid" for layer in range(layers)]}
+    known |= {"hook_names_out": [f"blocks.{layer}.hook_mlp_out" for layer in range(layers)]}
+    return Made(folder, run, {}, known | {"model_name": "google/gemma-2-2b"})

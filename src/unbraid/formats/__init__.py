@@ -17,6 +17,7 @@ from torch import Tensor
 from unbraid.bundled import bundled_folder, is_bundled
 from unbraid.errors import FormatError
 from unbraid.formats import (
+    circuit_tracer_clt,
     connor_rob,
     dictionary_learning,
     gemma_scope,
@@ -49,6 +50,7 @@ FOLDERS: dict[str, ModuleType] = {
     "gemma_scope": gemma_scope,
     "gemma_scope_2": gemma_scope_2,
     "gemma_scope_2_layers": gemma_scope_2_layers,
+    "circuit_tracer_clt": circuit_tracer_clt,
     "llama_scope": llama_scope,
     "llama_scope_r1": llama_scope_r1,
     "llamascopium": llamascopium,

@@ -18,7 +18,7 @@ from unbraid.formats.gemma_scope_2 import NAMES, SKIP, model_name
 from unbraid.formats.metadata import checked_metadata
 from unbraid.formats.published import NOTHING, Known, path_words
 from unbraid.formats.reading import read_json, read_tensors, require_settings, text
-from unbraid.formats.several_sites import SeveralSitesDictionary
+from unbraid.formats.several_sites import SeveralSitesDictionary, require_several_sites
 from unbraid.formats.weights import require
 
 FILE = re.compile(r"params_layer_(\d{1,3})\.safetensors")
@@ -39,12 +39,7 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
         FormatError: a dictionary of one site is wanted, or a file is missing, damaged or of another shape than others.
     """
     where, words = str(folder), path_words(folder)
-    if not known.several_sites:
-        raise FormatError(
-            f"{where!r} holds a crosscoder or cross-layer transcoder of Gemma Scope 2, which reads several sites; "
-            "expected a dictionary of one site here; choose an SAE or a transcoder of one layer, or use "
-            "unbraid.load in Python"
-        )
+    require_several_sites(known, where, "a crosscoder or cross-layer transcoder of Gemma Scope 2")
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     require_settings(config, {"architecture": ("jump_relu", None)}, where)
     kind = text(config, "type", where) or ("crosscoder" if "crosscoder" in words else "clt")

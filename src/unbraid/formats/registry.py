@@ -59,9 +59,11 @@ REFUSED = {
 """What the registry's other layouts are."""
 IN_A_FOLDER = (
     *("cfg.json", "config.json", "hyperparams.json", "sae_weights.safetensors", "sparsity.safetensors"),
-    *("sae.safetensors", "ae.pt", "params.npz", "params.safetensors", "checkpoints/final.safetensors"),
+    *("sae.safetensors", "ae.pt", "params.npz", "params.safetensors", "checkpoints/final.safetensors", "config.yaml"),
 )
-ONE_PER_LAYER = tuple(f"params_layer_{digits}.safetensors" for digits in ("[0-9]", "[0-9][0-9]"))
+ONE_PER_LAYER = tuple(
+    f"{name}_{digits}.safetensors" for name in ("params_layer", "W_enc", "W_dec") for digits in ("[0-9]", "[0-9][0-9]")
+)
 """Patterns of further such files."""
 BESIDE_A_FILE = ("config.json", "config.yaml")
 HUB_PATH = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[^/\0]+)*)/?")

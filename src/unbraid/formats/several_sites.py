@@ -11,8 +11,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unbraid.distributed.shard import Shard
-from unbraid.errors import ActivationError, CodesError
+from unbraid.errors import ActivationError, CodesError, FormatError
+from unbraid.formats.published import Known
 from unbraid.sae import SAE
+
+
+def require_several_sites(known: Known, where: str, what: str) -> None:
+    """Refuse a dictionary of several sites where one of one site is wanted, before anything of it is read.
+
+    Raises:
+        FormatError: naming it.
+    """
+    if not known.several_sites:
+        raise FormatError(
+            f"{where!r} holds {what}, which reads several sites; expected a dictionary of one site here; choose an SAE "
+            "or a transcoder of one layer, or use unbraid.load in Python"
+        )
 
 
 class SeveralSitesDictionary(SAE):
