@@ -1,4 +1,4 @@
-"""Crosscoders and cross-layer transcoders give the formula's codes and outputs; one-site commands refuse them by name."""
+"""Crosscoders and cross-layer transcoders give their formula's codes and outputs; one-site commands refuse them."""
 
 import json
 from functools import partial
