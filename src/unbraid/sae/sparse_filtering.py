@@ -22,6 +22,7 @@ class SparseFilteringConfig(WeightedSAEConfig):
     """ReLU with the sparse filtering objective."""
 
     architecture: Literal["sparse_filtering"] = "sparse_filtering"
+    can_predict = False
 
 
 @register
