@@ -167,7 +167,7 @@ def test_batches_without_what_they_should_predict_are_refused():
     ("sites", "sae", "match"),
     [
         (["mlp_in.1 -> mlp_out.1"], {"architecture": "gated"}, "cannot be; expected relu"),
-        (["resid_post.1"], {"skip": True}, "sae.skip is read only while model.sites is a list with a transcoder"),
+        (["resid_post.1"], {"skip": True}, "sae.skip is read by transcoders"),
         (["mlp_in.1 -> mlp_out.1 -> resid_post.1"], {}, "2 arrows"),
         (["mlp_in.1 ->"], {}, "is not understood"),
         (["mlp_in.1 -> mlp_out.1", "mlp_in.1->mlp_out.1"], {}, "names a site twice"),

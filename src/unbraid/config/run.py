@@ -172,10 +172,7 @@ class VariantConfig(Section):
         found = super().unread()
         for group in ("sae", "decorrelation", "optimiser"):
             for name, conditions in getattr(self, group).conditions_elsewhere().items():
-                own = {
-                    path: one for path, one in conditions.items() if path.partition(".")[0] in type(self).model_fields
-                }
-                needs = [(path, wanted.words) for path, wanted in own.items() if not self._meets(path, wanted)]
+                needs = [(path, wanted.words) for path, wanted in conditions.items() if not self._meets(path, wanted)]
                 if needs:
                     found[(group, name)] = activation(needs)
         if not self.decorrelation.selects:
@@ -278,7 +275,7 @@ class RunConfig(Section):
         transcoders = [route for route in self.routes if route.is_transcoder]
         if sae.skip and not transcoders:
             raise wrong(
-                "sae.skip is read only while model.sites is a list with a transcoder; set model.sites to one, such as "
+                "sae.skip is read by transcoders, and model.sites has SAEs only; name one in model.sites, such as "
                 "'mlp_in.6 -> mlp_out.6'"
             )
         if transcoders and not type(sae).can_predict:

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 MOST_FEATURES = 1 << 26
 
 
-A_TRANSCODER = Condition(lambda sites: any("->" in site for site in sites), "a list with 'SITE -> SITE'")
-
-
 class SAEConfig(Kinds):
     """One sparse autoencoder: its architecture, width and sparsity.
 
@@ -50,7 +47,7 @@ class SAEConfig(Kinds):
 
     can_predict: ClassVar[bool] = True
     """Whether its kind can be a transcoder."""
-    skip: Annotated[bool, active_when(model__sites=A_TRANSCODER)] = False
+    skip: bool = False
     """Give a transcoder an affine connection from what it reads to what it predicts (arXiv 2501.18823)."""
     frozen: Literal["none", "decoder", "near", "encoder"] = "none"
     """What stays as it was drawn, for controls that have learned less (arXiv 2602.14111): decoder rows; near: decoder
