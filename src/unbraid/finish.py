@@ -23,7 +23,6 @@ from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.evaluation.splice import preservation
 from unbraid.files import write_json
 from unbraid.json_files import finite
-from unbraid.sites import Route
 from unbraid.training.loop import Trained
 from unbraid.training.run_folder import RunFolder
 from unbraid.training.sae_trainer import SAETrainer
@@ -84,7 +83,7 @@ def _measure_and_export(
     device: torch.device,
 ) -> dict[str, Any]:
     """One SAE's entry of the summary; its folder is written. Measured in training units, exported for raw ones."""
-    rows = (trainer.units([site_rows.to(device, torch.float32) for site_rows in batch]) for batch in held_out)
+    rows = (trainer.normalise(batch[trainer.site].to(device, torch.float32)) for batch in held_out)
     metrics: HeldOutMetrics = held_out_metrics(trainer.sae, rows, config.decorrelation.fraction)
     seconds = trained.seconds["buffer"] + trained.seconds["training"]
     dead_N = trainer.tokens_since_fired >= trainer.dead_after
@@ -98,9 +97,7 @@ def _measure_and_export(
         "norm_limit": config.buffer.norm_limit,
         "training_tokens": trainer.updates * config.training.batch_tokens,
     }
-    if trainer.target is not None:
-        metadata["hook_name_out"] = config.sites[trainer.target[0]].hook
-    trainer.fold()
+    trainer.sae.fold(trainer.normalise.mean_D, trainer.normalise.scale)
     formats.save(trainer.sae, folder.saes / trainer.name, metadata=metadata, frequency_N=metrics.frequency_N)
     return metrics.as_dict() | {
         "updates_per_second": trainer.updates / seconds if seconds else None,
@@ -125,8 +122,7 @@ def ce_scores(config: RunConfig, source: ActivationSource, trained: Trained) -> 
         return scores
     saes: dict[Any, dict[str, Any]] = {}
     for trainer in trained.trainers:
-        reads, writes = trainer.site, trainer.site if trainer.target is None else trainer.target[0]
-        saes.setdefault(Route(config.sites[reads], config.sites[writes]), {})[trainer.name] = trainer.sae
+        saes.setdefault(config.sites[trainer.site], {})[trainer.name] = trainer.sae
     chunk = chunk.of_first(SPLICED_CONTEXTS)
     apart = () if chunk.positions_BT is None else (chunk.positions_BT,)
     found = preservation(model, saes, [(chunk.tokens_BT, keep_CT, *apart)], config.seed)
@@ -179,9 +175,7 @@ def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(documents["skipped"].items()))
         found.append(f"of {documents['seen']:,} documents some were left out: {reasons}")
     settings = {
-        config.sae_name(route, variant): config.variant(variant)
-        for route in config.routes
-        for variant in config.variants
+        config.sae_name(site, variant): config.variant(variant) for site in config.sites for variant in config.variants
     }
     for name, metrics in summary["saes"].items():
         sae, lr = settings[name].sae, settings[name].optimiser.lr

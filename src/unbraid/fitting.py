@@ -37,7 +37,6 @@ def fit(
     activations: Any,
     *,
     tokens: int | None = None,
-    target: Any = None,
     batch_tokens: int = 2048,
     seed: int = 0,
     penalty: nn.Module | Callable[..., Any] | None = None,
@@ -53,8 +52,6 @@ def fit(
         activations: a tensor [rows, D] or whatever `unbraid.train(activations=...)` takes; of several by name, every
             dictionary is trained on each and called `NAME_DICTIONARY`.
         tokens: rows to train on; by default all there are, once.
-        target: what the dictionaries should predict, row by row beside `activations`, which is then one tensor too;
-            they become transcoders. None: activations themselves.
         batch_tokens: rows per step.
         seed: of row order and first weights, for an `SAEConfig`; a `VariantConfig` brings its own for the weights.
         penalty: in the place of the settings', called as `penalty(f, codes=, decoder=)`; see `unbraid.train`.
@@ -76,8 +73,6 @@ def fit(
     named = dict(dictionaries) if isinstance(dictionaries, Mapping) else {"sae": dictionaries}
     variants = {name: _complete(settings, seed) for name, settings in named.items()}
     config = _config(seed, tokens, batch_tokens)
-    if target is not None:
-        activations = _beside(activations, target)
     source, place = HandedInActivations(activations, config, held_out=False), pick_device(device)
     rows = source.count_rows(tokens if tokens is not None else 1 << 62)
     if tokens is None and rows is None:
@@ -104,43 +99,26 @@ def fit(
     )
     buffer.fill()
     own = None if penalty is None else as_module(penalty)
-    normalise = [Normalisation.of(x_RD, site.folder) for site, x_RD in zip(source.sites, buffer.rows(), strict=True)]
-    read = source.sites if target is None else source.sites[:1]
     trainers = [
         trainer_from_settings(
-            name if len(read) == 1 else f"{site.folder}_{name}",
+            name if len(source.sites) == 1 else f"{site.folder}_{name}",
             number,
             settings,
             derive_seed(settings.seed, str(site)),
-            normalise[number],
+            Normalisation.of(x_RD, site.folder),
             place,
             penalty=own,
             steps=steps,
             tokens=steps * batch_tokens,
-            target=None if target is None else (1, normalise[1]),
         )
-        for number, site in enumerate(read)
+        for number, (site, x_RD) in enumerate(zip(source.sites, buffer.rows(), strict=True))
         for name, settings in variants.items()
     ]
     logged = (lambda step: step % log_every == 0 or step == steps) if callback is not None else (lambda step: False)
     train_steps(trainers, buffer.next_batch, steps, logged=logged, after_step=callback)
     for trainer in trainers:
-        trainer.fold()
+        trainer.sae.fold(trainer.normalise.mean_D, trainer.normalise.scale)
     return {trainer.name: trainer.sae.requires_grad_(False) for trainer in trainers}
-
-
-def _beside(activations: Any, target: Any) -> dict[str, Any]:
-    """What is read under the name one tensor has, and what is predicted.
-
-    Raises:
-        ActivationError: activations have names, so it is not clear which of them predict the target.
-    """
-    if isinstance(activations, Mapping):
-        raise ActivationError(
-            f"activations are {', '.join(map(str, activations))} and there is a target; expected one tensor of rows "
-            "beside the rows it should predict; call fit once for each"
-        )
-    return {"activations": activations, "target": target}
 
 
 def _complete(settings: Dictionary, seed: int) -> VariantConfig:

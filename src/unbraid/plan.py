@@ -12,14 +12,12 @@ from pathlib import Path
 
 import torch
 
-from unbraid.activations.language_model import LanguageModel
-from unbraid.activations.rows import Chunk, RowFilter
+from unbraid.activations.rows import RowFilter
 from unbraid.activations.source import ActivationSource
 from unbraid.config import RunConfig
 from unbraid.errors import ConfigError, TextError, TrainingError
 from unbraid.files import free_bytes
 from unbraid.progress import clock
-from unbraid.sites import Route
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.sae_trainer import new_trainer, train_step
 
@@ -201,7 +199,6 @@ def _rehearse(config: RunConfig, source: ActivationSource, device: torch.device,
     rows = rows_filter(chunk)
     for site, rows_RD in zip(config.sites, rows, strict=True):
         Normalisation.of(rows_RD.float(), str(site))
-    _require_order(config, source, chunk)
     if not any(len(rows_filter(held_out)[0]) for held_out in source.chunks(None, held_out=True)):
         raise TextError(
             "every row of the held-out text is left out by the row filter (special tokens, first positions, norms "
@@ -214,50 +211,32 @@ def _rehearse(config: RunConfig, source: ActivationSource, device: torch.device,
     next(chunks, None)  # the second: what is done once was done for the first
     passed = time.perf_counter() - began
     tokens = config.steps * config.training.batch_tokens
-    steps = sum(_seconds_of_a_step(config, route, variant, rows, device) for route, variant in _places(config))
+    steps = sum(_seconds_of_a_step(config, site, variant, rows[site], device) for site, variant in _places(config))
     return tokens * passed / max(1, chunk.tokens_BT.numel()) + config.steps * steps
 
 
-def _require_order(config: RunConfig, source: ActivationSource, chunk: Chunk) -> None:
-    """What a transcoder predicts must come after what it reads, else it could not be put into the model.
-
-    Raises:
-        ModelError: it comes before.
-    """
-    model = getattr(source, "model", None)
-    if isinstance(model, LanguageModel) and model.predicts:
-        for route in config.routes:
-            if route.is_transcoder:
-                model.logits(chunk.tokens_BT[:1], route, lambda y, _: y)
-
-
 def _seconds_of_a_step(
-    config: RunConfig, route: Route, variant: str, rows: Sequence[torch.Tensor], device: torch.device
+    config: RunConfig, site: int, variant: str, rows_RD: torch.Tensor, device: torch.device
 ) -> float:
-    rows = [rows_RD.to(device, torch.float32) for rows_RD in rows]
-    times, size = math.ceil(config.training.batch_tokens / len(rows[0])), config.training.batch_tokens
-    batch = [rows_RD.repeat(times, 1)[:size] for rows_RD in rows]
-    trainer = new_trainer(config, route, variant, [Normalisation.of(rows_RD) for rows_RD in rows], device)
+    x_RD = rows_RD.to(device, torch.float32)
+    x_BD = x_RD.repeat(math.ceil(config.training.batch_tokens / len(x_RD)), 1)[: config.training.batch_tokens]
+    trainer = new_trainer(config, site, variant, Normalisation.of(x_RD), device)
     for step in range(2):
-        x_BD, y_BM = trainer.units(batch)
         began = time.perf_counter()
-        train_step(trainer, x_BD, step, trainer.config.optimiser.lr, log=False, y_BM=y_BM)
+        train_step(trainer, trainer.normalise(x_BD), step, trainer.config.optimiser.lr, log=False)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return time.perf_counter() - began
 
 
-def _places(config: RunConfig) -> list[tuple[Route, str]]:
-    return [(route, variant) for route in config.routes for variant in config.variants]
+def _places(config: RunConfig) -> list[tuple[int, str]]:
+    return [(site, variant) for site in range(len(config.sites)) for variant in config.variants]
 
 
 def _weight_bytes(config: RunConfig, widths: Sequence[int]) -> int:
     """Of all SAEs of a run, in float32."""
-    total = 0
-    for route, variant in _places(config):
-        n, (reads, writes) = config.variant(variant).sae.n_features, config.ends(route)
-        total += n * (widths[reads] + widths[writes] + 2) + widths[writes]
-    return 4 * total
+    features = [(config.variant(variant).sae.n_features, widths[site]) for site, variant in _places(config)]
+    return sum(4 * (2 * n * d + 2 * n + d) for n, d in features)
 
 
 def _buffer_bytes(config: RunConfig, widths: Sequence[int]) -> int:

@@ -39,8 +39,6 @@ KINDS = {
 OTHER_HOOKS = {"hook_mlp_in": "resid_mid", "attn.hook_attn_in": "attn_in"}
 """Further names that TransformerLens has for a kind."""
 EMBED, EMBED_HOOK, MODULE, HANDED_IN = "embed", "hook_embed", "module", "handed_in"
-ARROW = " -> "
-"""Between what a transcoder reads and what it predicts."""
 
 
 class Site(NamedTuple):
@@ -110,36 +108,3 @@ class Site(NamedTuple):
         if self.kind in (MODULE, HANDED_IN):
             return f"{self.kind}:{self.path}"
         return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
-
-
-class Route(NamedTuple):
-    """What a dictionary reads and what it predicts: the same site for an SAE, another one for a transcoder."""
-
-    reads: Site
-    writes: Site
-
-    @classmethod
-    def parse(cls, text: str) -> "Route":
-        """`"mlp_in.6 -> mlp_out.6"`, or one site.
-
-        Raises:
-            ConfigError: the text names no site, or more than two.
-        """
-        parts = [part.strip() for part in text.split(ARROW.strip())]
-        if len(parts) > 2:
-            raise ConfigError(f"site {text!r} has {len(parts) - 1} arrows; expected SITE or SITE -> SITE")
-        reads = Site.parse(parts[0])
-        return cls(reads, Site.parse(parts[-1]) if len(parts) > 1 else reads)
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it predicts something other than what it reads."""
-        return self.reads != self.writes
-
-    @property
-    def folder(self) -> str:
-        """The name as part of a folder's name, safe on every system."""
-        return f"{self.reads.folder}--to--{self.writes.folder}" if self.is_transcoder else self.reads.folder
-
-    def __str__(self) -> str:
-        return f"{self.reads}{ARROW}{self.writes}" if self.is_transcoder else str(self.reads)

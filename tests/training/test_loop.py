@@ -217,8 +217,9 @@ def test_the_decoder_bias_starts_at_zero_in_training_units(tmp_path):
 
 def test_twins_start_from_the_same_weights(tmp_path):
     config = make_config()
-    widths = [Normalisation.none(16)] * 2
-    made = [new_trainer(config, route, variant, widths, CPU) for route in config.routes for variant in config.variants]
+    width = Normalisation.none(16)
+    places = [(site, variant) for site in (0, 1) for variant in config.variants]
+    made = [new_trainer(config, site, variant, width, CPU) for site, variant in places]
     trainers = {trainer.name: trainer.sae.state_dict() for trainer in made}
     for name, tensor in trainers["resid_post.0_decorrelated"].items():
         assert torch.equal(tensor, trainers["resid_post.0_twin"][name])

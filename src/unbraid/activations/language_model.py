@@ -22,7 +22,7 @@ from unbraid.activations.load import is_placed, load_model_and_tokenizer
 from unbraid.activations.suitability import check_causal, check_vocabulary, trial_tokens
 from unbraid.config import ModelConfig
 from unbraid.errors import ModelError
-from unbraid.sites import KINDS, Route, Site
+from unbraid.sites import KINDS, Site
 
 ResultT = TypeVar("ResultT")
 Given = dict[str, Tensor]
@@ -196,24 +196,21 @@ class LanguageModel:
     def logits(
         self,
         tokens: Int[Tensor, "C T"],
-        site: Site | Route | str | None = None,
-        replace: Callable[..., Float[Tensor, "C T W"]] | None = None,
+        site: Site | str | None = None,
+        replace: Callable[[Float[Tensor, "C T W"]], Float[Tensor, "C T W"]] | None = None,
         mask: Int[Tensor, "C T"] | None = None,
         positions: Int[Tensor, "C T"] | None = None,
     ) -> Float[Tensor, "C T V"]:
         """Next-token logits; with `replace`, the activations of `site` are what it returns, at every position.
 
-        Where the site is a route to another one, `replace` gets what passes at its end and what passed at its
-        beginning, and what it returns takes the place of the first.
-
         Raises:
             ModelError: the site does not exist, did not fire, or `replace` returned another shape.
         """
-        route = Route.parse(site) if isinstance(site, str) else Route(site, site) if isinstance(site, Site) else site
+        site = Site.parse(site) if isinstance(site, str) else site
         if (site is None) != (replace is None):
             raise ModelError(f"logits got site={site} and replace={replace}; expected both or neither")
         given = _given(mask, positions)
-        parts = self._passes(tokens, given, lambda part, seen: self._spliced_logits(part, seen, route, replace))
+        parts = self._passes(tokens, given, lambda part, seen: self._spliced_logits(part, seen, site, replace))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _capture(self, tokens: Tensor, given: Given) -> list[Tensor]:
@@ -237,31 +234,19 @@ class LanguageModel:
         return [captured[i] for i in range(len(self.sites))]
 
     def _spliced_logits(
-        self, tokens: Tensor, given: Given, route: Route | None, replace: Callable[..., Tensor] | None
+        self, tokens: Tensor, given: Given, site: Site | None, replace: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
-        if route is None or replace is None:
+        if site is None or replace is None:
             return self._logits(tokens, given)
-        read: list[Tensor] = []
         fired: list[Site] = []
 
-        def keep(x: Tensor) -> None:
-            read.append(x.clone())
+        def visit(x: Tensor) -> Tensor:
+            fired.append(site)
+            return replace(x)
 
-        def visit(y: Tensor) -> Tensor:
-            if route.is_transcoder and not read:
-                raise ModelError(
-                    f"a transcoder reads {route.reads} and predicts {route.writes}, which {self.name} reaches first; "
-                    "expected what it reads to come first; change model.sites"
-                )
-            fired.append(route.writes)
-            return replace(y, read[-1].to(y.device)) if route.is_transcoder else replace(y)
-
-        with ExitStack() as stack:
-            if route.is_transcoder:
-                stack.enter_context(visited(self.place(route.reads), keep))
-            stack.enter_context(visited(self.place(route.writes), visit))
+        with visited(self.place(site), visit):
             logits = self._logits(tokens, given)
-        self._require_fired([] if fired else [route.writes])
+        self._require_fired([] if fired else [site])
         return logits
 
     def _logits(self, tokens: Tensor, given: Given) -> Tensor:
@@ -407,7 +392,7 @@ def load_language_model(config: ModelConfig, device: torch.device | str = "cpu",
     return LanguageModel(
         model,
         tokenizer,
-        config.places,
+        config.sites,
         name=config.name,
         pass_contexts=config.batch_contexts,
         bidirectional=config.bidirectional,

@@ -38,7 +38,7 @@ from unbraid.config.sources import BufferConfig, ModelConfig, TextConfig
 from unbraid.errors import ConfigError
 from unbraid.files import is_folder_name
 from unbraid.json_files import read_json_object
-from unbraid.sites import Route, Site
+from unbraid.sites import Site
 
 VERSION = "0.2"
 """Of the settings in a run's config.json."""
@@ -257,7 +257,6 @@ class RunConfig(Section):
         for name in self.variants:
             settings = self.variant(name)
             penalty = settings.decorrelation
-            self._fits_its_routes(settings.sae)
             if settings.sae.frozen == "decoder" and penalty.weight > 0 and getattr(penalty, "space", "") == "decoder":
                 raise wrong(
                     "sae.frozen = 'decoder' keeps every decoder row, and decorrelation.space = 'decoder' would move "
@@ -271,19 +270,6 @@ class RunConfig(Section):
                 )
         return self
 
-    def _fits_its_routes(self, sae: SAEConfig) -> None:
-        transcoders = [route for route in self.routes if route.is_transcoder]
-        if sae.skip and not transcoders:
-            raise wrong(
-                "sae.skip is read by transcoders, and model.sites has SAEs only; name one in model.sites, such as "
-                "'mlp_in.6 -> mlp_out.6'"
-            )
-        if transcoders and not type(sae).can_predict:
-            raise wrong(
-                f"model.sites has the transcoder {str(transcoders[0])!r}, which sae.architecture = {sae.kind!r} cannot "
-                "be; expected relu, jumprelu, topk, batch_topk or matryoshka; change one of the two"
-            )
-
     @property
     def steps(self) -> int:
         """Optimiser steps the token budget pays for."""
@@ -291,18 +277,8 @@ class RunConfig(Section):
 
     @property
     def sites(self) -> list[Site]:
-        """The places in the model that are read, each once."""
-        return self.model.places
-
-    @property
-    def routes(self) -> list[Route]:
-        """What each dictionary reads and predicts, in the order of `model.sites`."""
-        return self.model.routes
-
-    def ends(self, route: Route) -> tuple[int, int]:
-        """Where a route begins and ends among `sites`."""
-        sites = self.sites
-        return sites.index(route.reads), sites.index(route.writes)
+        """The sites, parsed."""
+        return [Site.parse(site) for site in self.model.sites]
 
     def variant(self, name: str) -> VariantConfig:
         """The settings one variant trains with: the run's, under the variant's own."""
@@ -331,11 +307,11 @@ class RunConfig(Section):
     @property
     def sae_names(self) -> list[str]:
         """Names of all SAEs: sites x variants, in the order of the settings."""
-        return [self.sae_name(route, variant) for route in self.routes for variant in self.variants]
+        return [self.sae_name(site, variant) for site in self.sites for variant in self.variants]
 
-    def sae_name(self, route: Route | Site, variant: str) -> str:
+    def sae_name(self, site: Site, variant: str) -> str:
         """Folder and metric name of one SAE: `resid_post.6_twin`, or the bare site for an unnamed variant."""
-        return f"{route.folder}_{variant}" if variant else route.folder
+        return f"{site.folder}_{variant}" if variant else site.folder
 
     @property
     def twins(self) -> dict[str, str]:
@@ -345,7 +321,7 @@ class RunConfig(Section):
         for variant, own in settings.items():
             for other, candidate in settings.items():
                 if own.decorrelation.weight > 0 == candidate.decorrelation.weight and _alike(own, candidate):
-                    twins |= {self.sae_name(route, variant): self.sae_name(route, other) for route in self.routes}
+                    twins |= {self.sae_name(site, variant): self.sae_name(site, other) for site in self.sites}
         return twins
 
 

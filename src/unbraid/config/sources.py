@@ -15,7 +15,7 @@ from unbraid.config.checks import (
     not_of,
 )
 from unbraid.errors import ConfigError
-from unbraid.sites import HANDED_IN, Route, Site
+from unbraid.sites import HANDED_IN, Site
 
 
 class TextConfig(Section):
@@ -95,8 +95,7 @@ class ModelConfig(Section):
     """Spread the model over this machine's devices, with accelerate; by default it is put on training.device whole."""
     sites: Annotated[list[str], Common] = ["resid_post.6"]
     """KIND.LAYER, KIND one of resid_pre, resid_mid, resid_post, attn_in, attn_z, attn_out, mlp_in, mlp_normed, mlp_act,
-    mlp_out; or embed, module:PATH, module:PATH:input; all are read in one pass. "mlp_in.6 -> mlp_out.6" is a
-    transcoder: it reads the first and predicts the second."""
+    mlp_out; or embed, module:PATH, module:PATH:input; all are read in one pass."""
     batch_contexts: int = Field(default=24, ge=1, le=1 << 20)
     """Contexts per model pass."""
     trust_remote_code: Annotated[bool, A_MODEL_OF_FILES] = False
@@ -107,22 +106,12 @@ class ModelConfig(Section):
     @field_validator("sites")
     @classmethod
     def _sites_parse_and_differ(cls, sites: list[str]) -> list[str]:
-        parsed = [Route.parse(site) for site in sites]
+        parsed = [Site.parse(site) for site in sites]
         if not parsed:
             raise ConfigError("model.sites is empty; expected at least one site such as resid_post.6")
         if len(set(parsed)) < len(parsed):
             raise ConfigError(f"model.sites names a site twice: {sites}; expected distinct sites")
         return [str(site) for site in parsed]
-
-    @property
-    def routes(self) -> list[Route]:
-        """What each dictionary reads and predicts, in the order of `sites`."""
-        return [Route.parse(site) for site in self.sites]
-
-    @property
-    def places(self) -> list[Site]:
-        """The places in the model that are read, each once."""
-        return list(dict.fromkeys(site for route in self.routes for site in route))
 
 
 class BufferConfig(Section):

@@ -50,22 +50,13 @@ class HeldOutMetrics:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "frequency_N"}
 
 
-def predicted(sae: Any, x: Tensor, f: Tensor) -> Tensor:
-    """What a dictionary makes of activations whose codes are known, a skip connection included."""
-    y, skip = sae.decode(f), getattr(sae, "W_skip", None)
-    return y if skip is None else y + x.to(y.dtype) @ skip
-
-
 @torch.no_grad()
-def held_out_metrics(
-    sae: Any, batches: Iterable[Tensor | tuple[Tensor, Tensor | None]], fraction: float
-) -> HeldOutMetrics:
+def held_out_metrics(sae: Any, batches: Iterable[Tensor], fraction: float) -> HeldOutMetrics:
     """Measure one SAE.
 
     Args:
         sae: anything with `encode`, `decode` and `n_features`.
-        batches: activation rows `[R, D]` in the units the SAE takes, and beside them what a transcoder should predict,
-            `[R, M]`, whose variance R^2 is then about.
+        batches: activation rows `[R, D]` in the units the SAE takes.
         fraction: share of the pairs that counts as the top.
 
     Raises:
@@ -75,12 +66,9 @@ def held_out_metrics(
     codes: list[Codes] = []
     fired_N = torch.zeros(sae.n_features, dtype=torch.double)
     for batch in batches:
-        x_RD, y_RM = batch if isinstance(batch, tuple) else (batch, None)
-        for x_BD, y_BM in zip(
-            x_RD.split(ROWS_AT_ONCE), (x_RD if y_RM is None else y_RM).split(ROWS_AT_ONCE), strict=True
-        ):
+        for x_BD in batch.split(ROWS_AT_ONCE):
             f_BN = sae.encode(x_BD)
-            explained.add(y_BM, sae.decode(f_BN) if y_RM is None else predicted(sae, x_BD, f_BN))
+            explained.add(x_BD, sae.decode(f_BN))
             active += float((f_BN != 0).double().sum())
             total += float(f_BN.double().sum())
             fired_N += (f_BN != 0).double().sum(0).cpu()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import EvaluationError
-from unbraid.evaluation.held_out import predicted
 from unbraid.evaluation.intervals import bootstrap_interval
 from unbraid.evaluation.protocols import Autoencoder
 
@@ -40,8 +39,7 @@ def preservation(
 
     Args:
         model: anything with `logits(tokens, site, replace)`.
-        saes: site or route, as the model takes it -> name -> SAE acting on raw activations of the site; no name
-            twice. A transcoder's prediction takes the place of what its route writes.
+        saes: site, as the model takes it -> name -> SAE acting on raw activations of the site; no name twice.
         contexts: token ids `[C, T]` and which positions count and are replaced `[C, T]`; any number of contexts at a
             time. A third table `[C, T]` has positions that start anew with each document of a context; the model then
             takes `positions=`.
@@ -76,24 +74,23 @@ def _one_context(
     targets, keep_1T = tokens_1T.to(intact.device)[:, 1:, None], keep_1T.to(intact.device)
     counts = keep_1T.numel(), keep_1T.sum(), keep_1T[:, :-1].sum()
 
-    def losses(replace: Callable[..., Tensor] | None, site: Any) -> tuple[Tensor, Tensor]:
+    def losses(replace: Callable[[Tensor], Tensor] | None, site: Any) -> tuple[Tensor, Tensor]:
         """(KL divergence from the intact model, cross-entropy), summed over what counts."""
         log_q = intact if replace is None else logits(tokens_1T, site, replace).float().log_softmax(-1)
         kl = (probability * (intact - log_q)).sum(-1)[keep_1T]
         ce = -log_q[:, :-1].gather(2, targets).squeeze(2)[keep_1T[:, :-1]]
         return kl.double().sum(), ce.double().sum()
 
-    def reconstruction(sae: Autoencoder) -> Callable[..., Tensor]:
-        def replace(y_1TM: Tensor, x_1TD: Tensor | None = None) -> Tensor:
-            x_1TD = y_1TM if x_1TD is None else x_1TD
-            y_hat_1TM = predicted(sae, x_1TD, sae.encode(x_1TD)).to(y_1TM)
-            return torch.where(keep_1T.to(y_1TM.device).unsqueeze(2), y_hat_1TM, y_1TM)
+    def reconstruction(sae: Autoencoder) -> Callable[[Tensor], Tensor]:
+        def replace(x_1TD: Tensor) -> Tensor:
+            x_hat_1TD = sae.decode(sae.encode(x_1TD)).to(x_1TD.dtype)
+            return torch.where(keep_1T.to(x_1TD.device).unsqueeze(2), x_hat_1TD, x_1TD)
 
         return replace
 
     _, ce_model = losses(None, None)
     for site, here in saes.items():
-        kl_ablation, ce_ablation = losses(lambda y_1TM, *_: torch.zeros_like(y_1TM), site)
+        kl_ablation, ce_ablation = losses(torch.zeros_like, site)
         for name, sae in here.items():
             kl, ce = losses(reconstruction(sae), site)
             sums = (*counts, kl, kl_ablation, ce, ce_model, ce_ablation)

@@ -81,10 +81,10 @@ def open_subjects(
     if isinstance(path, str):
         return _of_folder(path, config, device, transcoders)
     if is_run(path):
-        return _of_run(RunFolder(path, trust_remote_code), None, config, device, transcoders)
+        return _of_run(RunFolder(path, trust_remote_code), None, config, device)
     run = path.resolve().parent.parent
     if path.resolve().parent.name == "saes" and is_run(run):
-        return _of_run(RunFolder(run, trust_remote_code), path.resolve().name, config, device, transcoders)
+        return _of_run(RunFolder(run, trust_remote_code), path.resolve().name, config, device)
     return _of_folder(path, config, device, transcoders)
 
 
@@ -117,13 +117,13 @@ def _completed(run: RunConfig, config: EvaluationConfig, path: Path) -> RunConfi
 
 
 def _of_run(
-    folder: RunFolder, only: str | None, config: EvaluationConfig, device: torch.device, transcoders: bool
+    folder: RunFolder, only: str | None, config: EvaluationConfig, device: torch.device
 ) -> tuple[list[EvaluatedSAE], RunConfig]:
     path, run = folder.path, _completed(folder.config, config, folder.path)
     subjects, twins = [], run.twins
-    for route in run.routes:
+    for index, site in enumerate(run.sites):
         for variant in run.variants:
-            name = run.sae_name(route, variant)
+            name = run.sae_name(site, variant)
             if only not in (None, name):
                 continue
             if not (path / "saes" / name).is_dir():
@@ -131,15 +131,7 @@ def _of_run(
                     f"{path} holds no finished SAE {name!r}; expected saes/{name}; end the run with "
                     f"`unbraid resume {path}`"
                 )
-            if route.is_transcoder and not transcoders:
-                raise EvaluationError(
-                    f"{name} is a transcoder: it predicts {route.writes} from {route.reads}; expected SAEs, which "
-                    "reconstruct what they read; `unbraid read`, `steer` and `live` take transcoders, and summary.json "
-                    "has their held-out metrics"
-                )
-            sae = formats.load(path / "saes" / name).to(device)
-            writes = route.writes if route.is_transcoder else None
-            subjects.append(EvaluatedSAE(name, run.ends(route)[0], sae, twins.get(name), writes=writes))
+            subjects.append(EvaluatedSAE(name, index, formats.load(path / "saes" / name).to(device), twins.get(name)))
     return subjects, run
 
 

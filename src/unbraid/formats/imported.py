@@ -89,26 +89,9 @@ class ImportedSAE(SAE):
         self.register_parameter("glu_ND", None if glu is None else nn.Parameter(glu.T.contiguous()))
         self.register_parameter("b_glu", None if glu is None else nn.Parameter(tensors["b_glu"]))
         self.n_features, self.d_in = self.encoder_ND.shape
-        self.is_transcoder = form.transcoder
         self.shard = Shard(self.n_features)
         self.metadata: dict[str, Any] = {}
         self._scale: TokenScale | None = None
-
-    @classmethod
-    def of_transcoder(cls, sae: SAE) -> "ImportedSAE":
-        """The inference form of a transcoder that was trained here."""
-        tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-        tensors |= {name: getattr(sae, name) for name in cls.OPTIONAL if getattr(sae, name, None) is not None}
-        without = "relu" if sae.k is None else "topk"
-        activation = without if sae.threshold_kind == "none" else "jumprelu"
-        if "threshold" in tensors:
-            tensors["threshold"] = tensors["threshold"].expand(sae.n_features)
-        form = Form(activation, k=sae.k if activation == "topk" else None, subtracts_b_dec=False, transcoder=True)
-        name = {"relu": "", "jumprelu": "jumprelu_", "topk": "topk_"}[activation]
-        name += "transcoder" if sae.W_skip is None else "skip_transcoder"
-        imported = cls(name, form, {key: tensor.detach().clone() for key, tensor in tensors.items()})
-        imported.metadata = dict(sae.metadata)
-        return imported
 
     @property
     def architecture(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -61,8 +61,6 @@ READ_AS = {
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
-    "topk_transcoder": "topk",
-    "topk_skip_transcoder": "topk",
 }
 TENSORS = {
     "standard": PLAIN,
@@ -75,12 +73,8 @@ TENSORS = {
     "skip_transcoder": (*PLAIN, "W_skip"),
     "jumprelu_transcoder": THRESHOLDED,
     "jumprelu_skip_transcoder": (*THRESHOLDED, "W_skip"),
-    "topk_transcoder": PLAIN,
-    "topk_skip_transcoder": (*PLAIN, "W_skip"),
 }
-"""SAELens has no class for topk transcoders; their folders are ours in its form."""
 PURSUIT = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
-WITH_K = ("topk", "abstopk", "topk_transcoder", "topk_skip_transcoder")
 IMPORTED = ("abstopk", "matching_pursuit")
 """Activations that no architecture unbraid trains has."""
 TOKEN_NORMS = ("constant_norm_rescale", "layer_norm")
@@ -118,7 +112,6 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequen
     refusal = cannot_hold(sae)
     if refusal is not None:
         raise FormatError(refusal)
-    sae = ImportedSAE.of_transcoder(sae) if sae.is_transcoder and not isinstance(sae, ImportedSAE) else sae
     architecture, tensors, settings = _imported(sae) if isinstance(sae, ImportedSAE) else _trained(sae)
     require(tensors, TENSORS[architecture], f"an SAE of architecture {sae.architecture!r}")
     known = sae.metadata if metadata is None else metadata
@@ -259,7 +252,7 @@ def _architecture(config: dict[str, Any], where: str) -> tuple[str, int | None]:
     if name == "standard" and activation == "topk":
         name = "topk"
     arguments = section(config, "activation_fn_kwargs", where)
-    if name in WITH_K:
+    if name in ("topk", "abstopk"):
         return name, wanted({"k": config.get("k", arguments.get("k"))}, "k", int, where)
     if config.get("k") is not None:
         wanted(config, "k", int, where)

@@ -94,7 +94,7 @@ def dense_autoencode(
     b_dec: Float[Tensor, " D"],
     encoder_ND: Float[Tensor, "N D"],
     b_enc: Float[Tensor, " N"],
-    W_dec: Float[Tensor, "N M"],
+    W_dec: Float[Tensor, "N D"],
     centred_BD: Float[Tensor, "B D"],
     f_BN: Float[Tensor, "B N"],
     widths: list[int],
@@ -104,7 +104,7 @@ def dense_autoencode(
     bandwidth: float = 1.0,
     penalty: Float[Tensor, ""] | None = None,
     penalty_gradient: SlabGradient | None = None,
-) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B groups M"], Float[Tensor, ""]]:
+) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B groups D"], Float[Tensor, ""]]:
     """Codes and their partial reconstructions, differentiable in everything the codes were made of.
 
     Args:

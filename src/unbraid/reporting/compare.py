@@ -136,7 +136,7 @@ def _members(folder: RunFolder) -> Iterator[tuple[str, _Member]]:
         )
     measured, source = summary["saes"], summary.get("source", {})
     beyond = {f"checksum of {part}": checksum for part, checksum in source.items()} | _history(folder, summary)
-    for site in config.routes:
+    for site in config.sites:
         for variant in config.variants:
             metrics = measured.get(config.sae_name(site, variant))
             if metrics is None:

@@ -298,8 +298,8 @@ def _logarithmic(axes: "Axes", log: TrainingLog, quantity: str) -> None:
 
 
 def _site_label(site: str) -> str:
-    ends = [place.rpartition(".") for place in site.split("--to--")]
-    return plain(" → ".join(f"{kind} {layer}" if kind else layer for kind, _, layer in ends))
+    kind, _, layer = site.rpartition(".")
+    return plain(f"{kind} {layer}" if kind else site)
 
 
 def plain(text: str) -> str:

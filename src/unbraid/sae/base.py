@@ -34,9 +34,6 @@ Path = Literal["dense", "sparse"]
 
 SPARSE_BELOW = {"cpu": 0.05, "cuda": 0.01}
 """Share of active entries below which the sparse path is faster: measured on a CPU, an estimate for GPUs."""
-TRANSCODER_START = 0.1
-"""Norm of a transcoder's first encoder rows: what random features predict is noise, so it should be little. On an MLP
-of SmolLM2, R^2 after 120,000 tokens is .27 from .1, .26 from .3 and .19 from the norm an SAE starts with."""
 ROWS_DRAWN = 1 << 16
 """Rows of first weights drawn at a time, so that a rank never holds those of the others."""
 
@@ -83,16 +80,11 @@ class Encoded(NamedTuple):
 class SAE(WithHostBuffers):
     """Base of every architecture: x -> f = encode(x) -> x_hat = f W_dec + b_dec.
 
-    A transcoder is one whose decoder predicts another y, of width M: b_dec is then no input of the encoder, and with
-    `skip` an affine connection is added, y_hat = f W_dec + b_dec + x W_skip (Paulo et al. 2025, arXiv 2501.18823).
-
     Attributes:
         encoder_ND: encoder, one row per feature; `W_enc` is its transpose.
         b_enc: `[N]` (gated has b_gate and b_mag instead).
-        W_dec: `[N, D]`, rows of unit L2 norm; `[N, M]` in a transcoder.
-        b_dec: `[D]`, subtracted before the encoder, added after the decoder; `[M]`, only added, in a transcoder.
-        W_skip: `[D, M]`, where a transcoder has a skip connection.
-        input_bias: `[D]`, what is subtracted before the encoder: b_dec, or zeros.
+        W_dec: `[N, D]`, rows of unit L2 norm.
+        b_dec: `[D]`, subtracted before the encoder, added after the decoder.
         shard: the features held here; `n_features` counts these, `config.n_features` all.
         metadata: what the folder it was loaded from knows, under SAELens' names: model_name, hook_name, ...
     """
@@ -106,35 +98,24 @@ class SAE(WithHostBuffers):
     """Whether its features may be divided among ranks."""
     written_as: ClassVar[dict[str, str]] = {"sae_lens": "standard", "dictionary_learning": "AutoEncoder"}
     """Layout -> the architecture of that layout which has this one's inference form; others cannot hold it."""
-    shared: ClassVar[tuple[str, ...]] = ("b_dec", "W_skip")
+    shared: ClassVar[tuple[str, ...]] = ("b_dec",)
     """Parameters every rank of a split SAE holds; their gradients are summed over the ranks."""
     training_buffers: ClassVar[tuple[str, ...]] = ()
     """Buffers that training goes on from and a trained SAE has no use for; `state_dict` leaves them out."""
     scaled_with_input: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers in units of pre-activations, which `fold` divides."""
 
-    W_skip: Tensor | None
-
-    def __init__(
-        self, config: SAEConfig, d_in: int, generator: torch.Generator, shard: Shard, d_out: int | None = None
-    ):
+    def __init__(self, config: SAEConfig, d_in: int, generator: torch.Generator, shard: Shard):
         super().__init__()
         self.config = config
         self.metadata: dict[str, Any] = {}
         self.d_in = d_in
         self.shard = shard
         self.n_features = shard.width
-        self.is_transcoder = d_out is not None
-        W_dec = random_unit_rows(shard, d_out or d_in, generator)
-        encoder = random_unit_rows(shard, d_in, generator) if self.is_transcoder else W_dec
-        start = TRANSCODER_START if self.is_transcoder else self.initial_encoder_norm()
-        self.encoder_ND = nn.Parameter(encoder * (config.decoder_init_norm or start))
+        W_dec = random_unit_rows(shard, d_in, generator)
+        self.encoder_ND = nn.Parameter(W_dec * (config.decoder_init_norm or self.initial_encoder_norm()))
         self.W_dec = nn.Parameter(W_dec)
-        self.b_dec = nn.Parameter(torch.zeros(W_dec.shape[1]))
-        if self.is_transcoder:
-            self.register_buffer("no_bias", torch.zeros(d_in), persistent=False)
-        skip = nn.Parameter(torch.zeros(d_in, W_dec.shape[1])) if self.is_transcoder and config.skip else None
-        self.register_parameter("W_skip", skip)
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.add_biases()
 
     def initial_share(self) -> float:
@@ -155,13 +136,8 @@ class SAE(WithHostBuffers):
 
     @property
     def d_out(self) -> int:
-        """Width of what is predicted: that of what is read, but for transcoders."""
-        return self.W_dec.shape[1]
-
-    @property
-    def input_bias(self) -> Tensor:
-        """`[D]`, what is subtracted before the encoder."""
-        return self.get_buffer("no_bias") if self.is_transcoder else self.b_dec
+        """Width of what is predicted: that of what is read, but for imported transcoders."""
+        return self.d_in
 
     @property
     def k(self) -> int | None:
@@ -199,12 +175,12 @@ class SAE(WithHostBuffers):
         return self.encoder_ND.T
 
     def preactivations(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows N"]:
-        """(x - b_dec) W_enc + b_enc; x W_enc + b_enc in a transcoder."""
+        """(x - b_dec) W_enc + b_enc."""
         return F.linear(self.centred(x), self.encoder_ND, self.b_enc)
 
     def centred(self, x: Tensor) -> Tensor:
-        """x - input_bias, in the weights' dtype."""
-        return self.require_activations(x).to(self.b_dec.dtype) - self.input_bias
+        """x - b_dec, in the weights' dtype."""
+        return self.require_activations(x).to(self.b_dec.dtype) - self.b_dec
 
     def require_activations(self, x: Tensor) -> Tensor:
         """`x`; raises `ActivationError` unless it is `[..., D]`."""
@@ -228,7 +204,7 @@ class SAE(WithHostBuffers):
         """Codes of raw activations, in inference form: each row independent of the others."""
         return self.preactivations(x).relu()
 
-    def decode(self, f: Float[Tensor, "*rows N"]) -> Float[Tensor, "*rows M"]:
+    def decode(self, f: Float[Tensor, "*rows N"]) -> Float[Tensor, "*rows D"]:
         """Reconstruction from codes.
 
         Raises:
@@ -236,10 +212,9 @@ class SAE(WithHostBuffers):
         """
         return self.require_codes(f) @ self.W_dec + self.b_dec
 
-    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows M"]:
-        """What is predicted from raw activations, in inference form, the skip connection included."""
-        y = self.decode(self.encode(x))
-        return y if self.W_skip is None else y + x.to(y.dtype) @ self.W_skip
+    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+        """Reconstruction of raw activations, in inference form."""
+        return self.decode(self.encode(x))
 
     def training_forward(
         self,
@@ -247,13 +222,11 @@ class SAE(WithHostBuffers):
         dead_N: Bool[Tensor, " N"] | None = None,
         generator: torch.Generator | None = None,
         path: Literal["auto", "dense", "sparse"] = "auto",
-        y_BM: Tensor | None = None,
     ) -> Forward:
         """One training pass over a batch.
 
         Args:
             x_BD: `[B, D]`, activations without their mean, scaled so that E||x||^2 = 1.
-            y_BM: `[B, M]`, what a transcoder should predict of them, in such units of its own.
             dead_N: features that have not fired for long, to be revived by the auxiliary loss.
             generator: chance for architectures that use it (denoising).
             path: force one of the two computations; auto takes the faster one at this batch's density.
@@ -265,50 +238,29 @@ class SAE(WithHostBuffers):
             raise ActivationError(
                 f"a training batch has shape {tuple(x_BD.shape)}; expected [B, {self.d_in}] with B >= 1; check the site"
             )
-        target_BM = x_BD if y_BM is None else y_BM
-        if target_BM.shape != (len(x_BD), self.d_out) or (y_BM is None) == self.is_transcoder:
-            raise ActivationError(
-                f"y of a training batch has shape {None if y_BM is None else tuple(y_BM.shape)}; expected "
-                + (
-                    f"[{len(x_BD)}, {self.d_out}], row by row"
-                    if self.is_transcoder
-                    else "None: an SAE predicts its input"
-                )
-            )
         seen_BD = self.corrupted(x_BD, generator)
         centred_BD, pre_BN = self.product(seen_BD)
         if path == "auto":
             path = "sparse" if self.density(pre_BN) < SPARSE_BELOW.get(x_BD.device.type, 0.0) else "dense"
         with torch.autocast(x_BD.device.type, enabled=False):
             encode = self.encode_sparse if path == "sparse" else self.encode_dense
-            encoded = encode(target_BM, seen_BD, centred_BD, pre_BN)
+            encoded = encode(x_BD, seen_BD, centred_BD, pre_BN)
             del pre_BN
             parts_BGD = summed(encoded.parts_BGD, self.shard.ranks)
             # Every rank adds b_dec to the sum, so its gradient must come from one of them.
             b_dec = self.b_dec if self.shard.ranks.first else self.b_dec.detach()
             x_hat_BD, inner = self.reconstructions(parts_BGD, b_dec)
-            skipped_BM = self._skipped(seen_BD)
-            if skipped_BM is not None:  # The features explain what the skip connection leaves over.
-                target_BM = target_BM - skipped_BM
-            reconstruction = squared_error(target_BM, x_hat_BD)
-            inner_losses = [weight * squared_error(target_BM, inner_BD) for weight, inner_BD in inner]
+            reconstruction = squared_error(x_BD, x_hat_BD)
+            inner_losses = [weight * squared_error(x_BD, inner_BD) for weight, inner_BD in inner]
         auxiliary = encoded.extra + sum(inner_losses)
         revived = 0
         if dead_N is not None and self.config.revival_weight > 0:
             dead = dead_N.nonzero().squeeze(1)
             revived = len(dead)
             if self.shard.ranks.any(revived > 0):
-                auxiliary = auxiliary + self.revival(seen_BD, (target_BM - x_hat_BD).detach(), dead)
-        if skipped_BM is not None:
-            x_hat_BD = x_hat_BD + skipped_BM
+                auxiliary = auxiliary + self.revival(seen_BD, (x_BD - x_hat_BD).detach(), dead)
         sparsity = summed(encoded.sparsity, self.shard.ranks)
         return Forward(x_hat_BD, encoded.codes, reconstruction, sparsity, auxiliary, path, revived)
-
-    def _skipped(self, seen_BD: Tensor) -> Tensor | None:
-        """What the skip connection predicts; its gradient comes from one rank, as b_dec's does."""
-        if self.W_skip is None:
-            return None
-        return seen_BD @ (self.W_skip if self.shard.ranks.first else self.W_skip.detach())
 
     def corrupted(self, x_BD: Tensor, generator: torch.Generator | None) -> Tensor:
         """What the encoder sees of a batch: the batch."""
@@ -316,8 +268,8 @@ class SAE(WithHostBuffers):
 
     @torch.no_grad()
     def product(self, seen_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """x - input_bias and the pre-activations, without a graph; on a CPU in memory to give back to `workspace`."""
-        centred_BD = seen_BD - self.input_bias
+        """x - b_dec and the pre-activations, without a graph; on a CPU in memory to be given back to `workspace`."""
+        centred_BD = seen_BD - self.b_dec
         bias_N = self.product_bias()
         if seen_BD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return centred_BD, F.linear(centred_BD, self.encoder_ND, bias_N)
@@ -345,27 +297,27 @@ class SAE(WithHostBuffers):
         """The reconstruction, and those of inner levels with the weights of their losses: none but for Matryoshka."""
         return parts_BGD[:, 0] + b_dec, []
 
-    def encode_sparse(self, target_BM: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+    def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """Codes and their parts of the reconstruction from active entries only."""
         codes = self.select(pre_BN)
         workspace.give(pre_BN)
         codes = codes.with_values(codes.values.to(self.W_dec.dtype))
-        codes = active_entries(seen_BD, self.input_bias, self.encoder_ND, self.b_enc, centred_BD, codes)
+        codes = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, codes)
         if codes.padded:
             codes = codes.with_values(codes.values.relu())
-        return Encoded(codes, self.parts_of(codes), self.sparsity(codes), seen_BD.new_zeros(()))
+        return Encoded(codes, self.parts_of(codes), self.sparsity(codes), x_BD.new_zeros(()))
 
     def parts_of(self, codes: Codes) -> Tensor:
         """`[B, G, D]`, each feature group's share of the reconstruction: one group of all features."""
         return decode(codes, self.W_dec).unsqueeze(1)
 
-    def encode_dense(self, target_BM: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+    def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """The same from whole matrices."""
         f_BN = self.dense_codes(pre_BN)
         penalty, penalty_gradient = self.dense_sparsity(f_BN)
         f_BN, parts_BGD, sparsity = dense_autoencode(
             seen_BD,
-            self.input_bias,
+            self.b_dec,
             self.encoder_ND,
             self.b_enc,
             self.W_dec,
@@ -375,7 +327,7 @@ class SAE(WithHostBuffers):
             penalty=penalty,
             penalty_gradient=penalty_gradient,
         )
-        return Encoded(f_BN, parts_BGD, sparsity, seen_BD.new_zeros(()))
+        return Encoded(f_BN, parts_BGD, sparsity, x_BD.new_zeros(()))
 
     def feature_groups(self) -> tuple[list[int], Tensor | None]:
         """Ends of the groups of features here, and the features in that order (none: as they are numbered)."""
@@ -402,23 +354,14 @@ class SAE(WithHostBuffers):
         return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead, self.b_enc)
 
     @torch.no_grad()
-    def fold(self, mean_D: Tensor, scale: float, mean_M: Tensor | None = None, scale_out: float | None = None) -> None:
+    def fold(self, mean_D: Tensor, scale: float) -> None:
         """Turn an SAE that acts on `(x - mean) * scale` into one that acts on raw `x`, in place.
 
-        Decoder rows keep unit norm, so codes come out divided by `scale`, and with them every bias and threshold. A
-        transcoder's come out divided by `scale_out`; its input has no b_dec, so its mean goes into b_enc.
+        Decoder rows keep unit norm, so codes come out divided by `scale`, and with them every bias and threshold.
         """
-        predicted, scale_out = (mean_D if mean_M is None else mean_M), scale_out or scale
-        self.b_dec.copy_(predicted.to(self.b_dec.device, torch.float64) + self.b_dec.double() / scale_out)
-        if self.is_transcoder:
-            mean_D = mean_D.to(self.b_dec.device, torch.float64)
-            self.b_enc.sub_((self.encoder_ND.double() @ mean_D * scale).to(self.b_enc.dtype))
-            self.encoder_ND.mul_(scale / scale_out)
-            if self.W_skip is not None:
-                self.W_skip.mul_(scale / scale_out)
-                self.b_dec.sub_((mean_D @ self.W_skip.double()).to(self.b_dec.dtype))
+        self.b_dec.copy_(mean_D.to(self.b_dec.device, torch.float64) + self.b_dec.double() / scale)
         for name in self.scaled_with_input:
-            getattr(self, name).div_(scale_out)
+            getattr(self, name).div_(scale)
 
     @torch.no_grad()
     def constrain(self) -> None:

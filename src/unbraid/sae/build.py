@@ -18,7 +18,6 @@ def build(
     d_in: int,
     generator: torch.Generator,
     shard: Shard | None = None,
-    d_out: int | None = None,
 ) -> SAE:
     """A fresh SAE: decoder rows random of unit norm, encoder a multiple of their transpose, biases zero.
 
@@ -27,7 +26,6 @@ def build(
         d_in: model width D.
         generator: the only source of chance; the same state gives the same weights.
         shard: the features this rank holds, with the weights they have in the whole SAE; all of them without it.
-        d_out: width of what a transcoder predicts; None for an SAE.
 
     Raises:
         ConfigError: the architecture cannot be split.
@@ -39,4 +37,4 @@ def build(
             f"sae.architecture = {config.kind!r} looks at all features of a token at once and cannot be split over "
             f"{shard.ranks.size} ranks; expected training.feature_shards = 1"
         )
-    return architecture(config, d_in, generator, shard, d_out)
+    return architecture(config, d_in, generator, shard)

@@ -19,7 +19,6 @@ class DenoisingConfig(WeightedSAEConfig):
     """ReLU with L1 on noisy inputs."""
 
     architecture: Literal["denoising"] = "denoising"
-    can_predict = False
     corruption: float = Field(default=0.1, ge=0.0)
     """Standard deviation of the input noise relative to the input's root mean square."""
 

@@ -128,7 +128,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             split = codes.split(self.prefix_widths(), self.position_N)
         else:
             split = codes.split(self.feature_groups()[0])
-        return decode(split, self.W_dec).view(codes.n_rows, -1, self.d_out)
+        return decode(split, self.W_dec).view(codes.n_rows, -1, self.d_in)
 
     def feature_groups(self) -> tuple[list[int], Tensor | None]:
         """Ends of the levels among the features here, and these in the order of their places."""

@@ -22,7 +22,6 @@ class SparseFilteringConfig(WeightedSAEConfig):
     """ReLU with the sparse filtering objective."""
 
     architecture: Literal["sparse_filtering"] = "sparse_filtering"
-    can_predict = False
 
 
 @register

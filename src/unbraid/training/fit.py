@@ -58,8 +58,7 @@ def train_steps(
         for trainer in trainers:
             if trainer.updates <= step:  # One that made this step before a neighbour failed in it does not repeat it.
                 lr = learning_rate(trainer.config.optimiser, step, steps)
-                x_BD, y_BM = trainer.units(batch)
-                records[trainer.name] = train_step(trainer, x_BD, step, lr, log, y_BM)
+                records[trainer.name] = train_step(trainer, trainer.normalise(batch[trainer.site]), step, lr, log)
         if after_step is not None:
             after_step(step + 1, records if log else None)
     for trainer in trainers:

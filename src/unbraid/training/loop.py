@@ -58,10 +58,9 @@ class Progress(Protocol):
 def training_bytes(config: RunConfig, widths: Sequence[int], mesh: Mesh = SINGLE) -> int:
     """Memory that the SAEs of this rank take in training, activations of a step included."""
     rows, total = config.training.batch_tokens, 0
-    for number, (route, variant) in enumerate(itertools.product(config.routes, config.variants)):
+    for number, (site, variant) in enumerate(itertools.product(range(len(widths)), config.variants)):
         if mesh.trains(number):
-            width = max(widths[end] for end in config.ends(route))
-            job = Job(rows, width, config.variant(variant).sae.n_features, 0)
+            job = Job(rows, widths[site], config.variant(variant).sae.n_features, 0)
             total += bytes_of_rank(job, mesh.shards.size)
     return total
 
@@ -281,9 +280,9 @@ class _Session:
         return trainers
 
     def _new(self, normalise: Sequence[Normalisation], mesh: Mesh) -> list[SAETrainer]:
-        places = itertools.product(self.config.routes, self.config.variants)
+        places = itertools.product(range(len(self.config.sites)), self.config.variants)
         here = [place for number, place in enumerate(places) if mesh.trains(number)]
         return [
-            new_trainer(self.config, route, variant, normalise, self.device, mesh, self.penalty)
-            for route, variant in here
+            new_trainer(self.config, site, variant, normalise[site], self.device, mesh, self.penalty)
+            for site, variant in here
         ]

@@ -7,7 +7,6 @@ alone. Split by features over ranks, a trainer holds one slice and exchanges in 
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,6 @@ from unbraid.randomness import derive_seed, generator
 from unbraid.sae import SAE, Codes, Forward
 from unbraid.sae.build import build as build_sae
 from unbraid.sae.dead import dead_after
-from unbraid.sites import Route
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.optimiser import SAEOptimiser
 from unbraid.training.precision import encoder_autocast
@@ -39,13 +37,11 @@ class SAETrainer:
 
     Attributes:
         name: folder and metric name.
-        site: index of what it reads among the run's sites.
+        site: index of its site among the run's sites.
         normalise: from raw activations to training units.
         tokens_since_fired: [N] int64, of the features held here.
         steps: those planned, for schedules; 0 without any.
         dead_after: tokens without firing after which a feature is dead.
-        target: index of what a transcoder predicts among the run's sites, and what brings that into training units;
-            None for an SAE, which predicts what it reads.
         updates: successful optimiser steps so far.
         silence: no feature has been silent for more tokens; none: not known. With it a step knows that none is dead
             without looking.
@@ -62,26 +58,8 @@ class SAETrainer:
     tokens_since_fired: Tensor
     steps: int
     dead_after: int
-    target: tuple[int, Normalisation] | None = None
     updates: int = 0
     silence: int | None = 0
-
-    def units(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """What it reads of the rows of every site, and what it should predict (None: the same), in training units."""
-        x_BD = self.normalise(batch[self.site])
-        if self.target is None:
-            return x_BD, None
-        site, normalise = self.target
-        return x_BD, normalise(batch[site])
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """From here on the SAE acts on raw activations."""
-        if self.target is None:
-            self.sae.fold(self.normalise.mean_D, self.normalise.scale)
-        else:
-            predicted = self.target[1]
-            self.sae.fold(self.normalise.mean_D, self.normalise.scale, predicted.mean_D, predicted.scale)
 
     @property
     def shard(self) -> Shard:
@@ -107,11 +85,6 @@ class SAETrainer:
                 "updates": torch.tensor(self.updates),
             },
         }
-        if self.target is not None:
-            groups["trainee"] |= {
-                "mean_out": self.target[1].mean_D,
-                "scale_out": torch.tensor(self.target[1].scale, dtype=torch.float64),
-            }
         return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -134,10 +107,7 @@ class SAETrainer:
         self.generator.set_state(own["generator"])
         self.tokens_since_fired.copy_(own["tokens_since_fired"])
         self.updates, self.silence = int(own["updates"]), None
-        device = self.tokens_since_fired.device
-        self.normalise = Normalisation(own["mean"].to(device), float(own["scale"]))
-        if self.target is not None:
-            self.target = self.target[0], Normalisation(own["mean_out"].to(device), float(own["scale_out"]))
+        self.normalise = Normalisation(own["mean"].to(self.tokens_since_fired.device), float(own["scale"]))
 
     def require_finite(self) -> None:
         """Look whether every step so far was finite, on an accelerator; a CPU looks at each step.
@@ -176,9 +146,9 @@ def not_finite(name: str, what: str, step: int) -> str:
 
 def new_trainer(
     config: RunConfig,
-    route: Route,
+    site: int,
     variant: str,
-    normalise: Sequence[Normalisation],
+    normalise: Normalisation,
     device: torch.device,
     mesh: Mesh = SINGLE,
     penalty: nn.Module | None = None,
@@ -187,20 +157,17 @@ def new_trainer(
 
     Args:
         config: the run.
-        route: what it reads and predicts, of the run's routes.
+        site: index of where its activations are read among the run's sites.
         variant: name of its variant.
-        normalise: from raw activations to training units, of each of the run's sites.
+        normalise: from raw activations to training units.
         device: where it is trained.
         mesh: who else trains it.
         penalty: one in the place of the settings'; copied.
     """
-    settings, (reads, writes) = config.variant(variant), config.ends(route)
-    name, seed = config.sae_name(route, variant), derive_seed(settings.seed, str(route))
+    settings, place = config.variant(variant), config.sites[site]
+    name, seed = config.sae_name(place, variant), derive_seed(settings.seed, str(place))
     shard, tokens = mesh.shard(settings.sae.n_features), config.training.tokens
-    target = (writes, normalise[writes]) if route.is_transcoder else None
-    return trainer_from_settings(
-        name, reads, settings, seed, normalise[reads], device, shard, penalty, config.steps, tokens, target
-    )
+    return trainer_from_settings(name, site, settings, seed, normalise, device, shard, penalty, config.steps, tokens)
 
 
 def trainer_from_settings(
@@ -214,17 +181,15 @@ def trainer_from_settings(
     penalty: nn.Module | None = None,
     steps: int = 0,
     tokens: int = 0,
-    target: tuple[int, Normalisation] | None = None,
 ) -> SAETrainer:
     """A trainer of these settings before its first step; all of its randomness comes from `seed`; see `new_trainer`.
 
     `steps` and `tokens` are those of the whole training: what falls over time and which features are dead depend on
-    them. `target` makes it a transcoder's: where what it predicts stands among the sites, and how it is normalised.
+    them.
     """
-    d_out = None if target is None else len(target[1].mean_D)
-    sae = build_sae(settings.sae, len(normalise.mean_D), generator(seed, "init"), shard, d_out).to(device)
+    sae = build_sae(settings.sae, len(normalise.mean_D), generator(seed, "init"), shard).to(device)
     if penalty is None:
-        own = settings.decorrelation, settings.sae.n_features, sae.d_out, derive_seed(seed, "pairs"), shard
+        own = settings.decorrelation, settings.sae.n_features, sae.d_in, derive_seed(seed, "pairs"), shard
         penalty = build_decorrelation(*own)
     else:
         penalty = copy.deepcopy(penalty)
@@ -240,16 +205,11 @@ def trainer_from_settings(
         tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),
         steps=steps,
         dead_after=dead_after(settings.sae, tokens),
-        target=None if target is None else (target[0], target[1].to(device)),
     )
 
 
-def train_step(
-    trainer: SAETrainer, x_BD: Tensor, step: int, lr: float, log: bool, y_BM: Tensor | None = None
-) -> dict[str, Any] | None:
+def train_step(trainer: SAETrainer, x_BD: Tensor, step: int, lr: float, log: bool) -> dict[str, Any] | None:
     """One update of one SAE: forward, Eq. 1, backward, Adam, unit rows; its line of metrics when `log`.
-
-    `x_BD` is what it reads and, for a transcoder, `y_BM` what it should predict, in training units.
 
     On an accelerator nothing is read from the device unless the step is logged, but for what the architecture and the
     penalty read themselves.
@@ -265,7 +225,7 @@ def train_step(
     sae.begin_step(step, trainer.steps)
     dead_N = trainer.dead()
     with encoder_autocast(settings.optimiser.precision, x_BD.device):
-        out = sae.training_forward(x_BD, dead_N, trainer.generator, y_BM=y_BM)
+        out = sae.training_forward(x_BD, dead_N, trainer.generator)
     loss = out.reconstruction + lambda1 * out.sparsity + out.auxiliary
     waits = host.reading_waits(loss)
     if not waits and not loss.isfinite():
@@ -292,9 +252,8 @@ def train_step(
         return None
     with torch.no_grad():
         ranks = trainer.shard.ranks
-        target_BM = x_BD if y_BM is None else y_BM
-        variance = (target_BM - target_BM.mean(0)).double().square().sum()
-        unexplained = (target_BM - out.x_hat_BD).double().square().sum()
+        variance = (x_BD - x_BD.mean(0)).double().square().sum()
+        unexplained = (x_BD - out.x_hat_BD).double().square().sum()
         counts = ranks.sum(torch.stack([_active(out.codes), _dead(trainer)]))
         # One read for all of them.
         measured = [trainer.optimiser.failed_at, loss, out.reconstruction, out.sparsity, out.auxiliary, variance]

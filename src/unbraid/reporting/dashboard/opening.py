@@ -13,7 +13,7 @@ from unbraid.errors import ConfigError, UnbraidError
 from unbraid.formats import folder_name
 from unbraid.formats.export import open_source
 from unbraid.reporting.dashboard.labels import Labels
-from unbraid.reporting.training_log import TrainingLog
+from unbraid.reporting.training_log import TrainingLog, split_name
 from unbraid.training.run_folder import RunFolder, is_run
 
 LABELS = "labels.json"
@@ -56,11 +56,7 @@ class Shown:
 
     def labels_of(self, name: str) -> tuple[str, str]:
         """Site and variant of an SAE."""
-        for route in self.config.routes if self.log is not None else ():
-            for variant in self.config.variants:
-                if name == self.config.sae_name(route, variant):
-                    return str(route), variant
-        return str(self.config.sites[self.saes[name][0]]), ""
+        return split_name(name) if self.log is not None else (str(self.config.sites[self.saes[name][0]]), "")
 
     def centre(self, model: Any) -> None:
         """SAEs made for activations without their mean get them so, where `model` cannot see the mean."""
@@ -157,8 +153,9 @@ def _of_run(path: Path, given: dict[str, Any], device: torch.device, trust_remot
     config = folder.config
     found = {name: one.sae for name, one in open_source(path).items()}
     log = TrainingLog.read(folder.metrics)
-    reads = {config.sae_name(route, v): config.ends(route)[0] for route in config.routes for v in config.variants}
-    saes = {name: (reads[name], found[name].to(device)) for name in log.names if name in found and name in reads}
+    sites = {str(site): index for index, site in enumerate(config.sites)}
+    names = [name for name in log.names if name in found and split_name(name)[0] in sites]
+    saes = {name: (sites[split_name(name)[0]], found[name].to(device)) for name in names}
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
     return Shown(config, saes, twins, f"Run {config.name}", folder.read_summary(), log)
 
