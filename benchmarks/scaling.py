@@ -48,7 +48,7 @@ def steps_of(ranks: Ranks, job: Job, steps: int) -> dict[str, Any]:
         "decorrelation": {"lambda2": 0.1, "max_pairs_per_feature": 1},
     }
     config = RunConfig.model_validate(settings)
-    trainer = new_trainer(config, 0, "", Normalisation.none(job.width), CPU, Mesh(ranks, ranks))
+    trainer = new_trainer(config, 0, "", [Normalisation.none(job.width)], CPU, Mesh(ranks, ranks))
     rows = torch.randn(steps + 2, job.rows, job.width, generator=generator(0, "rows")) / job.width**0.5
     seconds, before = [], ranks.payload.copy()
     for step, x_BD in enumerate(rows):

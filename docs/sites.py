@@ -29,7 +29,8 @@ REST = """| `embed` | what the token embedding gives | `hook_embed` |
 | `module:PATH` | the output of any module, such as `module:model.layers.3.mlp.gate_proj` | the path |
 | `module:PATH:input` | its input | |
 
-SAELens' hook names are accepted wherever a site is asked for.
+SAELens' hook names are accepted wherever a site is asked for. `A -> B` is a transcoder, which reads A and predicts B:
+see [recipes](recipes.md#transcoders).
 
 ```python
 from unbraid.activations.language_model import load_language_model

@@ -219,7 +219,7 @@ def cost(asked: argparse.Namespace) -> None:
         rows = rows_of(config, TIMED_ON)
         normalise = Normalisation.of(rows)
         batches = normalise(rows).split(1024)
-        trainers = {method: new_trainer(config, 0, method, normalise, torch.device("cpu")) for method in METHODS}
+        trainers = {method: new_trainer(config, 0, method, [normalise], torch.device("cpu")) for method in METHODS}
         taken: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
         for step in range(WARM_STEPS + TIMED_STEPS):
             for method, trainer in trainers.items():

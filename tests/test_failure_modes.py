@@ -95,7 +95,7 @@ def test_every_site_and_variant_has_a_file_of_its_own(tiny):
 def test_the_loss_is_equations_one_to_four_by_hand():
     """Squared error summed over D, averaged over tokens; lambda1 L1; lambda2 R with every pair counted once."""
     config = changed(recipes.tiny(), optimiser__warmup_steps=0)
-    trainer = new_trainer(config, 0, "decorrelated", Normalisation.none(16), torch.device("cpu"))
+    trainer = new_trainer(config, 0, "decorrelated", [Normalisation.none(16)], torch.device("cpu"))
     x_BD = torch.randn(64, 16, generator=generator(0, "x"))
     f_BN = trainer.sae.encode(x_BD).detach().double()
     error_BD = x_BD.double() - f_BN @ trainer.sae.W_dec.detach().double() - trainer.sae.b_dec.detach().double()

@@ -23,6 +23,7 @@ from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.evaluation.splice import preservation
 from unbraid.files import write_json
 from unbraid.json_files import finite
+from unbraid.sites import Route
 from unbraid.training.loop import Trained
 from unbraid.training.run_folder import RunFolder
 from unbraid.training.sae_trainer import SAETrainer
@@ -83,21 +84,23 @@ def _measure_and_export(
     device: torch.device,
 ) -> dict[str, Any]:
     """One SAE's entry of the summary; its folder is written. Measured in training units, exported for raw ones."""
-    rows = (trainer.normalise(batch[trainer.site].to(device, torch.float32)) for batch in held_out)
+    pairs = (trainer.rows([x_RD.to(device, torch.float32) for x_RD in batch]) for batch in held_out)
+    rows = (x_RD if y_RM is None else (x_RD, y_RM) for x_RD, y_RM in pairs)
     metrics: HeldOutMetrics = held_out_metrics(trainer.sae, rows, config.decorrelation.fraction)
     seconds = trained.seconds["buffer"] + trained.seconds["training"]
     dead_N = trainer.tokens_since_fired >= trainer.dead_after
-    site = config.sites[trainer.site]
+    route = route_of(config, trainer)
     metadata = {
         "model_name": source.model_name,
-        "hook_name": site.hook,
-        "hook_layer": site.layer or 0,
+        "hook_name": route.reads.hook,
+        "hook_layer": route.reads.layer or 0,
+        **({"hook_name_out": route.writes.hook, "hook_layer_out": route.writes.layer or 0} if trainer.target else {}),
         "context_size": config.text.context_length,
         "prepend_bos": source.prepends_bos,
         "norm_limit": config.buffer.norm_limit,
         "training_tokens": trainer.updates * config.training.batch_tokens,
     }
-    trainer.sae.fold(trainer.normalise.mean_D, trainer.normalise.scale)
+    trainer.fold()
     formats.save(trainer.sae, folder.saes / trainer.name, metadata=metadata, frequency_N=metrics.frequency_N)
     return metrics.as_dict() | {
         "updates_per_second": trainer.updates / seconds if seconds else None,
@@ -105,7 +108,14 @@ def _measure_and_export(
         "max_decoder_cosine": max_cosines(trainer.sae.W_dec.detach()).double().mean().item(),
         "steps": {"planned": config.steps, "executed": trainer.updates},
         "scale": trainer.normalise.scale,
+        **({"scale_out": trainer.target.normalise.scale} if trainer.target else {}),
     }
+
+
+def route_of(config: RunConfig, trainer: SAETrainer) -> Route:
+    """What a dictionary reads and predicts."""
+    reads = config.sites[trainer.site]
+    return Route(reads, reads if trainer.target is None else config.sites[trainer.target.site])
 
 
 def ce_scores(config: RunConfig, source: ActivationSource, trained: Trained) -> dict[str, float | None]:
@@ -122,7 +132,7 @@ def ce_scores(config: RunConfig, source: ActivationSource, trained: Trained) -> 
         return scores
     saes: dict[Any, dict[str, Any]] = {}
     for trainer in trained.trainers:
-        saes.setdefault(config.sites[trainer.site], {})[trainer.name] = trainer.sae
+        saes.setdefault(route_of(config, trainer), {})[trainer.name] = trainer.sae
     chunk = chunk.of_first(SPLICED_CONTEXTS)
     apart = () if chunk.positions_BT is None else (chunk.positions_BT,)
     found = preservation(model, saes, [(chunk.tokens_BT, keep_CT, *apart)], config.seed)
@@ -175,7 +185,7 @@ def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(documents["skipped"].items()))
         found.append(f"of {documents['seen']:,} documents some were left out: {reasons}")
     settings = {
-        config.sae_name(site, variant): config.variant(variant) for site in config.sites for variant in config.variants
+        config.sae_name(at, variant): config.variant(variant) for at in config.routes for variant in config.variants
     }
     for name, metrics in summary["saes"].items():
         sae, lr = settings[name].sae, settings[name].optimiser.lr

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from unbraid.activations.buffer import ActivationBuffer
-from unbraid.activations.handed_in import HandedInActivations
+from unbraid.activations.handed_in import HandedInActivations, routes
 from unbraid.config import (
     BufferConfig,
     DecorrelationConfig,
@@ -20,13 +20,13 @@ from unbraid.config import (
 )
 from unbraid.device import pick_device
 from unbraid.distributed.cost import Job, bytes_of_rank
-from unbraid.errors import ActivationError, TrainingError
+from unbraid.errors import ActivationError, ConfigError, TrainingError
 from unbraid.randomness import derive_seed
 from unbraid.sae import SAE
 from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.own_penalty import as_module
-from unbraid.training.sae_trainer import trainer_from_settings
+from unbraid.training.sae_trainer import SAETrainer, ends, trainer_from_settings
 
 MOST_CONTEXTS = 2048
 Dictionary = VariantConfig | SAEConfig
@@ -50,7 +50,8 @@ def fit(
         dictionaries: settings by name, or one, which is called `sae`. An `SAEConfig` trains with the default optimiser
             and without a penalty; a `VariantConfig` says all three.
         activations: a tensor [rows, D] or whatever `unbraid.train(activations=...)` takes; of several by name, every
-            dictionary is trained on each and called `NAME_DICTIONARY`.
+            dictionary is trained on each and called `NAME_DICTIONARY`. `{"x -> y": (x, y)}` trains transcoders, which
+            read x and predict y.
         tokens: rows to train on; by default all there are, once.
         batch_tokens: rows per step.
         seed: of row order and first weights, for an `SAEConfig`; a `VariantConfig` brings its own for the weights.
@@ -87,7 +88,13 @@ def fit(
         )
     config = _config(seed, steps * batch_tokens, batch_tokens)
     widths_of_saes = [settings.sae.n_features for settings in variants.values()]
-    jobs = [Job(batch_tokens, width, n_features, 0) for width in source.widths for n_features in widths_of_saes]
+    places = routes(activations)
+    if any(one.sae.skip for one in variants.values()) and not any(route.is_transcoder for route in places):
+        raise ConfigError(
+            "sae.skip connects what a transcoder reads with what it predicts, and these activations are for SAEs; "
+            "expected false; drop it, or give activations as {'x -> y': (x, y)}"
+        )
+    jobs = [Job(batch_tokens, max(source.widths), n_features, 0) for _ in places for n_features in widths_of_saes]
     buffer = ActivationBuffer(
         source,
         config.buffer,
@@ -99,25 +106,29 @@ def fit(
     )
     buffer.fill()
     own = None if penalty is None else as_module(penalty)
-    trainers = [
-        trainer_from_settings(
-            name if len(source.sites) == 1 else f"{site.folder}_{name}",
-            number,
-            settings,
-            derive_seed(settings.seed, str(site)),
-            Normalisation.of(x_RD, site.folder),
-            place,
-            penalty=own,
-            steps=steps,
-            tokens=steps * batch_tokens,
-        )
-        for number, (site, x_RD) in enumerate(zip(source.sites, buffer.rows(), strict=True))
-        for name, settings in variants.items()
-    ]
+    units = [Normalisation.of(x_RD, site.folder) for site, x_RD in zip(source.sites, buffer.rows(), strict=True)]
+    trainers: list[SAETrainer] = []
+    for route in places:
+        reads, target = ends(route, source.sites, units)
+        trainers += [
+            trainer_from_settings(
+                name if len(places) == 1 else f"{route.folder}_{name}",
+                reads,
+                settings,
+                derive_seed(settings.seed, str(route)),
+                units[reads],
+                place,
+                penalty=own,
+                steps=steps,
+                tokens=steps * batch_tokens,
+                target=target,
+            )
+            for name, settings in variants.items()
+        ]
     logged = (lambda step: step % log_every == 0 or step == steps) if callback is not None else (lambda step: False)
     train_steps(trainers, buffer.next_batch, steps, logged=logged, after_step=callback)
     for trainer in trainers:
-        trainer.sae.fold(trainer.normalise.mean_D, trainer.normalise.scale)
+        trainer.fold()
     return {trainer.name: trainer.sae.requires_grad_(False) for trainer in trainers}
 
 

@@ -211,32 +211,38 @@ def _rehearse(config: RunConfig, source: ActivationSource, device: torch.device,
     next(chunks, None)  # the second: what is done once was done for the first
     passed = time.perf_counter() - began
     tokens = config.steps * config.training.batch_tokens
-    steps = sum(_seconds_of_a_step(config, site, variant, rows[site], device) for site, variant in _places(config))
+    steps = sum(_seconds_of_a_step(config, place, variant, rows, device) for place, variant in _places(config))
     return tokens * passed / max(1, chunk.tokens_BT.numel()) + config.steps * steps
 
 
 def _seconds_of_a_step(
-    config: RunConfig, site: int, variant: str, rows_RD: torch.Tensor, device: torch.device
+    config: RunConfig, place: int, variant: str, rows: Sequence[torch.Tensor], device: torch.device
 ) -> float:
-    x_RD = rows_RD.to(device, torch.float32)
-    x_BD = x_RD.repeat(math.ceil(config.training.batch_tokens / len(x_RD)), 1)[: config.training.batch_tokens]
-    trainer = new_trainer(config, site, variant, Normalisation.of(x_RD), device)
+    rows, tokens = [x_RD.to(device, torch.float32) for x_RD in rows], config.training.batch_tokens
+    batch = [x_RD.repeat(math.ceil(tokens / len(x_RD)), 1)[:tokens] for x_RD in rows]
+    trainer = new_trainer(config, place, variant, [Normalisation.of(x_RD) for x_RD in rows], device)
     for step in range(2):
         began = time.perf_counter()
-        train_step(trainer, trainer.normalise(x_BD), step, trainer.config.optimiser.lr, log=False)
+        x_BD, y_BM = trainer.rows(batch)
+        train_step(trainer, x_BD, step, trainer.config.optimiser.lr, log=False, y_BM=y_BM)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return time.perf_counter() - began
 
 
 def _places(config: RunConfig) -> list[tuple[int, str]]:
-    return [(site, variant) for site in range(len(config.sites)) for variant in config.variants]
+    return [(place, variant) for place in range(len(config.routes)) for variant in config.variants]
 
 
 def _weight_bytes(config: RunConfig, widths: Sequence[int]) -> int:
     """Of all SAEs of a run, in float32."""
-    features = [(config.variant(variant).sae.n_features, widths[site]) for site, variant in _places(config)]
-    return sum(4 * (2 * n * d + 2 * n + d) for n, d in features)
+    numbers = 0
+    for place, variant in _places(config):
+        sae = config.variant(variant).sae
+        d, m = (widths[config.sites.index(end)] for end in config.routes[place])
+        has_skip = sae.skip and config.routes[place].is_transcoder
+        numbers += sae.n_features * (d + m + 2) + m + (d * m if has_skip else 0)
+    return 4 * numbers
 
 
 def _buffer_bytes(config: RunConfig, widths: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 A site is written `KIND.LAYER`, `embed`, `module:PATH` (a module's output) or `module:PATH:input`, and SAELens' hook
 names are understood. `KINDS` is the only list of kinds: name, hook name and place in a block stand in one line each.
+A dictionary stands on a `Route`: an SAE on one site, a transcoder on two, written `A -> B`.
 """
 
 import re
@@ -108,3 +109,55 @@ class Site(NamedTuple):
         if self.kind in (MODULE, HANDED_IN):
             return f"{self.kind}:{self.path}"
         return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+
+class Route(NamedTuple):
+    """What a dictionary reads and what it predicts: the same site for an SAE, `A -> B` for a transcoder.
+
+    >>> Route.parse("mlp_in.6 -> mlp_out.6").folder
+    'mlp_in.6--to--mlp_out.6'
+    """
+
+    reads: Site
+    writes: Site
+
+    @classmethod
+    def parse(cls, text: str) -> "Route":
+        """`"resid_post.6"` or `"mlp_in.6 -> mlp_out.6"`.
+
+        Raises:
+            ConfigError: the text names no site, an end twice, or more than two ends.
+        """
+        ends = [end.strip() for end in text.split("->")]
+        if "+" in text:
+            raise ConfigError(
+                f"site {text!r} names several sites at one end; expected one site, or A -> B for a transcoder, because "
+                "crosscoders and cross-layer transcoders cannot be trained yet; change model.sites"
+            )
+        if len(ends) > 2:
+            raise ConfigError(f"site {text!r} has {len(ends)} ends; expected one, or two as in A -> B")
+        reads, writes = Site.parse(ends[0]), Site.parse(ends[-1])
+        if len(ends) == 2 and reads == writes:
+            raise ConfigError(
+                f"site {text!r} has the same two ends; expected different ones, or {reads} alone for an SAE, which "
+                "reconstructs what it reads; change model.sites"
+            )
+        return cls(reads, writes)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether what is predicted is not what is read."""
+        return self.reads != self.writes
+
+    @property
+    def folder(self) -> str:
+        """The name as part of a folder's name, safe on every system."""
+        return f"{self.reads.folder}--to--{self.writes.folder}" if self.is_transcoder else self.reads.folder
+
+    def __str__(self) -> str:
+        return f"{self.reads} -> {self.writes}" if self.is_transcoder else str(self.reads)
+
+
+def is_transcoder(text: str) -> bool:
+    """Whether a site is written as one of a transcoder, A -> B."""
+    return "->" in text

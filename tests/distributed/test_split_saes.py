@@ -11,7 +11,7 @@ from unbraid.distributed.ranks import Ranks
 from unbraid.distributed.shard import Shard
 from unbraid.errors import ConfigError
 from unbraid.randomness import generator
-from unbraid.sae import base, build
+from unbraid.sae import build, first_weights
 
 N = 30
 SETTINGS = {"n_features": N, "k": 5, "lambda1": 0.02, "dead_after_tokens": 144, "bandwidth": 0.05}
@@ -75,7 +75,7 @@ def test_the_top_k_of_all_ranks_is_the_top_k_of_one(ties):
 
 @pytest.mark.parametrize("width", [5, 70])
 def test_first_weights_are_slices_of_the_whole_saes(width, monkeypatch):
-    monkeypatch.setattr(base, "ROWS_DRAWN", 16)
+    monkeypatch.setattr(first_weights, "ROWS_DRAWN", 16)
     config = SAEConfig(n_features=width)
     whole = build(config, 3, generator(0, "init")).W_dec
     assert torch.equal(

@@ -198,7 +198,7 @@ def payload_of_a_step(ranks: Ranks, settings: dict[str, Any], rows: int) -> dict
     """Bytes handed over in one step that is not logged, and the active entries of each rank in it."""
     config = run_config(settings, {"each": {}})
     mesh = Mesh(ranks, ranks)
-    trainer = new_trainer(config, 0, "each", Normalisation.none(SPLIT["D"]), torch.device("cpu"), mesh)
+    trainer = new_trainer(config, 0, "each", [Normalisation.none(SPLIT["D"])], torch.device("cpu"), mesh)
     x_BD = torch.randn(rows, SPLIT["D"], generator=generator(1, "rows"))
     train_step(trainer, x_BD, 0, 1e-3, log=False)
     codes = trainer.sae.training_forward(x_BD).codes

@@ -217,7 +217,7 @@ def test_the_decoder_bias_starts_at_zero_in_training_units(tmp_path):
 
 def test_twins_start_from_the_same_weights(tmp_path):
     config = make_config()
-    width = Normalisation.none(16)
+    width = [Normalisation.none(16)] * 2
     places = [(site, variant) for site in (0, 1) for variant in config.variants]
     made = [new_trainer(config, site, variant, width, CPU) for site, variant in places]
     trainers = {trainer.name: trainer.sae.state_dict() for trainer in made}

@@ -73,7 +73,7 @@ def r2_of_a_run(folder, offset: float, architecture: str) -> float:
     source = OffsetSource(offset)
     trained = train_saes(RunFolder.create(folder, config), config, source, CPU, Silent())
     (trainer,) = trained.trainers
-    trainer.sae.fold(trainer.normalise.mean_D, trainer.normalise.scale)
+    trainer.fold()
     rows = torch.cat([chunk.activations[0].flatten(0, 1) for chunk in source.chunks()])
     return exported_r2(trainer.sae, rows)
 

@@ -2,7 +2,8 @@
 
 A tensor, a NumPy array or memmap, a folder of .npy or safetensors files and a column of a `datasets` table can be read
 at any row: their rows come in blocks in a seeded order, which the buffer mixes further. An iterable of batches comes in
-its own order. A seeded share of the rows (`text.held_out_fraction`) is held out, whatever they come from.
+its own order. A seeded share of the rows (`text.held_out_fraction`) is held out, whatever they come from. A pair, as in
+`{"x -> y": (x, y)}`, is for a transcoder, which reads x and predicts y.
 """
 
 import bisect
@@ -22,7 +23,7 @@ from unbraid.config import RunConfig, overridden
 from unbraid.errors import ActivationError
 from unbraid.randomness import generator
 from unbraid.replay import Replay
-from unbraid.sites import HANDED_IN, Site
+from unbraid.sites import HANDED_IN, Route, Site
 from unbraid.text.documents import shuffled
 
 BLOCK_ROWS = 256
@@ -31,27 +32,56 @@ DEFAULT_NAME = "activations"
 
 
 def named(activations: Any) -> dict[str, Any]:
-    """`{name: data}`; a single one is named `activations`.
+    """`{name: data}`, every end of a pair by itself; a single one is named `activations`.
 
     Raises:
-        ActivationError: there is none, or a name cannot be part of a folder's name.
+        ActivationError: there is none, a name cannot be part of a folder's name, or one name stands for two things.
     """
     if not isinstance(activations, Mapping):
         return {DEFAULT_NAME: activations}
-    for name in activations:
-        if not isinstance(name, str) or not Site.is_handed_in_name(name):
-            raise ActivationError(
-                f"activations are named {name!r}; expected letters, digits, '_', '-' and '.', because folders are "
-                "called after them"
-            )
     if not activations:
         raise ActivationError('activations is empty; expected at least one, such as {"patches": tensor}')
-    return dict(activations)
+    found: dict[str, Any] = {}
+    for key, data in activations.items():
+        names = _names(key)
+        for name in names:
+            if not Site.is_handed_in_name(name):
+                raise ActivationError(
+                    f"activations are named {name!r}; expected letters, digits, '_', '-' and '.', because folders are "
+                    "called after them"
+                )
+        if len(names) > 1 and (len(names) > 2 or not isinstance(data, tuple | list) or len(data) != 2):
+            raise ActivationError(
+                f"activations {key!r} are a {type(data).__name__}; expected what is read and what is predicted, as in "
+                '{"x -> y": (x, y)}'
+            )
+        for name, one in zip(names, data if len(names) == 2 else [data], strict=True):
+            if found.setdefault(name, one) is not one:
+                raise ActivationError(
+                    f"activations name {name!r} twice, for different data; expected one name for each; rename one"
+                )
+    return found
+
+
+def _names(key: Any) -> list[str]:
+    return [name.strip() for name in key.split("->")] if isinstance(key, str) else [str(key)]
+
+
+def routes(activations: Any) -> list[Route]:
+    """What dictionaries read and predict: each name by itself, and `x -> y` for a transcoder.
+
+    Raises:
+        ActivationError: see `named`.
+        ConfigError: both ends of a pair have one name.
+    """
+    named(activations)
+    keys = activations if isinstance(activations, Mapping) else [DEFAULT_NAME]
+    return [Route.parse(" -> ".join(str(Site.handed_in(name)) for name in _names(key))) for key in keys]
 
 
 def settings_for(config: RunConfig, activations: Any) -> RunConfig:
     """`config` with the names of `activations` as its sites, and no position to drop."""
-    sites = [str(Site.handed_in(name)) for name in named(activations)]
+    sites = [str(route) for route in routes(activations)]
     given = {"model.name": HANDED_IN, "model.sites": sites, "buffer.drop_first_position": False}
     return overridden(config, given, "train")[0]
 

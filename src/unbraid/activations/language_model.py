@@ -392,7 +392,7 @@ def load_language_model(config: ModelConfig, device: torch.device | str = "cpu",
     return LanguageModel(
         model,
         tokenizer,
-        config.sites,
+        config.ends,
         name=config.name,
         pass_contexts=config.batch_contexts,
         bidirectional=config.bidirectional,

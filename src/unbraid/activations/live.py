@@ -166,7 +166,7 @@ def handed_in_model(config: ModelConfig, model: nn.Module | None, tokenizer: Any
     return LanguageModel(
         model,
         tokenizer,
-        config.sites,
+        config.ends,
         name=name_of(model) or type(model).__name__,
         pass_contexts=config.batch_contexts,
         bidirectional=config.bidirectional,

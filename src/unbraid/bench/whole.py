@@ -36,8 +36,8 @@ class Pipeline:
         sites = list(zip(config.sites, self.buffer.rows(), strict=True))
         normalise = [Normalisation.of(rows_RD, str(site)) for site, rows_RD in sites]
         self.trainers = [
-            new_trainer(config, site, variant, normalise[site], device)
-            for site in range(len(config.sites))
+            new_trainer(config, place, variant, normalise, device)
+            for place in range(len(config.routes))
             for variant in config.variants
         ]
         self.steps = max(1, self.buffer.capacity // 2 // config.training.batch_tokens)

@@ -38,7 +38,7 @@ from unbraid.config.sources import BufferConfig, ModelConfig, TextConfig
 from unbraid.errors import ConfigError
 from unbraid.files import is_folder_name
 from unbraid.json_files import read_json_object
-from unbraid.sites import Site
+from unbraid.sites import Route, Site
 
 VERSION = "0.2"
 """Of the settings in a run's config.json."""
@@ -181,6 +181,8 @@ class VariantConfig(Section):
 
     def _meets(self, path: str, wanted: Condition) -> bool:
         group, _, name = path.partition(".")
+        if group not in VariantConfig.model_fields:
+            return True  # a setting of the run, which looks at it itself
         section = getattr(self, group)
         return name in type(section).model_fields and wanted.holds(getattr(section, name))
 
@@ -241,6 +243,9 @@ class RunConfig(Section):
     def unread(self) -> dict[Location, str]:
         """See `Section.unread`; what an SAE has is read while some variant takes it from here and reads it."""
         found, variants = super().unread(), {name: self.variant(name) for name in self.variants}
+        for name, conditions in self.sae.conditions_elsewhere().items():
+            if not conditions["model.sites"].holds(self.model.sites):
+                found["sae", name] = activation([("model.sites", conditions["model.sites"].words)])
         unread_by = {name: settings.unread() for name, settings in variants.items()}
         for group in ("sae", "decorrelation", "optimiser"):
             for setting in type(getattr(self, group)).model_fields:
@@ -256,6 +261,8 @@ class RunConfig(Section):
     def _variants_resolve(self) -> "RunConfig":
         for name in self.variants:
             settings = self.variant(name)
+            if settings.sae.skip and not any(route.is_transcoder for route in self.routes):
+                raise wrong(f"variants.{name or repr(name)}: sae.skip is read by transcoders, A -> B in model.sites")
             penalty = settings.decorrelation
             if settings.sae.frozen == "decoder" and penalty.weight > 0 and getattr(penalty, "space", "") == "decoder":
                 raise wrong(
@@ -276,9 +283,14 @@ class RunConfig(Section):
         return self.training.tokens // self.training.batch_tokens
 
     @property
+    def routes(self) -> list[Route]:
+        """Where the dictionaries stand: `model.sites`, parsed."""
+        return self.model.routes
+
+    @property
     def sites(self) -> list[Site]:
-        """The sites, parsed."""
-        return [Site.parse(site) for site in self.model.sites]
+        """The sites that are read: the ends of the routes."""
+        return self.model.ends
 
     def variant(self, name: str) -> VariantConfig:
         """The settings one variant trains with: the run's, under the variant's own."""
@@ -307,11 +319,11 @@ class RunConfig(Section):
     @property
     def sae_names(self) -> list[str]:
         """Names of all SAEs: sites x variants, in the order of the settings."""
-        return [self.sae_name(site, variant) for site in self.sites for variant in self.variants]
+        return [self.sae_name(route, variant) for route in self.routes for variant in self.variants]
 
-    def sae_name(self, site: Site, variant: str) -> str:
+    def sae_name(self, route: Route, variant: str) -> str:
         """Folder and metric name of one SAE: `resid_post.6_twin`, or the bare site for an unnamed variant."""
-        return f"{site.folder}_{variant}" if variant else site.folder
+        return f"{route.folder}_{variant}" if variant else route.folder
 
     @property
     def twins(self) -> dict[str, str]:
@@ -321,7 +333,7 @@ class RunConfig(Section):
         for variant, own in settings.items():
             for other, candidate in settings.items():
                 if own.decorrelation.weight > 0 == candidate.decorrelation.weight and _alike(own, candidate):
-                    twins |= {self.sae_name(site, variant): self.sae_name(site, other) for site in self.sites}
+                    twins |= {self.sae_name(at, variant): self.sae_name(at, other) for at in self.routes}
         return twins
 
 

@@ -6,11 +6,13 @@ from pydantic import Field, model_validator
 
 from unbraid.config.checks import GIVEN, Common, Condition, active_when, wrong
 from unbraid.config.kinds import Kinds, Registry
+from unbraid.sites import is_transcoder
 
 if TYPE_CHECKING:
     from unbraid.sae.base import SAE
 
 MOST_FEATURES = 1 << 26
+A_TRANSCODER = Condition(lambda sites: any(map(is_transcoder, sites)), "a list with a transcoder, A -> B")
 
 
 class SAEConfig(Kinds):
@@ -43,7 +45,8 @@ class SAEConfig(Kinds):
     aux_weight: float | None = Field(default=None, ge=0.0)
     """Weight of the loss that revives dead features (topk family: explaining the residual; others: being pulled up to
     their threshold); none takes 1 for the topk family and 1/32 for the others, 0 turns it off."""
-
+    skip: Annotated[bool, active_when(model__sites=A_TRANSCODER)] = False
+    """Transcoders also predict by a matrix of their own, x W_skip, beside their features (arXiv 2501.18823)."""
     frozen: Literal["none", "decoder", "near", "encoder"] = "none"
     """What stays as it was drawn, for controls that have learned less (arXiv 2602.14111): decoder rows; near: decoder
     rows but for a turn of at most 37 degrees (cosine 0.8); encoder: encoder rows."""

@@ -15,7 +15,7 @@ from unbraid.config.checks import (
     not_of,
 )
 from unbraid.errors import ConfigError
-from unbraid.sites import HANDED_IN, Site
+from unbraid.sites import HANDED_IN, Route, Site
 
 
 class TextConfig(Section):
@@ -95,7 +95,8 @@ class ModelConfig(Section):
     """Spread the model over this machine's devices, with accelerate; by default it is put on training.device whole."""
     sites: Annotated[list[str], Common] = ["resid_post.6"]
     """KIND.LAYER, KIND one of resid_pre, resid_mid, resid_post, attn_in, attn_z, attn_out, mlp_in, mlp_normed, mlp_act,
-    mlp_out; or embed, module:PATH, module:PATH:input; all are read in one pass."""
+    mlp_out; or embed, module:PATH, module:PATH:input; A -> B is a transcoder, which reads A and predicts B. All are
+    read in one pass."""
     batch_contexts: int = Field(default=24, ge=1, le=1 << 20)
     """Contexts per model pass."""
     trust_remote_code: Annotated[bool, A_MODEL_OF_FILES] = False
@@ -103,15 +104,25 @@ class ModelConfig(Section):
     bidirectional: bool = False
     """Accept a model in which tokens see later tokens, such as an encoder; otherwise it is refused."""
 
+    @property
+    def routes(self) -> list[Route]:
+        """`sites`, parsed: where the dictionaries stand."""
+        return [Route.parse(site) for site in self.sites]
+
+    @property
+    def ends(self) -> list[Site]:
+        """The sites whose activations are read in a pass: every end of every route, once."""
+        return list(dict.fromkeys(end for route in self.routes for end in route))
+
     @field_validator("sites")
     @classmethod
     def _sites_parse_and_differ(cls, sites: list[str]) -> list[str]:
-        parsed = [Site.parse(site) for site in sites]
+        parsed = [Route.parse(site) for site in sites]
         if not parsed:
             raise ConfigError("model.sites is empty; expected at least one site such as resid_post.6")
         if len(set(parsed)) < len(parsed):
             raise ConfigError(f"model.sites names a site twice: {sites}; expected distinct sites")
-        return [str(site) for site in parsed]
+        return [str(route) for route in parsed]
 
 
 class BufferConfig(Section):

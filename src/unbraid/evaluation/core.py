@@ -8,6 +8,8 @@ kept under a `saebench_` name and the right one stands beside it:
 * `r2`: 1 - sum ||r||^2 / sum ||x - mean||^2 over all tokens. `explained_variance_legacy` averages a ratio per token
   around the group's mean (what papers report); `saebench_explained_variance` subtracts the square of a mean of squares,
   so that a constant predictor can score anything.
+Of a transcoder all of this is about what it predicts; only its codes are of what it reads.
+
 * `mse`: mean ||r||^2 per token. `saebench_mse` is divided once more by the tokens of the group.
 """
 
@@ -23,7 +25,7 @@ from torch.nn import functional as F
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.explained import ExplainedVariance
 from unbraid.evaluation.geometry import max_cosines
-from unbraid.evaluation.protocols import Autoencoder, decoder_rows, encoder_bias, encoder_columns
+from unbraid.evaluation.protocols import Autoencoder, decoder_rows, encoder_bias, encoder_columns, predicted
 
 SMALLEST_NORM = 1e-4  # SAEBench divides by 1 instead of by norms below this
 GROUP_CONTEXTS = 16
@@ -38,7 +40,8 @@ class CoreMetrics:
     Attributes:
         categories: reconstruction_quality, shrinkage, sparsity, token_stats and misc_metrics.
         features: `[N]` each: feature_density, consistent_activation_heuristic (NaN where the feature never fired),
-            encoder_bias, encoder_norm, encoder_decoder_cosine_sim, max_encoder_cosine_sim, max_decoder_cosine_sim.
+            encoder_bias, encoder_norm, max_encoder_cosine_sim, max_decoder_cosine_sim and, not of a transcoder,
+            encoder_decoder_cosine_sim.
     """
 
     categories: Categories
@@ -97,17 +100,23 @@ class CoreMeter:
     ) -> None:
         self.sae, self.group_contexts, self.tokens_at_once = sae, group_contexts, tokens_at_once
         self._sums = _Sums(on_codes)
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []
         self._n_held = 0
 
     @torch.no_grad()
-    def add(self, x_CTD: Float[Tensor, "C T D"], keep_CT: Bool[Tensor, "C T"]) -> None:
-        """Take in contexts; they are measured once a group of them is complete."""
+    def add(
+        self,
+        x_CTD: Float[Tensor, "C T D"],
+        keep_CT: Bool[Tensor, "C T"],
+        y_CTM: Float[Tensor, "C T M"] | None = None,
+    ) -> None:
+        """Take in contexts; they are measured once a group of them is complete. A transcoder is to predict `y_CTM`."""
+        y_CTM = x_CTD if y_CTM is None else y_CTM
         while len(x_CTD):
             taken = self.group_contexts - self._n_held
-            self._held.append((x_CTD[:taken], keep_CT[:taken]))
+            self._held.append((x_CTD[:taken], y_CTM[:taken], keep_CT[:taken]))
             self._n_held += len(x_CTD[:taken])
-            x_CTD, keep_CT = x_CTD[taken:], keep_CT[taken:]
+            x_CTD, y_CTM, keep_CT = x_CTD[taken:], y_CTM[taken:], keep_CT[taken:]
             if self._n_held == self.group_contexts:
                 self._measure()
 
@@ -134,9 +143,9 @@ class CoreMeter:
         return CoreMetrics(categories, features)
 
     def _measure(self) -> None:
-        group = torch.cat([x for x, _ in self._held]), torch.cat([keep for _, keep in self._held])
+        x_CTD, y_CTM, keep_CT = (torch.cat(parts) for parts in zip(*self._held, strict=True))
         self._held, self._n_held = [], 0
-        self._sums.add_group(self.sae, *group, self.tokens_at_once)
+        self._sums.add_group(self.sae, x_CTD, y_CTM, keep_CT, self.tokens_at_once)
 
 
 class _Sums:
@@ -153,24 +162,24 @@ class _Sums:
         self.firings: Tensor | None = None
         self.contexts_fired_in: Tensor | None = None
 
-    def add_group(self, sae: Autoencoder, x_CTD: Tensor, keep_CT: Tensor, tokens_at_once: int) -> None:
+    def add_group(self, sae: Autoencoder, x_CTD: Tensor, y_CTM: Tensor, keep_CT: Tensor, tokens_at_once: int) -> None:
         n_contexts, n_tokens, _ = x_CTD.shape
         self.tokens += n_contexts * n_tokens
-        kept_BD = x_CTD[keep_CT].double()
+        kept_BD = y_CTM[keep_CT].double()
         if len(kept_BD) == 0:
             return
         mean_D = kept_BD.mean(0)
         group = {"residual": 0.0, "square": kept_BD.square().sum().item(), "square_out": 0.0, "product": 0.0}
         step = max(1, tokens_at_once // n_tokens)
         for first in range(0, n_contexts, step):
-            part, keep = x_CTD[first : first + step], keep_CT[first : first + step]
+            part, wanted, keep = (tensor[first : first + step] for tensor in (x_CTD, y_CTM, keep_CT))
             f_CTN = sae.encode(part)
-            x_hat_CTD = sae.decode(f_CTN)
+            x_hat_CTD = predicted(sae, part, f_CTN)
             self._count_firings(f_CTN, keep)
             f_BN = f_CTN[keep]
             if self.on_codes is not None:
                 self.on_codes(f_BN)
-            for name, value in self._add_rows(part[keep], f_BN, x_hat_CTD[keep], mean_D).items():
+            for name, value in self._add_rows(wanted[keep], f_BN, x_hat_CTD[keep], mean_D).items():
                 group[name] += value
         n = len(kept_BD)
         self.kept += n
@@ -265,8 +274,9 @@ def weight_metrics(sae: object) -> dict[str, Float[Tensor, " N"]]:
     metrics = {
         "encoder_bias": encoder_bias(sae, len(W_dec)),
         "encoder_norm": W_enc.norm(dim=0),
-        "encoder_decoder_cosine_sim": F.cosine_similarity(W_dec, W_enc.T, dim=1),
         "max_encoder_cosine_sim": max_cosines(W_enc.T),
         "max_decoder_cosine_sim": max_cosines(W_dec),
     }
+    if W_dec.shape == W_enc.T.shape and not getattr(sae, "is_transcoder", False):
+        metrics["encoder_decoder_cosine_sim"] = F.cosine_similarity(W_dec, W_enc.T, dim=1)
     return {name: values.cpu() for name, values in metrics.items()}

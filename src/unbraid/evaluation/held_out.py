@@ -14,6 +14,7 @@ from torch import Tensor
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.correlation import correlation_summary
 from unbraid.evaluation.explained import ExplainedVariance
+from unbraid.evaluation.protocols import predicted
 from unbraid.sae import Codes
 
 ROWS_AT_ONCE = 2048
@@ -26,7 +27,7 @@ class HeldOutMetrics:
     Attributes:
         l0: active features per token.
         l1: sum of the code, in the units the SAE was given.
-        r2: 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2.
+        r2: 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2; of what is predicted for a transcoder.
         reconstruction_error: mean ||x - x_hat||^2, in the squared units the SAE was given.
         correlation_mean: mean correlation of all pairs of live features.
         correlation_std: its spread over those pairs.
@@ -51,12 +52,13 @@ class HeldOutMetrics:
 
 
 @torch.no_grad()
-def held_out_metrics(sae: Any, batches: Iterable[Tensor], fraction: float) -> HeldOutMetrics:
+def held_out_metrics(sae: Any, batches: Iterable[Tensor | tuple[Tensor, Tensor]], fraction: float) -> HeldOutMetrics:
     """Measure one SAE.
 
     Args:
         sae: anything with `encode`, `decode` and `n_features`.
-        batches: activation rows `[R, D]` in the units the SAE takes.
+        batches: activation rows `[R, D]` in the units the SAE takes; for a transcoder pairs of them and of the rows
+            `[R, M]` that it is to predict, in the units it gives.
         fraction: share of the pairs that counts as the top.
 
     Raises:
@@ -66,9 +68,10 @@ def held_out_metrics(sae: Any, batches: Iterable[Tensor], fraction: float) -> He
     codes: list[Codes] = []
     fired_N = torch.zeros(sae.n_features, dtype=torch.double)
     for batch in batches:
-        for x_BD in batch.split(ROWS_AT_ONCE):
+        x_RD, y_RM = (batch, batch) if isinstance(batch, Tensor) else batch
+        for x_BD, y_BM in zip(x_RD.split(ROWS_AT_ONCE), y_RM.split(ROWS_AT_ONCE), strict=True):
             f_BN = sae.encode(x_BD)
-            explained.add(x_BD, sae.decode(f_BN))
+            explained.add(y_BM, predicted(sae, x_BD, f_BN))
             active += float((f_BN != 0).double().sum())
             total += float(f_BN.double().sum())
             fired_N += (f_BN != 0).double().sum(0).cpu()

@@ -29,6 +29,7 @@ from unbraid.evaluation.trained_controls import ControlSite, steps_on, trained_c
 from unbraid.progress import Stages
 from unbraid.randomness import derive_seed
 from unbraid.sae import Codes
+from unbraid.sites import Route
 
 REFERENCE_ROWS = 4096
 RANDOM_CONTEXTS = 100
@@ -117,7 +118,8 @@ class ModelSuites:
                 self.positions += chunk.positions_BT
             activations = [x_CTD.float() for x_CTD in chunk.activations]
             for subject, meter in meters:
-                meter.add(activations[subject.site], keep_CT.to(self.device))
+                y_CTM = None if subject.writes is None else activations[self.source.sites.index(subject.writes)]
+                meter.add(activations[subject.site], keep_CT.to(self.device), y_CTM)
         self.contexts = self.held_out[: self.config.splice_contexts]
         for subject, meter in meters:
             core = meter.result()
@@ -155,7 +157,8 @@ class ModelSuites:
 
         saes: dict[Any, dict[str, Any]] = {}
         for subject in self.subjects:
-            saes.setdefault(self.source.sites[subject.site], {})[subject.name] = subject.sae
+            reads = self.source.sites[subject.site]
+            saes.setdefault(Route(reads, subject.writes or reads), {})[subject.name] = subject.sae
         found = preservation(self.source.model, saes, counted(), self.config.seed)
         for subject in self.subjects:
             core = subject.report["core"]
@@ -250,7 +253,13 @@ class ModelSuites:
         )
         refused = {}
         for site, where in enumerate(self.source.sites):
-            here = [subject for subject in self.subjects if subject.site == site]
+            here = [subject for subject in self.subjects if subject.site == site and subject.writes is None]
+            for subject in self.subjects:
+                if subject.site == site and subject.writes is not None:
+                    refused[subject.name] = (
+                        "absorption compares decoder rows with probes of what is read; a transcoder's predict another "
+                        "site"
+                    )
             if not here:
                 continue
             try:

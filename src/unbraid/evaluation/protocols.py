@@ -25,6 +25,12 @@ class Autoencoder(Protocol):
         ...
 
 
+def predicted(sae: Autoencoder, x: Tensor, f: Tensor) -> Tensor:
+    """What an SAE makes of the codes `f` of `x`, a transcoder's skip connection included, which `decode` leaves out."""
+    skip: Tensor | None = getattr(sae, "W_skip", None)
+    return sae.decode(f) if skip is None else sae.decode(f) + x.to(skip.dtype) @ skip
+
+
 def decoder_rows(sae: object) -> Tensor:
     """`W_dec` as float32 `[N, D]`, detached.
 

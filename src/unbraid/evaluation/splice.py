@@ -1,12 +1,14 @@
 """What a language model loses when an SAE's reconstruction takes the place of its activations.
 
 Cross-entropy and KL divergence of the spliced model beside those of the intact model and of one whose site is zeroed
-everywhere, under SAEBench's names. Positions that do not count (special tokens) keep their original activations and are
-left out of the means, by input token. Log-probabilities come from one log-softmax; SAEBench's log of a softmax turns to
-NaN where a probability underflows. The intact pass is shared by all SAEs, the ablated one by those of a site.
+everywhere, under SAEBench's names. A transcoder's prediction takes the place of the site it predicts, made from what
+the same pass had at the site it reads. Positions that do not count (special tokens) keep their original activations and
+are left out of the means, by input token. Log-probabilities come from one log-softmax; SAEBench's log of a softmax
+turns to NaN where a probability underflows. The intact pass is shared by all SAEs, the ablated one by those of a site.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.intervals import bootstrap_interval
-from unbraid.evaluation.protocols import Autoencoder
+from unbraid.evaluation.protocols import Autoencoder, predicted
+from unbraid.sites import Route
 
 
 @runtime_checkable
@@ -39,11 +42,14 @@ def preservation(
 
     Args:
         model: anything with `logits(tokens, site, replace)`.
-        saes: site, as the model takes it -> name -> SAE acting on raw activations of the site; no name twice.
+        saes: site, as the model takes it -> name -> SAE acting on raw activations of the site; no name twice. A `Route`
+            says that what is read and what is replaced differ; the model then has `visiting` as well.
         contexts: token ids `[C, T]` and which positions count and are replaced `[C, T]`; any number of contexts at a
             time. A third table `[C, T]` has positions that start anew with each document of a context; the model then
             takes `positions=`.
         seed: of the bootstrap over contexts.
+
+    Where a transcoder reads a site that the model reaches after the one it predicts, its numbers are NaN.
 
     Returns:
         SAE name -> `model_behavior_preservation` (kl_div_*) and `model_performance_preservation` (ce_loss_*), each with
@@ -58,7 +64,7 @@ def preservation(
         for tokens_1T, keep_1T, *apart in zip(*(table_CT.split(1) for table_CT in tables), strict=True):
             logits: Callable[..., Tensor] = model.logits
             logits = partial(logits, positions=apart[0]) if apart else logits
-            for name, sums in _one_context(logits, saes, tokens_1T, keep_1T):
+            for name, sums in _one_context(model, logits, saes, tokens_1T, keep_1T):
                 rows[name].append(sums)
     return {name: _summary(np.array(table), seed) for name, table in rows.items()}
 
@@ -67,7 +73,11 @@ SUMS = ("positions", "kept", "targets", "kl_sae", "kl_ablation", "ce_sae", "ce_m
 
 
 def _one_context(
-    logits: Callable[..., Tensor], saes: Mapping[Any, Mapping[str, Autoencoder]], tokens_1T: Tensor, keep_1T: Tensor
+    model: Any,
+    logits: Callable[..., Tensor],
+    saes: Mapping[Any, Mapping[str, Autoencoder]],
+    tokens_1T: Tensor,
+    keep_1T: Tensor,
 ) -> Iterator[tuple[str, np.ndarray]]:
     intact = logits(tokens_1T).float().log_softmax(-1)
     probability = intact.exp()
@@ -81,20 +91,36 @@ def _one_context(
         ce = -log_q[:, :-1].gather(2, targets).squeeze(2)[keep_1T[:, :-1]]
         return kl.double().sum(), ce.double().sum()
 
-    def reconstruction(sae: Autoencoder) -> Callable[[Tensor], Tensor]:
-        def replace(x_1TD: Tensor) -> Tensor:
-            x_hat_1TD = sae.decode(sae.encode(x_1TD)).to(x_1TD.dtype)
-            return torch.where(keep_1T.to(x_1TD.device).unsqueeze(2), x_hat_1TD, x_1TD)
+    def reconstruction(sae: Autoencoder, seen: list[Tensor] | None) -> Callable[[Tensor], Tensor]:
+        def replace(y_1TM: Tensor) -> Tensor:
+            if seen is not None and not seen:
+                return torch.full_like(y_1TM, torch.nan)
+            x_1TD = y_1TM if seen is None else seen.pop()
+            y_hat_1TM = predicted(sae, x_1TD, sae.encode(x_1TD)).to(y_1TM.dtype)
+            return torch.where(keep_1T.to(y_1TM.device).unsqueeze(2), y_hat_1TM, y_1TM)
 
         return replace
 
     _, ce_model = losses(None, None)
-    for site, here in saes.items():
+    for place, here in saes.items():
+        site = place.writes if isinstance(place, Route) else place
         kl_ablation, ce_ablation = losses(torch.zeros_like, site)
         for name, sae in here.items():
-            kl, ce = losses(reconstruction(sae), site)
+            with _seen_at(model, place) as seen:
+                kl, ce = losses(reconstruction(sae, seen), site)
             sums = (*counts, kl, kl_ablation, ce, ce_model, ce_ablation)
             yield name, np.array([float(value) for value in sums])
+
+
+@contextmanager
+def _seen_at(model: Any, place: Any) -> Iterator[list[Tensor] | None]:
+    """What a pass has at the site that a transcoder reads; None for an SAE, which reads what it replaces."""
+    if not isinstance(place, Route) or not place.is_transcoder:
+        yield None
+        return
+    seen: list[Tensor] = []
+    with model.visiting({place.reads: lambda x_1TD: seen.append(x_1TD.clone())}):
+        yield seen
 
 
 def _summary(table: np.ndarray, seed: int) -> dict[str, dict[str, Any]]:
@@ -106,6 +132,8 @@ def _summary(table: np.ndarray, seed: int) -> dict[str, dict[str, Any]]:
     ce_sae, ce_model, ce_ablation = total[5:] / targets
 
     def interval(score: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
+        if np.isnan(table).any():
+            return None
         return bootstrap_interval(lambda counts: score((counts @ table).T), len(table), seed)
 
     def kl_score(s: np.ndarray) -> np.ndarray:

@@ -121,9 +121,9 @@ def _of_run(
 ) -> tuple[list[EvaluatedSAE], RunConfig]:
     path, run = folder.path, _completed(folder.config, config, folder.path)
     subjects, twins = [], run.twins
-    for index, site in enumerate(run.sites):
+    for route in run.routes:
         for variant in run.variants:
-            name = run.sae_name(site, variant)
+            name, index = run.sae_name(route, variant), run.sites.index(route.reads)
             if only not in (None, name):
                 continue
             if not (path / "saes" / name).is_dir():
@@ -131,7 +131,8 @@ def _of_run(
                     f"{path} holds no finished SAE {name!r}; expected saes/{name}; end the run with "
                     f"`unbraid resume {path}`"
                 )
-            subjects.append(EvaluatedSAE(name, index, formats.load(path / "saes" / name).to(device), twins.get(name)))
+            sae, writes = formats.load(path / "saes" / name).to(device), route.writes if route.is_transcoder else None
+            subjects.append(EvaluatedSAE(name, index, sae, twins.get(name), writes=writes))
     return subjects, run
 
 

@@ -150,7 +150,10 @@ class _Evaluation:
     def _add_controls(self) -> None:
         """For each site, what has learned nothing, at the sparsity of the site's first SAE."""
         rows, to_train_on = self._reference_rows(), cache(lambda: self.model.control_rows())
-        first = {subject.site: subject for subject in reversed(self.subjects)}
+        first = {subject.site: subject for subject in reversed(self.subjects) if subject.writes is None}
+        for subject in self.subjects:
+            if subject.writes is not None:
+                self.skipped[f"controls of {subject.name}"] = "they reconstruct what they read, a transcoder does not"
         for site, subject in sorted(first.items()):
             chance = generator(self.config.seed, "controls", site)
             if rows is None:  # nothing but directions is evaluated
@@ -182,7 +185,8 @@ class _Evaluation:
         return None if self.run_config is None else str(self.run_config.sites[site])
 
     def _entry(self, subject: EvaluatedSAE) -> Report:
-        return {"site": self._site_name(subject.site)} | subject.report
+        site = self._site_name(subject.site)
+        return {"site": site if subject.writes is None else f"{site} -> {subject.writes}"} | subject.report
 
     def _absorption(self) -> None:
         refused = self.model.absorption()
@@ -208,6 +212,8 @@ class _Evaluation:
     def _ground_truth(self) -> None:
         if self.world is None:
             raise EvaluationError("no synthetic world was named; give --world for SAEs trained on one")
+        if any(getattr(subject.sae, "is_transcoder", False) for subject in self.subjects):
+            raise EvaluationError("a world's true features are those of SAEs; a transcoder predicts another site")
         if self.world.d_model != self.subjects[0].sae.d_in:
             raise EvaluationError(
                 f"world {self.config.world!r} is {self.world.d_model} wide, the SAE {self.subjects[0].sae.d_in}; name "
@@ -222,4 +228,5 @@ class _Evaluation:
 
 def _comparable(subject: EvaluatedSAE, other: EvaluatedSAE) -> bool:
     widths = subject.sae.W_dec.shape[0], other.sae.W_dec.shape[0]
-    return subject.site == other.site and other.control is None and max(widths) <= WIDEST_AGREEMENT
+    here = (subject.site, subject.writes) == (other.site, other.writes)
+    return here and other.control is None and max(widths) <= WIDEST_AGREEMENT

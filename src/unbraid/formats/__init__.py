@@ -37,6 +37,7 @@ from unbraid.formats import (
 )
 from unbraid.formats.folder import SAEFolder, refuse_links_out
 from unbraid.formats.published import Known
+from unbraid.formats.weights import inference_form
 from unbraid.json_files import is_number
 from unbraid.owned_folders import recover
 from unbraid.sae import SAE
@@ -229,7 +230,7 @@ def save(
     Raises:
         FormatError: the layout cannot hold this SAE, or the folder cannot be written.
     """
-    return writable_layout(layout).save(sae, Path(folder), metadata, frequency_N)
+    return writable_layout(layout).save(inference_form(sae), Path(folder), metadata, frequency_N)
 
 
 def writable_layout(name: str) -> ModuleType:

@@ -71,7 +71,6 @@ class ImportedSAE(SAE):
     b_mag: Tensor
     r_mag: Tensor
     selection: Tensor | None
-    W_skip: Tensor | None
     glu_ND: Tensor | None
     b_glu: Tensor | None
     OPTIONAL: ClassVar[tuple[str, ...]] = ("b_enc", "threshold", "b_gate", "b_mag", "r_mag", "selection", "W_skip")
@@ -89,7 +88,7 @@ class ImportedSAE(SAE):
         self.register_parameter("glu_ND", None if glu is None else nn.Parameter(glu.T.contiguous()))
         self.register_parameter("b_glu", None if glu is None else nn.Parameter(tensors["b_glu"]))
         self.n_features, self.d_in = self.encoder_ND.shape
-        self.shard = Shard(self.n_features)
+        self.shard, self.is_transcoder = Shard(self.n_features), form.transcoder
         self.metadata: dict[str, Any] = {}
         self._scale: TokenScale | None = None
 
@@ -97,11 +96,6 @@ class ImportedSAE(SAE):
     def architecture(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The name under which the layout knows it."""
         return self._name
-
-    @property
-    def d_out(self) -> int:
-        """Width of what it predicts."""
-        return self.W_dec.shape[1]
 
     @property
     def k(self) -> int | None:

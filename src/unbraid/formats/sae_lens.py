@@ -2,8 +2,9 @@
 
 This is the layout unbraid itself saves in, so every SAE must fit: an architecture SAELens has no inference class for is
 written as the one that gives the same codes (batch_topk and matryoshka as jumprelu with the threshold training arrived
-at, denoising as standard), and `metadata.unbraid` keeps what it was, so that unbraid restores it. Folders of SAELens 3
-to 5, which keep everything in one flat `cfg.json`, are read too.
+at, denoising as standard), and `metadata.unbraid` keeps what it was, so that unbraid restores it. Transcoders are read
+back in inference form, and topk and gated ones by unbraid alone. Folders of SAELens 3 to 5, which keep everything in
+one flat `cfg.json`, are read too.
 """
 
 from dataclasses import replace
@@ -42,6 +43,7 @@ from unbraid.formats.weights import (
     scale_input,
     settings_to_restore,
     subtract_input_bias,
+    transcoder_name,
 )
 from unbraid.sae import SAE
 from unbraid.sites import Site
@@ -61,7 +63,12 @@ READ_AS = {
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
+    "topk_transcoder": "topk",
+    "topk_skip_transcoder": "topk",
+    "gated_transcoder": "gated",
+    "gated_skip_transcoder": "gated",
 }
+"""The last four are unbraid's own: SAELens has no class for them, and says so of a folder that names one."""
 TENSORS = {
     "standard": PLAIN,
     "topk": PLAIN,
@@ -73,6 +80,10 @@ TENSORS = {
     "skip_transcoder": (*PLAIN, "W_skip"),
     "jumprelu_transcoder": THRESHOLDED,
     "jumprelu_skip_transcoder": (*THRESHOLDED, "W_skip"),
+    "topk_transcoder": PLAIN,
+    "topk_skip_transcoder": (*PLAIN, "W_skip"),
+    "gated_transcoder": GATED,
+    "gated_skip_transcoder": (*GATED, "W_skip"),
 }
 PURSUIT = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
 IMPORTED = ("abstopk", "matching_pursuit")
@@ -171,12 +182,9 @@ def _imported(sae: ImportedSAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]
 
 def _imported_as(sae: ImportedSAE) -> str:
     """SAELens' name for it, which is in READ_AS if it has one."""
-    name = {"relu": "standard"}.get(sae.form.activation, sae.form.activation)
-    if not sae.form.transcoder:
-        return name
-    return {"standard": "", "jumprelu": "jumprelu_"}.get(name, f"{name}_") + (
-        "transcoder" if sae.W_skip is None else "skip_transcoder"
-    )
+    if sae.form.transcoder:
+        return transcoder_name(sae.form.activation, sae.W_skip is not None)
+    return {"relu": "standard"}.get(sae.form.activation, sae.form.activation)
 
 
 def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
@@ -252,7 +260,7 @@ def _architecture(config: dict[str, Any], where: str) -> tuple[str, int | None]:
     if name == "standard" and activation == "topk":
         name = "topk"
     arguments = section(config, "activation_fn_kwargs", where)
-    if name in ("topk", "abstopk"):
+    if name in ("topk", "abstopk", "topk_transcoder", "topk_skip_transcoder"):
         return name, wanted({"k": config.get("k", arguments.get("k"))}, "k", int, where)
     if config.get("k") is not None:
         wanted(config, "k", int, where)

@@ -41,7 +41,6 @@ class SeveralSitesDictionary(SAE):
     """
 
     threshold: Tensor
-    W_skip: Tensor | None
 
     def __init__(self, name: str, tensors: dict[str, Tensor]):
         nn.Module.__init__(self)
@@ -55,7 +54,7 @@ class SeveralSitesDictionary(SAE):
         self.register_parameter("W_skip", None if skip is None else nn.Parameter(skip))
         self.n_sites, self.features_per_site, self.d_in = self.encoder_LND.shape
         self.n_features = self.n_sites * self.features_per_site
-        self.shard = Shard(self.n_features)
+        self.shard, self.is_transcoder = Shard(self.n_features), True
         self.metadata: dict[str, Any] = {}
 
     @property

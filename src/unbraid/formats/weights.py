@@ -114,6 +114,34 @@ class Weights:
         return sae.eval().requires_grad_(False)
 
 
+def inference_form(sae: SAE) -> SAE:
+    """What layouts hold of an SAE: itself, or of a transcoder in training the one that gives the same codes."""
+    if not sae.is_transcoder or not hasattr(sae, "config"):  # dictionaries from elsewhere have none
+        return sae
+    label = sae.written_as["sae_lens"]
+    tensors = Weights.of(sae).tensors
+    if sae.threshold_kind == "shared":
+        tensors["threshold"] = tensors["threshold"].reshape(1).expand(sae.n_features).contiguous()
+    form = Form(
+        {"standard": "relu"}.get(label, label),
+        k=sae.k if label == "topk" else None,
+        subtracts_b_dec=False,
+        transcoder=True,
+    )
+    held = ImportedSAE(transcoder_name(form.activation, sae.W_skip is not None), form, tensors)
+    held.metadata = sae.metadata
+    return held.eval().requires_grad_(False)
+
+
+def transcoder_name(activation: str, skips: bool) -> str:
+    """What SAELens calls a transcoder with this activation; it has classes for relu and jumprelu only.
+
+    >>> transcoder_name("relu", False), transcoder_name("jumprelu", True), transcoder_name("topk", False)
+    ('transcoder', 'jumprelu_skip_transcoder', 'topk_transcoder')
+    """
+    return ("" if activation == "relu" else f"{activation}_") + ("skip_transcoder" if skips else "transcoder")
+
+
 def scale_input(factor: float) -> Step:
     """From weights that read x * factor and give y * factor to ones that read x and give y; codes stay the same."""
 

@@ -85,7 +85,7 @@ class _DenseAutoencode(torch.autograd.Function):
             sums_N[part] = g.sum(0)
             if g_x is not None:
                 g_x.addmm_(g, encoder_ND[part])
-        g_b_dec = -(sums_N @ encoder_ND)
+        g_b_dec = -(sums_N @ encoder_ND) if ctx.needs_input_grad[1] else None
         return g_x, g_b_dec, g_encoder, sums_N, g_W_dec, g_threshold, *[None] * 7
 
 
@@ -94,7 +94,7 @@ def dense_autoencode(
     b_dec: Float[Tensor, " D"],
     encoder_ND: Float[Tensor, "N D"],
     b_enc: Float[Tensor, " N"],
-    W_dec: Float[Tensor, "N D"],
+    W_dec: Float[Tensor, "N M"],
     centred_BD: Float[Tensor, "B D"],
     f_BN: Float[Tensor, "B N"],
     widths: list[int],
@@ -104,11 +104,12 @@ def dense_autoencode(
     bandwidth: float = 1.0,
     penalty: Float[Tensor, ""] | None = None,
     penalty_gradient: SlabGradient | None = None,
-) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B groups D"], Float[Tensor, ""]]:
+) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B groups M"], Float[Tensor, ""]]:
     """Codes and their partial reconstructions, differentiable in everything the codes were made of.
 
     Args:
-        x_BD, b_dec, encoder_ND, b_enc, W_dec: what takes part; each may require a gradient.
+        x_BD, b_dec, encoder_ND, b_enc, W_dec: what takes part; each may require a gradient. M, the width of the
+            decoder, is D for an SAE, and for a transcoder `b_dec` is zero: its own is of what it predicts.
         centred_BD: x - b_dec.
         f_BN: codes made from them without a graph, with df/dpre = 1 where f > 0 and 0 elsewhere; taken over.
         widths: ends of the feature groups, the last N.

@@ -28,7 +28,7 @@ class _DenseGated(torch.autograd.Function):
         u_BN: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        gate_hat_BD = torch.zeros_like(centred_BD)
+        gate_hat_BD = centred_BD.new_zeros(len(centred_BD), W_dec.shape[1])
         gate_l1 = centred_BD.new_zeros(())
         for _, part in slabs([len(W_dec)]):
             u = u_BN[:, part]
@@ -68,7 +68,8 @@ class _DenseGated(torch.autograd.Function):
             sums_N[part] = g_u.sum(0)
             if g_x is not None:
                 g_x.addmm_(g_u, encoder_ND[part])
-        return g_x, -(sums_N @ encoder_ND), g_encoder, g_b_gate, g_b_mag, g_r_mag, g_W_dec, None, None
+        g_b_dec = -(sums_N @ encoder_ND) if ctx.needs_input_grad[1] else None
+        return g_x, g_b_dec, g_encoder, g_b_gate, g_b_mag, g_r_mag, g_W_dec, None, None
 
 
 def dense_gated(
@@ -78,10 +79,10 @@ def dense_gated(
     b_gate: Float[Tensor, " N"],
     b_mag: Float[Tensor, " N"],
     r_mag: Float[Tensor, " N"],
-    W_dec: Float[Tensor, "N D"],
+    W_dec: Float[Tensor, "N M"],
     centred_BD: Float[Tensor, "B D"],
     u_BN: Float[Tensor, "B N"],
-) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B D"], Float[Tensor, "B D"], Float[Tensor, ""]]:
+) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B M"], Float[Tensor, "B M"], Float[Tensor, ""]]:
     """Gated codes from u = (x - b_dec) W_enc, made without a graph and taken over.
 
     Returns:

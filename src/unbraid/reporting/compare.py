@@ -136,16 +136,16 @@ def _members(folder: RunFolder) -> Iterator[tuple[str, _Member]]:
         )
     measured, source = summary["saes"], summary.get("source", {})
     beyond = {f"checksum of {part}": checksum for part, checksum in source.items()} | _history(folder, summary)
-    for site in config.sites:
+    for route in config.routes:
         for variant in config.variants:
-            metrics = measured.get(config.sae_name(site, variant))
+            metrics = measured.get(config.sae_name(route, variant))
             if metrics is None:
                 continue
-            values = metrics | {"ce_loss_score": spliced.get(config.sae_name(site, variant))}
+            values = metrics | {"ce_loss_score": spliced.get(config.sae_name(route, variant))}
             yield (
-                str(site),
+                str(route),
                 _Member(
-                    {"site": str(site)} | _settings(config, variant) | beyond,
+                    {"site": str(route)} | _settings(config, variant) | beyond,
                     (config.seed, config.variant(variant).seed),
                     {
                         metric: float(values[metric])

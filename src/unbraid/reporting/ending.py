@@ -23,7 +23,7 @@ from unbraid.config import RunConfig
 from unbraid.reporting.dashboard.entangled import Pair, pair_contexts, pairs_here_or_in_twin
 from unbraid.reporting.dashboard.features import Excerpt
 from unbraid.reporting.dashboard.passes import Csc, HeldOutPass, held_out_pass, token_texts
-from unbraid.sites import Site
+from unbraid.sites import Route
 from unbraid.training.run_folder import RunFolder
 
 PAIR_TOKENS = 8192
@@ -153,7 +153,8 @@ def ending(
     model = getattr(source, "model", None)
     if config.twins and isinstance(model, LanguageModel):
         name, twin = list(config.twins.items())[-1]
-        site = next(i for i, place in enumerate(config.sites) if name in _names_at(config, place))
+        route = next(route for route in config.routes if name in _names_at(config, route))
+        site = config.sites.index(route.reads)
         folders = folder.finished_saes()
         saes = {which: formats.load(folders[which]).to(device) for which in (name, twin)}
         placed = {which: (site, sae) for which, sae in saes.items()}
@@ -170,5 +171,5 @@ def ending(
     yield from next_commands(folder.path, f"{name}/{feature}")
 
 
-def _names_at(config: RunConfig, place: Site) -> list[str]:
-    return [config.sae_name(place, variant) for variant in config.variants]
+def _names_at(config: RunConfig, route: Route) -> list[str]:
+    return [config.sae_name(route, variant) for variant in config.variants]

@@ -6,13 +6,15 @@ product, the pre-activations, without a graph, and then goes one of two ways to 
 active entries only, or *dense*, which is faster while a large share of the features is active. The encoder is stored
 as rows, one per feature, like the decoder, so that both gradients are built feature by feature by the same code.
 
+A transcoder is the same with another output: it predicts y, of width M, from x. Its b_dec belongs to y, so its encoder
+takes nothing off x (training has taken its mean off), and it may have an affine skip connection, x W_skip.
+
 In training an SAE may be split by features over ranks: each holds a slice and gets the same batch, the parts of the
 reconstruction and of the losses are summed, and every gradient but b_dec's is complete where its feature lives.
 """
 
-from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,62 +31,23 @@ from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, dense_autoencode
 from unbraid.kernels.host import WithHostBuffers
 from unbraid.sae.dead import pull_to_threshold
-
-Path = Literal["dense", "sparse"]
+from unbraid.sae.first_weights import random_unit_rows
+from unbraid.sae.forward import Encoded, Forward, squared_error
 
 SPARSE_BELOW = {"cpu": 0.05, "cuda": 0.01}
 """Share of active entries below which the sparse path is faster: measured on a CPU, an estimate for GPUs."""
-ROWS_DRAWN = 1 << 16
-"""Rows of first weights drawn at a time, so that a rank never holds those of the others."""
-
-
-@dataclass
-class Forward:
-    """What a training step needs from one pass over a batch.
-
-    Attributes:
-        x_hat_BD: reconstruction.
-        codes: `Codes` on the sparse path, a dense `[B, N]` tensor on the dense one; carries gradients.
-        reconstruction: mean over tokens of ||x - x_hat||^2.
-        sparsity: to be weighted by lambda1; zero where sparsity is structural (top-k family).
-        auxiliary: further losses, already weighted.
-        path: which of the two equivalent computations ran.
-        revived: dead features that the auxiliary loss looked at, on this rank.
-    """
-
-    x_hat_BD: Tensor
-    codes: Codes | Tensor
-    reconstruction: Tensor
-    sparsity: Tensor
-    auxiliary: Tensor
-    path: Path
-    revived: int = 0
-
-
-class Encoded(NamedTuple):
-    """What an architecture makes of a batch's pre-activations.
-
-    Attributes:
-        codes: sparse or dense, with a graph.
-        parts_BGD: each feature group's share of the reconstruction, without b_dec.
-        sparsity: to be weighted by lambda1.
-        extra: a loss of the architecture's own, or zero.
-    """
-
-    codes: Codes | Tensor
-    parts_BGD: Tensor
-    sparsity: Tensor
-    extra: Tensor
 
 
 class SAE(WithHostBuffers):
-    """Base of every architecture: x -> f = encode(x) -> x_hat = f W_dec + b_dec.
+    """Base of every architecture: x -> f = encode(x) -> x_hat = f W_dec + b_dec (+ x W_skip).
 
     Attributes:
         encoder_ND: encoder, one row per feature; `W_enc` is its transpose.
         b_enc: `[N]` (gated has b_gate and b_mag instead).
-        W_dec: `[N, D]`, rows of unit L2 norm.
-        b_dec: `[D]`, subtracted before the encoder, added after the decoder.
+        W_dec: `[N, M]`, rows of unit L2 norm; M is D for an SAE.
+        b_dec: `[M]`, added after the decoder, and of an SAE subtracted before the encoder.
+        W_skip: `[D, M]`, of a transcoder with a skip connection; None without one.
+        is_transcoder: whether what it predicts is not what it reads.
         shard: the features held here; `n_features` counts these, `config.n_features` all.
         metadata: what the folder it was loaded from knows, under SAELens' names: model_name, hook_name, ...
     """
@@ -98,24 +61,34 @@ class SAE(WithHostBuffers):
     """Whether its features may be divided among ranks."""
     written_as: ClassVar[dict[str, str]] = {"sae_lens": "standard", "dictionary_learning": "AutoEncoder"}
     """Layout -> the architecture of that layout which has this one's inference form; others cannot hold it."""
-    shared: ClassVar[tuple[str, ...]] = ("b_dec",)
+    shared: ClassVar[tuple[str, ...]] = ("b_dec", "W_skip")
     """Parameters every rank of a split SAE holds; their gradients are summed over the ranks."""
     training_buffers: ClassVar[tuple[str, ...]] = ()
     """Buffers that training goes on from and a trained SAE has no use for; `state_dict` leaves them out."""
     scaled_with_input: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers in units of pre-activations, which `fold` divides."""
+    W_skip: Tensor | None
+    no_input_bias: Tensor
 
-    def __init__(self, config: SAEConfig, d_in: int, generator: torch.Generator, shard: Shard):
+    def __init__(
+        self, config: SAEConfig, d_in: int, generator: torch.Generator, shard: Shard, d_out: int | None = None
+    ):
         super().__init__()
         self.config = config
         self.metadata: dict[str, Any] = {}
         self.d_in = d_in
         self.shard = shard
         self.n_features = shard.width
-        W_dec = random_unit_rows(shard, d_in, generator)
-        self.encoder_ND = nn.Parameter(W_dec * (config.decoder_init_norm or self.initial_encoder_norm()))
+        self.is_transcoder = d_out is not None
+        width_out = d_in if d_out is None else d_out
+        W_dec = random_unit_rows(shard, width_out, generator)
+        W_enc = W_dec if width_out == d_in else random_unit_rows(shard, d_in, generator)
+        self.encoder_ND = nn.Parameter(W_enc * (config.decoder_init_norm or self.initial_encoder_norm()))
         self.W_dec = nn.Parameter(W_dec)
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.b_dec = nn.Parameter(torch.zeros(width_out))
+        has_skip = self.is_transcoder and config.skip
+        self.register_parameter("W_skip", nn.Parameter(torch.zeros(d_in, width_out)) if has_skip else None)
+        self.register_buffer("no_input_bias", torch.zeros(d_in) if self.is_transcoder else None, persistent=False)
         self.add_biases()
 
     def initial_share(self) -> float:
@@ -136,8 +109,13 @@ class SAE(WithHostBuffers):
 
     @property
     def d_out(self) -> int:
-        """Width of what is predicted: that of what is read, but for imported transcoders."""
-        return self.d_in
+        """Width M of what is predicted: D for an SAE."""
+        return self.W_dec.shape[-1]
+
+    @property
+    def input_bias(self) -> Float[Tensor, " D"]:
+        """What the encoder takes off its input: b_dec; nothing of a transcoder, whose b_dec belongs to its output."""
+        return self.no_input_bias if self.is_transcoder else self.b_dec
 
     @property
     def k(self) -> int | None:
@@ -175,12 +153,12 @@ class SAE(WithHostBuffers):
         return self.encoder_ND.T
 
     def preactivations(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows N"]:
-        """(x - b_dec) W_enc + b_enc."""
+        """(x - b_dec) W_enc + b_enc; x W_enc + b_enc of a transcoder."""
         return F.linear(self.centred(x), self.encoder_ND, self.b_enc)
 
     def centred(self, x: Tensor) -> Tensor:
-        """x - b_dec, in the weights' dtype."""
-        return self.require_activations(x).to(self.b_dec.dtype) - self.b_dec
+        """x - b_dec (x of a transcoder), in the weights' dtype."""
+        return self.require_activations(x).to(self.b_dec.dtype) - self.input_bias
 
     def require_activations(self, x: Tensor) -> Tensor:
         """`x`; raises `ActivationError` unless it is `[..., D]`."""
@@ -204,17 +182,18 @@ class SAE(WithHostBuffers):
         """Codes of raw activations, in inference form: each row independent of the others."""
         return self.preactivations(x).relu()
 
-    def decode(self, f: Float[Tensor, "*rows N"]) -> Float[Tensor, "*rows D"]:
-        """Reconstruction from codes.
+    def decode(self, f: Float[Tensor, "*rows N"]) -> Float[Tensor, "*rows M"]:
+        """Reconstruction from codes, a transcoder's skip connection left out.
 
         Raises:
             CodesError: they are not N wide.
         """
         return self.require_codes(f) @ self.W_dec + self.b_dec
 
-    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
-        """Reconstruction of raw activations, in inference form."""
-        return self.decode(self.encode(x))
+    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows M"]:
+        """Reconstruction of raw activations, in inference form, a transcoder's skip connection included."""
+        x_hat = self.decode(self.encode(x))
+        return x_hat if self.W_skip is None else x_hat + x.to(self.W_skip.dtype) @ self.W_skip
 
     def training_forward(
         self,
@@ -222,6 +201,7 @@ class SAE(WithHostBuffers):
         dead_N: Bool[Tensor, " N"] | None = None,
         generator: torch.Generator | None = None,
         path: Literal["auto", "dense", "sparse"] = "auto",
+        y_BM: Tensor | None = None,
     ) -> Forward:
         """One training pass over a batch.
 
@@ -230,13 +210,20 @@ class SAE(WithHostBuffers):
             dead_N: features that have not fired for long, to be revived by the auxiliary loss.
             generator: chance for architectures that use it (denoising).
             path: force one of the two computations; auto takes the faster one at this batch's density.
+            y_BM: `[B, M]`, what a transcoder is to predict, in units of its own; x itself without it.
 
         Raises:
-            ActivationError: the batch is empty or not `[B, D]`.
+            ActivationError: the batch is empty or not `[B, D]`, or what is to be predicted not `[B, M]`.
         """
         if x_BD.ndim != 2 or x_BD.shape[1] != self.d_in or len(x_BD) == 0:
             raise ActivationError(
                 f"a training batch has shape {tuple(x_BD.shape)}; expected [B, {self.d_in}] with B >= 1; check the site"
+            )
+        y_BM = x_BD if y_BM is None else y_BM
+        if y_BM.shape != (len(x_BD), self.d_out):
+            raise ActivationError(
+                f"what is to be predicted has shape {tuple(y_BM.shape)}; expected [{len(x_BD)}, {self.d_out}], a row "
+                "for each row read; check the site"
             )
         seen_BD = self.corrupted(x_BD, generator)
         centred_BD, pre_BN = self.product(seen_BD)
@@ -244,23 +231,29 @@ class SAE(WithHostBuffers):
             path = "sparse" if self.density(pre_BN) < SPARSE_BELOW.get(x_BD.device.type, 0.0) else "dense"
         with torch.autocast(x_BD.device.type, enabled=False):
             encode = self.encode_sparse if path == "sparse" else self.encode_dense
-            encoded = encode(x_BD, seen_BD, centred_BD, pre_BN)
+            skip_BM = None if self.W_skip is None else seen_BD @ self._on_first_rank(self.W_skip)
+            target_BM = y_BM if skip_BM is None else y_BM - skip_BM.detach()
+            encoded = encode(target_BM, seen_BD, centred_BD, pre_BN)
             del pre_BN
             parts_BGD = summed(encoded.parts_BGD, self.shard.ranks)
-            # Every rank adds b_dec to the sum, so its gradient must come from one of them.
-            b_dec = self.b_dec if self.shard.ranks.first else self.b_dec.detach()
-            x_hat_BD, inner = self.reconstructions(parts_BGD, b_dec)
-            reconstruction = squared_error(x_BD, x_hat_BD)
-            inner_losses = [weight * squared_error(x_BD, inner_BD) for weight, inner_BD in inner]
+            constant = self._on_first_rank(self.b_dec)
+            constant = constant if skip_BM is None else constant + skip_BM
+            x_hat_BD, inner = self.reconstructions(parts_BGD, constant)
+            reconstruction = squared_error(y_BM, x_hat_BD)
+            inner_losses = [weight * squared_error(y_BM, inner_BD) for weight, inner_BD in inner]
         auxiliary = encoded.extra + sum(inner_losses)
         revived = 0
         if dead_N is not None and self.config.revival_weight > 0:
             dead = dead_N.nonzero().squeeze(1)
             revived = len(dead)
             if self.shard.ranks.any(revived > 0):
-                auxiliary = auxiliary + self.revival(seen_BD, (x_BD - x_hat_BD).detach(), dead)
+                auxiliary = auxiliary + self.revival(seen_BD, (y_BM - x_hat_BD).detach(), dead)
         sparsity = summed(encoded.sparsity, self.shard.ranks)
         return Forward(x_hat_BD, encoded.codes, reconstruction, sparsity, auxiliary, path, revived)
+
+    def _on_first_rank(self, shared: Tensor) -> Tensor:
+        """A parameter that every rank adds to the sum over ranks: its gradient must come from one of them."""
+        return shared if self.shard.ranks.first else shared.detach()
 
     def corrupted(self, x_BD: Tensor, generator: torch.Generator | None) -> Tensor:
         """What the encoder sees of a batch: the batch."""
@@ -268,8 +261,8 @@ class SAE(WithHostBuffers):
 
     @torch.no_grad()
     def product(self, seen_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """x - b_dec and the pre-activations, without a graph; on a CPU in memory to be given back to `workspace`."""
-        centred_BD = seen_BD - self.b_dec
+        """`centred` and the pre-activations, without a graph; on a CPU in memory to be given back to `workspace`."""
+        centred_BD = seen_BD - self.input_bias
         bias_N = self.product_bias()
         if seen_BD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return centred_BD, F.linear(centred_BD, self.encoder_ND, bias_N)
@@ -293,31 +286,41 @@ class SAE(WithHostBuffers):
     def begin_step(self, step: int, steps: int) -> None:
         """Take up what changes over training: nothing. Called before a step, counted from 0, of `steps` in all."""
 
-    def reconstructions(self, parts_BGD: Tensor, b_dec: Tensor) -> tuple[Tensor, list[tuple[float, Tensor]]]:
-        """The reconstruction, and those of inner levels with the weights of their losses: none but for Matryoshka."""
-        return parts_BGD[:, 0] + b_dec, []
+    def reconstructions(self, parts_BGD: Tensor, constant: Tensor) -> tuple[Tensor, list[tuple[float, Tensor]]]:
+        """The reconstruction, and those of inner levels with the weights of their losses: none but for Matryoshka.
 
-    def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
-        """Codes and their parts of the reconstruction from active entries only."""
+        Args:
+            parts_BGD: what each feature group gives.
+            constant: what no feature gives, `[D]` or `[B, D]`: b_dec, and the skip connection.
+        """
+        return parts_BGD[:, 0] + constant, []
+
+    def encode_sparse(self, target_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+        """Codes and their parts of the reconstruction from active entries only.
+
+        Args:
+            target_BD: what features and b_dec are to give.
+            seen_BD, centred_BD, pre_BN: what the encoder sees, the same `centred`, and its product.
+        """
         codes = self.select(pre_BN)
         workspace.give(pre_BN)
         codes = codes.with_values(codes.values.to(self.W_dec.dtype))
-        codes = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, codes)
+        codes = active_entries(seen_BD, self.input_bias, self.encoder_ND, self.b_enc, centred_BD, codes)
         if codes.padded:
             codes = codes.with_values(codes.values.relu())
-        return Encoded(codes, self.parts_of(codes), self.sparsity(codes), x_BD.new_zeros(()))
+        return Encoded(codes, self.parts_of(codes), self.sparsity(codes), seen_BD.new_zeros(()))
 
     def parts_of(self, codes: Codes) -> Tensor:
         """`[B, G, D]`, each feature group's share of the reconstruction: one group of all features."""
         return decode(codes, self.W_dec).unsqueeze(1)
 
-    def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+    def encode_dense(self, target_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """The same from whole matrices."""
         f_BN = self.dense_codes(pre_BN)
         penalty, penalty_gradient = self.dense_sparsity(f_BN)
         f_BN, parts_BGD, sparsity = dense_autoencode(
             seen_BD,
-            self.b_dec,
+            self.input_bias,
             self.encoder_ND,
             self.b_enc,
             self.W_dec,
@@ -327,7 +330,7 @@ class SAE(WithHostBuffers):
             penalty=penalty,
             penalty_gradient=penalty_gradient,
         )
-        return Encoded(f_BN, parts_BGD, sparsity, x_BD.new_zeros(()))
+        return Encoded(f_BN, parts_BGD, sparsity, seen_BD.new_zeros(()))
 
     def feature_groups(self) -> tuple[list[int], Tensor | None]:
         """Ends of the groups of features here, and the features in that order (none: as they are numbered)."""
@@ -354,35 +357,37 @@ class SAE(WithHostBuffers):
         return self.config.revival_weight * pull_to_threshold(self, seen_BD, dead, self.b_enc)
 
     @torch.no_grad()
-    def fold(self, mean_D: Tensor, scale: float) -> None:
+    def fold(
+        self, mean_D: Tensor, scale: float, mean_out_M: Tensor | None = None, scale_out: float | None = None
+    ) -> None:
         """Turn an SAE that acts on `(x - mean) * scale` into one that acts on raw `x`, in place.
 
-        Decoder rows keep unit norm, so codes come out divided by `scale`, and with them every bias and threshold.
+        Decoder rows keep unit norm, so codes come out divided by the scale of what is predicted, and with them every
+        bias and threshold.
+
+        Args:
+            mean_D, scale: of what is read.
+            mean_out_M, scale_out: of what a transcoder predicts; those of what is read without them.
         """
-        self.b_dec.copy_(mean_D.to(self.b_dec.device, torch.float64) + self.b_dec.double() / scale)
+        device = self.b_dec.device
+        mean_D = mean_D.to(device, torch.float64)
+        scale_out = scale if scale_out is None else scale_out
+        mean_out_M = mean_D if mean_out_M is None else mean_out_M.to(device, torch.float64)
+        b_dec = mean_out_M + self.b_dec.double() / scale_out
         for name in self.scaled_with_input:
-            getattr(self, name).div_(scale)
+            getattr(self, name).div_(scale_out)
+        if self.is_transcoder:
+            self.encoder_ND.mul_(scale / scale_out)
+            self.shift_input(mean_D @ self.encoder_ND.double().T)
+            if self.W_skip is not None:
+                self.W_skip.mul_(scale / scale_out)
+                b_dec -= mean_D @ self.W_skip.double()
+        self.b_dec.copy_(b_dec)
+
+    def shift_input(self, shift_N: Tensor) -> None:
+        """Take into the biases that the input's mean is not taken off: `shift_N` is its product with the encoder."""
+        self.b_enc.copy_(self.b_enc.double() - shift_N)
 
     @torch.no_grad()
     def constrain(self) -> None:
         """Put weights other than the decoder back into their domain after an update."""
-
-
-def random_unit_rows(shard: Shard, d_in: int, generator: torch.Generator) -> Float[Tensor, "width D"]:
-    """Random directions, those of the shard's features among all N; the generator moves on by all N."""
-    rows = torch.empty(shard.width, d_in)
-    first = 0
-    while first < shard.n_features:
-        # The last draw takes in what would be left, because torch draws fewer than 16 numbers in another way.
-        last = shard.n_features if shard.n_features - first < 2 * ROWS_DRAWN else first + ROWS_DRAWN
-        drawn = torch.randn(last - first, d_in, generator=generator)
-        start, end = max(first, shard.start), min(last, shard.end)
-        if start < end:
-            rows[start - shard.start : end - shard.start] = F.normalize(drawn[start - first : end - first], dim=1)
-        first = last
-    return rows
-
-
-def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
-    """Mean over tokens of ||x - x_hat||^2."""
-    return F.mse_loss(x_hat_BD, x_BD, reduction="sum") / len(x_BD)

@@ -18,14 +18,18 @@ def build(
     d_in: int,
     generator: torch.Generator,
     shard: Shard | None = None,
+    d_out: int | None = None,
 ) -> SAE:
     """A fresh SAE: decoder rows random of unit norm, encoder a multiple of their transpose, biases zero.
+
+    The encoder of a transcoder between different widths is a multiple of random unit rows of its own.
 
     Args:
         config: architecture, width and sparsity.
         d_in: model width D.
         generator: the only source of chance; the same state gives the same weights.
         shard: the features this rank holds, with the weights they have in the whole SAE; all of them without it.
+        d_out: width M of what a transcoder predicts, which may be D; an SAE without it.
 
     Raises:
         ConfigError: the architecture cannot be split.
@@ -37,4 +41,4 @@ def build(
             f"sae.architecture = {config.kind!r} looks at all features of a token at once and cannot be split over "
             f"{shard.ranks.size} ranks; expected training.feature_shards = 1"
         )
-    return architecture(config, d_in, generator, shard)
+    return architecture(config, d_in, generator, shard, d_out)

@@ -50,11 +50,11 @@ def explain_residual(sae: "SAE", seen_BD: Tensor, residual_BD: Tensor, dead: Ten
     Args:
         sae: an SAE with b_enc.
         seen_BD: what the encoder saw.
-        residual_BD: e = x - x_hat.
+        residual_BD: e = x - x_hat, or y - y_hat of a transcoder.
         dead: the dead features' numbers; at least one on some rank.
         aux_k: active dead features per token; all of them when fewer are dead.
     """
-    f_BA = F.linear(seen_BD - sae.b_dec, sae.encoder_ND[dead], sae.b_enc[dead]).relu()
+    f_BA = F.linear(seen_BD - sae.input_bias, sae.encoder_ND[dead], sae.b_enc[dead]).relu()
     ranks = sae.shard.ranks
     if aux_k < ranks.total(len(dead))[0]:
         top = f_BA.topk(min(aux_k, len(dead)), dim=1, sorted=False)
@@ -71,8 +71,8 @@ def pull_to_threshold(sae: "SAE", seen_BD: Tensor, dead: Tensor, offset_N: Tenso
         sae: any SAE.
         seen_BD: what the encoder saw.
         dead: the dead features' numbers; at least one on some rank.
-        offset_N: a feature fires where its product with x - b_dec plus this is above zero.
+        offset_N: a feature fires where its product with the centred input plus this is above zero.
     """
-    above_BA = F.linear(seen_BD - sae.b_dec, sae.encoder_ND[dead], offset_N[dead])
+    above_BA = F.linear(seen_BD - sae.input_bias, sae.encoder_ND[dead], offset_N[dead])
     missing = summed((-above_BA).relu().sum(), sae.shard.ranks)
     return missing / (len(seen_BD) * sae.config.n_features)

@@ -17,8 +17,9 @@ from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense_gated import dense_gated
 from unbraid.kernels.selection import density_above, entries_above
-from unbraid.sae.base import SAE, Encoded, squared_error
+from unbraid.sae.base import SAE
 from unbraid.sae.dead import pull_to_threshold
+from unbraid.sae.forward import Encoded, squared_error
 from unbraid.sae.registry import register
 
 
@@ -51,6 +52,11 @@ class GatedSAE(SAE):
         u = torch.nn.functional.linear(self.centred(x), self.encoder_ND)
         return (u * self.r_mag.exp() + self.b_mag).relu() * (u > -self.b_gate)
 
+    def shift_input(self, shift_N: Tensor) -> None:
+        """See `SAE.shift_input`; the gate's bias takes the shift, the magnitude's the shift times its scale."""
+        self.b_gate.copy_(self.b_gate.double() - shift_N)
+        self.b_mag.copy_(self.b_mag.double() - self.r_mag.double().exp() * shift_N)
+
     def product_bias(self) -> None:
         """None: gate and magnitude add different ones."""
 
@@ -62,12 +68,12 @@ class GatedSAE(SAE):
         """The open gates, with the product there."""
         return entries_above(pre_BN, -self.b_gate.detach())
 
-    def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+    def encode_sparse(self, target_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """Codes and reconstruction from the open gates only."""
         open_gates = self.select(pre_BN)
         workspace.give(pre_BN)
         open_gates = open_gates.with_values(open_gates.values.to(self.W_dec.dtype))
-        open_gates = active_entries(seen_BD, self.b_dec, self.encoder_ND, None, centred_BD, open_gates)
+        open_gates = active_entries(seen_BD, self.input_bias, self.encoder_ND, None, centred_BD, open_gates)
         u = open_gates.values
         b_gate, b_mag, r_mag = (p.index_select(0, open_gates.indices) for p in (self.b_gate, self.b_mag, self.r_mag))
         gate = (u + b_gate).relu()
@@ -79,14 +85,14 @@ class GatedSAE(SAE):
         active = codes.values.detach() > 0
         if not waits and not active.all():
             codes = codes.where(active)
-        detection = squared_error(x_BD, summed(gate_hat_BD, self.shard.ranks) + self.b_dec.detach())
-        return Encoded(codes, parts_BD.unsqueeze(1), gate.sum() / len(x_BD), detection)
+        detection = squared_error(target_BD, summed(gate_hat_BD, self.shard.ranks) + self.b_dec.detach())
+        return Encoded(codes, parts_BD.unsqueeze(1), gate.sum() / len(seen_BD), detection)
 
-    def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+    def encode_dense(self, target_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """The same from whole matrices."""
         f_BN, parts_BD, gate_hat_BD, gate_l1 = dense_gated(
             seen_BD,
-            self.b_dec,
+            self.input_bias,
             self.encoder_ND,
             self.b_gate,
             self.b_mag,
@@ -95,8 +101,8 @@ class GatedSAE(SAE):
             centred_BD,
             pre_BN.to(self.W_dec.dtype),
         )
-        detection = squared_error(x_BD, summed(gate_hat_BD, self.shard.ranks) + self.b_dec.detach())
-        return Encoded(f_BN, parts_BD.unsqueeze(1), gate_l1 / len(x_BD), detection)
+        detection = squared_error(target_BD, summed(gate_hat_BD, self.shard.ranks) + self.b_dec.detach())
+        return Encoded(f_BN, parts_BD.unsqueeze(1), gate_l1 / len(seen_BD), detection)
 
     def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead: Tensor) -> Tensor:
         """Dead features' gates are pulled open, weighted."""

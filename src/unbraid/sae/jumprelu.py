@@ -19,8 +19,9 @@ from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, dense_autoencode, slabs
 from unbraid.kernels.selection import density_above, entries_above
-from unbraid.sae.base import SAE, Encoded
+from unbraid.sae.base import SAE
 from unbraid.sae.dead import pull_to_threshold
+from unbraid.sae.forward import Encoded
 from unbraid.sae.registry import register
 
 
@@ -91,12 +92,12 @@ class JumpReLUSAE(SAE):
         """Entries above the lower edge of their feature's window: more than the active ones."""
         return entries_above(pre_BN, self._lower_edge())
 
-    def encode_sparse(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+    def encode_sparse(self, target_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """Codes and reconstruction from active entries and those just below their threshold."""
         near = self.select(pre_BN)
         workspace.give(pre_BN)
         near = near.with_values(near.values.to(self.W_dec.dtype))
-        near = active_entries(seen_BD, self.b_dec, self.encoder_ND, self.b_enc, centred_BD, near)
+        near = active_entries(seen_BD, self.input_bias, self.encoder_ND, self.b_enc, centred_BD, near)
         pre, threshold = near.values, self.threshold.index_select(0, near.indices)
         f: Any = _Jump.apply(pre, threshold, self.config.bandwidth)
         waits = host.reading_waits(f)
@@ -105,14 +106,16 @@ class JumpReLUSAE(SAE):
         active = f.detach() > 0
         codes = codes if waits else codes.where(active)
         if self.config.jumprelu_sparsity == "tanh":
-            sparsity = self._tanh(f).sum() / len(x_BD)
+            sparsity = self._tanh(f).sum() / len(seen_BD)
         else:
             window = (pre.detach() - threshold.detach()).abs() < self.config.bandwidth / 2
             in_window_N = torch.zeros_like(self.threshold).index_add_(0, near.indices, window.to(f.dtype))
-            sparsity = _CountAbove.apply(self.threshold, active.sum(), in_window_N, self.config.bandwidth) / len(x_BD)
-        return Encoded(codes, parts_BD.unsqueeze(1), sparsity, x_BD.new_zeros(()))
+            sparsity = _CountAbove.apply(self.threshold, active.sum(), in_window_N, self.config.bandwidth) / len(
+                seen_BD
+            )
+        return Encoded(codes, parts_BD.unsqueeze(1), sparsity, seen_BD.new_zeros(()))
 
-    def encode_dense(self, x_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
+    def encode_dense(self, target_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """The same from whole matrices."""
         with torch.no_grad():
             pre_BN = pre_BN.to(self.W_dec.dtype)
@@ -123,7 +126,7 @@ class JumpReLUSAE(SAE):
             penalty, penalty_gradient = self.dense_sparsity(pre_BN)
         f_BN, parts_BGD, sparsity = dense_autoencode(
             seen_BD,
-            self.b_dec,
+            self.input_bias,
             self.encoder_ND,
             self.b_enc,
             self.W_dec,
@@ -140,8 +143,8 @@ class JumpReLUSAE(SAE):
         if self.config.jumprelu_sparsity == "l0":
             active = f_BN.detach().count_nonzero()
             in_window_N = torch.cat([window_BN[:, part].sum(0) for _, part in slabs([self.n_features])]).to(f_BN.dtype)
-            sparsity = _CountAbove.apply(self.threshold, active, in_window_N, self.config.bandwidth) / len(x_BD)
-        return Encoded(f_BN, parts_BGD, sparsity, x_BD.new_zeros(()))
+            sparsity = _CountAbove.apply(self.threshold, active, in_window_N, self.config.bandwidth) / len(seen_BD)
+        return Encoded(f_BN, parts_BGD, sparsity, seen_BD.new_zeros(()))
 
     @torch.no_grad()
     def dense_sparsity(self, f_BN: Tensor) -> tuple[Tensor | None, SlabGradient | None]:
@@ -149,7 +152,7 @@ class JumpReLUSAE(SAE):
         if self.config.jumprelu_sparsity == "l0":
             return None, None
         total = torch.stack([self._tanh(f_BN[:, part]).sum() for _, part in slabs([self.n_features])]).sum()
-        slope = 4 * self.d_in**0.5 / len(f_BN)
+        slope = 4 * self.d_out**0.5 / len(f_BN)
         return total / len(f_BN), lambda f, _: self._tanh(f).square_().neg_().add_(1).mul_(slope)
 
     def revival(self, seen_BD: Tensor, residual_BD: Tensor, dead: Tensor) -> Tensor:
@@ -166,4 +169,4 @@ class JumpReLUSAE(SAE):
         return self.threshold.detach() - self.config.bandwidth / 2
 
     def _tanh(self, f: Tensor) -> Tensor:
-        return torch.tanh(4 * self.d_in**0.5 * f)
+        return torch.tanh(4 * self.d_out**0.5 * f)

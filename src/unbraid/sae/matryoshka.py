@@ -128,7 +128,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             split = codes.split(self.prefix_widths(), self.position_N)
         else:
             split = codes.split(self.feature_groups()[0])
-        return decode(split, self.W_dec).view(codes.n_rows, -1, self.d_in)
+        return decode(split, self.W_dec).view(codes.n_rows, -1, self.d_out)
 
     def feature_groups(self) -> tuple[list[int], Tensor | None]:
         """Ends of the levels among the features here, and these in the order of their places."""
@@ -138,17 +138,17 @@ class MatryoshkaSAE(BatchTopKSAE):
             return self.prefix_widths(), self.position_N.argsort()
         return [int((self.position_N < width).sum()) for width in self.prefix_widths()], self.position_N.argsort()
 
-    def reconstructions(self, parts_BGD: Tensor, b_dec: Tensor) -> tuple[Tensor, list[tuple[float, Tensor]]]:
+    def reconstructions(self, parts_BGD: Tensor, constant: Tensor) -> tuple[Tensor, list[tuple[float, Tensor]]]:
         """That of all features, and those of the inner levels with their weights."""
         levels = parts_BGD.shape[1]
         weights = self.config.matryoshka_weights
         weights = weights if isinstance(weights, list) else [weights] * (levels - 1)
         if not self.config.matryoshka_detach:
-            *inner, x_hat_BD = (parts_BGD.cumsum(1) + b_dec).unbind(1)
+            *inner, x_hat_BD = (parts_BGD.cumsum(1) + constant.unsqueeze(-2)).unbind(1)
             return x_hat_BD, list(zip(weights, inner, strict=True))
         *parts, _ = parts_BGD.unbind(1)
-        inner, inside_BD = [], b_dec
+        inner, inside_BD = [], constant
         for part_BD in parts:
             inner.append(inside_BD + part_BD)
             inside_BD = inner[-1].detach()
-        return parts_BGD.sum(1) + b_dec, list(zip(weights, inner, strict=True))
+        return parts_BGD.sum(1) + constant, list(zip(weights, inner, strict=True))

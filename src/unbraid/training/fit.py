@@ -58,7 +58,8 @@ def train_steps(
         for trainer in trainers:
             if trainer.updates <= step:  # One that made this step before a neighbour failed in it does not repeat it.
                 lr = learning_rate(trainer.config.optimiser, step, steps)
-                records[trainer.name] = train_step(trainer, trainer.normalise(batch[trainer.site]), step, lr, log)
+                x_BD, y_BM = trainer.rows(batch)
+                records[trainer.name] = train_step(trainer, x_BD, step, lr, log, y_BM)
         if after_step is not None:
             after_step(step + 1, records if log else None)
     for trainer in trainers:

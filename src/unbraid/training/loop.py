@@ -58,9 +58,10 @@ class Progress(Protocol):
 def training_bytes(config: RunConfig, widths: Sequence[int], mesh: Mesh = SINGLE) -> int:
     """Memory that the SAEs of this rank take in training, activations of a step included."""
     rows, total = config.training.batch_tokens, 0
-    for number, (site, variant) in enumerate(itertools.product(range(len(widths)), config.variants)):
+    for number, (route, variant) in enumerate(itertools.product(config.routes, config.variants)):
         if mesh.trains(number):
-            job = Job(rows, widths[site], config.variant(variant).sae.n_features, 0)
+            d_in, d_out = (widths[config.sites.index(end)] for end in route)
+            job = Job(rows, -(-(d_in + d_out) // 2), config.variant(variant).sae.n_features, 0)
             total += bytes_of_rank(job, mesh.shards.size)
     return total
 
@@ -280,9 +281,9 @@ class _Session:
         return trainers
 
     def _new(self, normalise: Sequence[Normalisation], mesh: Mesh) -> list[SAETrainer]:
-        places = itertools.product(range(len(self.config.sites)), self.config.variants)
-        here = [place for number, place in enumerate(places) if mesh.trains(number)]
+        places = itertools.product(range(len(self.config.routes)), self.config.variants)
         return [
-            new_trainer(self.config, site, variant, normalise[site], self.device, mesh, self.penalty)
-            for site, variant in here
+            new_trainer(self.config, place, variant, normalise, self.device, mesh, self.penalty)
+            for number, (place, variant) in enumerate(places)
+            if mesh.trains(number)
         ]

@@ -7,8 +7,9 @@ alone. Split by features over ranks, a trainer holds one slice and exchanges in 
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,23 @@ from unbraid.randomness import derive_seed, generator
 from unbraid.sae import SAE, Codes, Forward
 from unbraid.sae.build import build as build_sae
 from unbraid.sae.dead import dead_after
+from unbraid.sites import Route, Site
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.optimiser import SAEOptimiser
 from unbraid.training.precision import encoder_autocast
 from unbraid.training.schedules import warm_up
+
+
+class Target(NamedTuple):
+    """What a transcoder predicts.
+
+    Attributes:
+        site: index among the sites that batches hold.
+        normalise: from raw activations to training units, by statistics of this site's own.
+    """
+
+    site: int
+    normalise: Normalisation
 
 
 @dataclass
@@ -37,12 +51,13 @@ class SAETrainer:
 
     Attributes:
         name: folder and metric name.
-        site: index of its site among the run's sites.
+        site: index of what it reads among the sites that batches hold.
         normalise: from raw activations to training units.
         tokens_since_fired: [N] int64, of the features held here.
         steps: those planned, for schedules; 0 without any.
         dead_after: tokens without firing after which a feature is dead.
         updates: successful optimiser steps so far.
+        target: what a transcoder predicts; None for an SAE.
         silence: no feature has been silent for more tokens; none: not known. With it a step knows that none is dead
             without looking.
     """
@@ -59,12 +74,24 @@ class SAETrainer:
     steps: int
     dead_after: int
     updates: int = 0
+    target: Target | None = None
     silence: int | None = 0
 
     @property
     def shard(self) -> Shard:
         """The features held here."""
         return self.sae.shard
+
+    def rows(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What is read of a batch of raw activations, one tensor a site, and what a transcoder predicts, both in
+        training units."""
+        x_BD = self.normalise(batch[self.site])
+        return x_BD, None if self.target is None else self.target.normalise(batch[self.target.site])
+
+    def fold(self) -> None:
+        """Make the SAE act on raw activations instead of training units."""
+        out = self.normalise if self.target is None else self.target.normalise
+        self.sae.fold(self.normalise.mean_D, self.normalise.scale, out.mean_D, out.scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold of this trainer, under flat names.
@@ -85,6 +112,11 @@ class SAETrainer:
                 "updates": torch.tensor(self.updates),
             },
         }
+        if self.target is not None:
+            groups["trainee"] |= {
+                "mean_out": self.target.normalise.mean_D,
+                "scale_out": torch.tensor(self.target.normalise.scale, dtype=torch.float64),
+            }
         return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -107,7 +139,11 @@ class SAETrainer:
         self.generator.set_state(own["generator"])
         self.tokens_since_fired.copy_(own["tokens_since_fired"])
         self.updates, self.silence = int(own["updates"]), None
-        self.normalise = Normalisation(own["mean"].to(self.tokens_since_fired.device), float(own["scale"]))
+        device = self.tokens_since_fired.device
+        self.normalise = Normalisation(own["mean"].to(device), float(own["scale"]))
+        if self.target is not None:
+            normalise = Normalisation(own["mean_out"].to(device), float(own["scale_out"]))
+            self.target = self.target._replace(normalise=normalise)
 
     def require_finite(self) -> None:
         """Look whether every step so far was finite, on an accelerator; a CPU looks at each step.
@@ -146,9 +182,9 @@ def not_finite(name: str, what: str, step: int) -> str:
 
 def new_trainer(
     config: RunConfig,
-    site: int,
+    place: int,
     variant: str,
-    normalise: Normalisation,
+    normalise: Sequence[Normalisation],
     device: torch.device,
     mesh: Mesh = SINGLE,
     penalty: nn.Module | None = None,
@@ -157,17 +193,26 @@ def new_trainer(
 
     Args:
         config: the run.
-        site: index of where its activations are read among the run's sites.
+        place: index of its route among the run's.
         variant: name of its variant.
-        normalise: from raw activations to training units.
+        normalise: from raw activations to training units, one for each site of the run.
         device: where it is trained.
         mesh: who else trains it.
         penalty: one in the place of the settings'; copied.
     """
-    settings, place = config.variant(variant), config.sites[site]
-    name, seed = config.sae_name(place, variant), derive_seed(settings.seed, str(place))
+    settings, route = config.variant(variant), config.routes[place]
+    name, seed = config.sae_name(route, variant), derive_seed(settings.seed, str(route))
     shard, tokens = mesh.shard(settings.sae.n_features), config.training.tokens
-    return trainer_from_settings(name, site, settings, seed, normalise, device, shard, penalty, config.steps, tokens)
+    reads, target = ends(route, config.sites, normalise)
+    return trainer_from_settings(
+        name, reads, settings, seed, normalise[reads], device, shard, penalty, config.steps, tokens, target
+    )
+
+
+def ends(route: Route, sites: Sequence[Site], normalise: Sequence[Normalisation]) -> tuple[int, Target | None]:
+    """Which of the sites a dictionary reads, and what it predicts if it is a transcoder."""
+    reads, writes = sites.index(route.reads), sites.index(route.writes)
+    return reads, Target(writes, normalise[writes]) if route.is_transcoder else None
 
 
 def trainer_from_settings(
@@ -181,15 +226,17 @@ def trainer_from_settings(
     penalty: nn.Module | None = None,
     steps: int = 0,
     tokens: int = 0,
+    target: Target | None = None,
 ) -> SAETrainer:
     """A trainer of these settings before its first step; all of its randomness comes from `seed`; see `new_trainer`.
 
     `steps` and `tokens` are those of the whole training: what falls over time and which features are dead depend on
-    them.
+    them. A transcoder has a `target`.
     """
-    sae = build_sae(settings.sae, len(normalise.mean_D), generator(seed, "init"), shard).to(device)
+    d_out = None if target is None else len(target.normalise.mean_D)
+    sae = build_sae(settings.sae, len(normalise.mean_D), generator(seed, "init"), shard, d_out).to(device)
     if penalty is None:
-        own = settings.decorrelation, settings.sae.n_features, sae.d_in, derive_seed(seed, "pairs"), shard
+        own = settings.decorrelation, settings.sae.n_features, sae.d_out, derive_seed(seed, "pairs"), shard
         penalty = build_decorrelation(*own)
     else:
         penalty = copy.deepcopy(penalty)
@@ -205,11 +252,16 @@ def trainer_from_settings(
         tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),
         steps=steps,
         dead_after=dead_after(settings.sae, tokens),
+        target=None if target is None else target._replace(normalise=target.normalise.to(device)),
     )
 
 
-def train_step(trainer: SAETrainer, x_BD: Tensor, step: int, lr: float, log: bool) -> dict[str, Any] | None:
+def train_step(
+    trainer: SAETrainer, x_BD: Tensor, step: int, lr: float, log: bool, y_BM: Tensor | None = None
+) -> dict[str, Any] | None:
     """One update of one SAE: forward, Eq. 1, backward, Adam, unit rows; its line of metrics when `log`.
+
+    A transcoder predicts `y_BM`; an SAE reconstructs `x_BD`.
 
     On an accelerator nothing is read from the device unless the step is logged, but for what the architecture and the
     penalty read themselves.
@@ -225,7 +277,7 @@ def train_step(trainer: SAETrainer, x_BD: Tensor, step: int, lr: float, log: boo
     sae.begin_step(step, trainer.steps)
     dead_N = trainer.dead()
     with encoder_autocast(settings.optimiser.precision, x_BD.device):
-        out = sae.training_forward(x_BD, dead_N, trainer.generator)
+        out = sae.training_forward(x_BD, dead_N, trainer.generator, y_BM=y_BM)
     loss = out.reconstruction + lambda1 * out.sparsity + out.auxiliary
     waits = host.reading_waits(loss)
     if not waits and not loss.isfinite():
@@ -252,8 +304,9 @@ def train_step(trainer: SAETrainer, x_BD: Tensor, step: int, lr: float, log: boo
         return None
     with torch.no_grad():
         ranks = trainer.shard.ranks
-        variance = (x_BD - x_BD.mean(0)).double().square().sum()
-        unexplained = (x_BD - out.x_hat_BD).double().square().sum()
+        wanted_BM = x_BD if y_BM is None else y_BM
+        variance = (wanted_BM - wanted_BM.mean(0)).double().square().sum()
+        unexplained = (wanted_BM - out.x_hat_BD).double().square().sum()
         counts = ranks.sum(torch.stack([_active(out.codes), _dead(trainer)]))
         # One read for all of them.
         measured = [trainer.optimiser.failed_at, loss, out.reconstruction, out.sparsity, out.auxiliary, variance]

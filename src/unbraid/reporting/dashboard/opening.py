@@ -153,9 +153,12 @@ def _of_run(path: Path, given: dict[str, Any], device: torch.device, trust_remot
     config = folder.config
     found = {name: one.sae for name, one in open_source(path).items()}
     log = TrainingLog.read(folder.metrics)
-    sites = {str(site): index for index, site in enumerate(config.sites)}
-    names = [name for name in log.names if name in found and split_name(name)[0] in sites]
-    saes = {name: (sites[split_name(name)[0]], found[name].to(device)) for name in names}
+    sites = {
+        config.sae_name(route, variant): config.sites.index(route.reads)
+        for route in config.routes
+        for variant in config.variants
+    }
+    saes = {name: (sites[name], found[name].to(device)) for name in log.names if name in found and name in sites}
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
     return Shown(config, saes, twins, f"Run {config.name}", folder.read_summary(), log)
 
