@@ -27,7 +27,7 @@ def fails(capsys, *arguments: str) -> str:
     ("arguments", "expected"),
     [
         (["trian", "tiny"], "did you mean 'train'?"),
-        (["train"], "recipes: tiny, demo, smollm2, gemma-3-270m, gemma-2-2b"),
+        (["train"], "recipes: tiny, demo, transcoder-demo, smollm2, gemma-3-270m, gemma-2-2b"),
         (["train", "dmo"], "did you mean 'demo'?"),
         (["train", "missing.json"], "cannot read 'missing.json'"),
         (["train", "tiny", "--sae.nfeatures", "4"], "--sae.n-features"),

@@ -42,7 +42,7 @@ def test_what_needs_nothing_heavy_does_not_wait_for_it(words, said):
 
 def test_the_list_of_recipes_is_the_recipes():
     assert list(cli.RECIPES) == list(recipes.RECIPES)
-    assert all(f"  {name:12} {what}" in cli.usage() for name, what in cli.RECIPES.items())
+    assert all(f"  {name:15} {what}" in cli.usage() for name, what in cli.RECIPES.items())
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS])

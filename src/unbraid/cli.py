@@ -133,6 +133,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 RECIPES = {
     "tiny": "a random two-layer model on generated text: seconds, to try things out",
     "demo": "SmolLM2-135M at layer 3, three forms of one SAE: for two CPU cores",
+    "transcoder-demo": "SmolLM2-135M, the MLP of block 3: transcoders with a skip connection and without",
     "smollm2": "SmolLM2-135M at layers 6, 14, 22, with the paper's constants",
     "gemma-3-270m": "Gemma 3 270M at layers 3, 8, 13; `make gemma` installs the model",
     "gemma-2-2b": "the paper's own configuration; downloads Gemma 2 2B and the Pile",
@@ -149,7 +150,7 @@ def usage() -> str:
         if isinstance(command, Command):
             lines += [f"  unbraid {name} {command.form}".rstrip(), f"      {command.what}"]
     lines += ["", "recipes (what `train` and `harvest` take):"]
-    lines += [f"  {name:12} {what}" for name, what in RECIPES.items()]
+    lines += [f"  {name:15} {what}" for name, what in RECIPES.items()]
     lines += [
         "",
         "presets (`--preset NAME` chooses the method of any recipe):",

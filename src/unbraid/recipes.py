@@ -75,6 +75,26 @@ def demo() -> RunConfig:
     )
 
 
+def transcoder_demo() -> RunConfig:
+    """What one MLP of SmolLM2-135M computes, as sparse features, in minutes on two CPU cores.
+
+    BatchTopK transcoders with k = 32 from what the MLP of block 3 reads to what it adds to the stream, with a skip
+    connection and without one. They can be put in the MLP's place, and export to circuit-tracer.
+    """
+    return RunConfig(
+        name="transcoder-demo",
+        model=ModelConfig(sites=["mlp_in.3 -> mlp_out.3"]),
+        buffer=BufferConfig(contexts=256),
+        sae=SAEConfig(architecture="batch_topk", n_features=2304, k=32),
+        decorrelation=DecorrelationConfig(method="none"),
+        optimiser=OptimiserConfig(lr=1e-3, warmup_steps=50),
+        training=TrainingConfig(
+            tokens=800_000, batch_tokens=1024, log_every=10, checkpoint_every=200, held_out_tokens=16_384
+        ),
+        variants={"plain": {}, "skip": {"sae.skip": True}},
+    )
+
+
 def smollm2() -> RunConfig:
     """The paper's relative depths (5, 12, 19 of 26 -> 6, 14, 22 of 30) and constants on SmolLM2-135M."""
     return RunConfig(
@@ -122,6 +142,7 @@ def gemma_2_2b() -> RunConfig:
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "tiny": tiny,
     "demo": demo,
+    "transcoder-demo": transcoder_demo,
     "smollm2": smollm2,
     "gemma-3-270m": gemma_3_270m,
     "gemma-2-2b": gemma_2_2b,

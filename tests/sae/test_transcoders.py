@@ -121,6 +121,9 @@ def trained(name: str, batches, target: Target | None, steps: int, freeze: bool 
     )
     if freeze:
         trainer.sae.b_dec.requires_grad_(False)
+    if target is not None:  # A transcoder's encoder is drawn apart.
+        with torch.no_grad():
+            trainer.sae.encoder_ND.copy_(trainer.sae.W_dec * trainer.sae.initial_encoder_norm())
     for step in range(steps):
         x_BD, y_BM = trainer.rows(batches[step])
         train_step(trainer, x_BD, step, 3e-3, log=step % 5 == 0, y_BM=y_BM)

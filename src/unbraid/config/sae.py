@@ -41,7 +41,8 @@ class SAEConfig(Kinds):
     """A feature that has not fired for this many training tokens counts as dead; none takes 1,000,000, and with a k
     50 N / k, in which the mean feature fires 50 times, or a thousandth of the run if that is more."""
     decoder_init_norm: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Encoder columns start as this multiple of the unit decoder rows; none takes the one that reconstructs best."""
+    """Encoder columns start as this multiple of the unit decoder rows; none takes the one that reconstructs best.
+    Those of a transcoder are drawn apart and start with this norm; none takes 0.1."""
     aux_weight: float | None = Field(default=None, ge=0.0)
     """Weight of the loss that revives dead features (topk family: explaining the residual; others: being pulled up to
     their threshold); none takes 1 for the topk family and 1/32 for the others, 0 turns it off."""

@@ -237,8 +237,8 @@ def parts_of(dictionary: Dictionary, recorded: Recorded, to: Any = None) -> Part
         if scale_R1 is not None:
             scale_T1[mask_T] = scale_R1
         f_RN = dictionary.encode(x_RD)
-        error_TM[mask_T] = y_TM[mask_T] - dictionary.decode(f_RN)
-        bias_TM[mask_T] = dictionary.decode(torch.zeros_like(f_RN))
+        error_TM[mask_T] = y_TM[mask_T] - dictionary.predict(x_RD, f_RN)
+        bias_TM[mask_T] = dictionary.predict(x_RD, torch.zeros_like(f_RN))
     return Parts(dictionary, codes, change, scale_T1, error_TM, bias_TM, y_TM)
 
 

@@ -82,6 +82,11 @@ class Dictionary:
         """Reconstruction `[R, M]` in float32 of codes of the rows encoded last."""
         return self.sae.decode(f_RN.to(self.dtype)).float()
 
+    def predict(self, x_RD: Tensor, f_RN: Tensor) -> Tensor:
+        """What it makes of rows whose codes are known, `[R, M]` in float32, a transcoder's skip connection included."""
+        y_RM, skip = self.decode(f_RN), getattr(self.sae, "W_skip", None)
+        return y_RM if skip is None else y_RM + x_RD.float() @ skip.float()
+
     def token_scale(self, x_RD: Tensor) -> Tensor | None:
         """What one unit of code writes at each row, `[R, 1]` times `W_dec`; None where that is always 1."""
         if self.scales_tokens is None:

@@ -240,7 +240,7 @@ class _Carried:
             return None, _at(involved_BT, added_RM, y_BTM)
         spliced_BT = chosen(self.splice.at, span)
         spliced_R1 = spliced_BT[involved_BT][:, None]
-        y_hat_BTM = _at(involved_BT, self.dictionary.decode(f_RN + change_RN), y_BTM)
+        y_hat_BTM = _at(involved_BT, self.dictionary.predict(x_RD, f_RN + change_RN), y_BTM)
         added_RM = torch.where(spliced_R1, 0.0, self._written(change_RN, scale_R1))
         aside_RM = aside_RM if scale_R1 is None else aside_RM * scale_R1
         return (spliced_BT, y_hat_BTM), _at(involved_BT, added_RM + aside_RM, y_BTM)

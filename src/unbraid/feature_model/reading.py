@@ -217,7 +217,8 @@ class ReadingHook:
         norm_R = y_RM.norm(dim=1)
         for first in range(0, len(y_RM), ROWS_AT_ONCE):
             f_RN = self.dictionary.encode(self._x_RD[first : first + ROWS_AT_ONCE])
-            missed_R = (y_RM[first : first + ROWS_AT_ONCE] - self.dictionary.decode(f_RN)).norm(dim=1)
+            y_hat_RM = self.dictionary.predict(self._x_RD[first : first + ROWS_AT_ONCE], f_RN)
+            missed_R = (y_RM[first : first + ROWS_AT_ONCE] - y_hat_RM).norm(dim=1)
             errors.append((missed_R / norm_R[first : first + ROWS_AT_ONCE].clamp(min=1e-30)).cpu())
             rows, features = f_RN.nonzero(as_tuple=True)
             indices.append(torch.stack([rows + first, features]).cpu())

@@ -298,8 +298,8 @@ def _logarithmic(axes: "Axes", log: TrainingLog, quantity: str) -> None:
 
 
 def _site_label(site: str) -> str:
-    kind, _, layer = site.rpartition(".")
-    return plain(f"{kind} {layer}" if kind else site)
+    ends = [place.rpartition(".") for place in site.split("--to--")]
+    return plain(" → ".join(f"{kind} {layer}" if kind else layer for kind, _, layer in ends))
 
 
 def plain(text: str) -> str:

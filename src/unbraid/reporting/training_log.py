@@ -16,7 +16,8 @@ from unbraid.errors import TrainingError
 from unbraid.json_files import is_count, is_number
 from unbraid.training.json_lines import read_json_lines
 
-NAME_PATTERN = re.compile(r"^(?P<site>[a-z_]+\.\d+(?:--to--[a-z_]+\.\d+)?)(?:_(?P<variant>.+))?$")
+PLACE = r"(?:[a-z_]+\.\d+|embed)"
+NAME_PATTERN = re.compile(rf"^(?P<site>{PLACE}(?:--to--{PLACE})?)(?:_(?P<variant>.+))?$")
 
 SAFE_NAME = r"[\w.+:-]{1,255}"
 LARGEST = 1e100

@@ -36,6 +36,10 @@ from unbraid.sae.forward import Encoded, Forward, squared_error
 
 SPARSE_BELOW = {"cpu": 0.05, "cuda": 0.01}
 """Share of active entries below which the sparse path is faster: measured on a CPU, an estimate for GPUs."""
+TRANSCODER_START = 0.1
+"""Norm of a transcoder's first encoder rows: what random features predict is noise, so it should be little. On an MLP
+of SmolLM2, R^2 after 120,000 tokens is .27 from .1, .26 from .3, .19 from the norm an SAE starts with, and .25 and .16
+with rows that start as the decoder's, at .3 and at an SAE's norm."""
 
 
 class SAE(WithHostBuffers):
@@ -82,8 +86,9 @@ class SAE(WithHostBuffers):
         self.is_transcoder = d_out is not None
         width_out = d_in if d_out is None else d_out
         W_dec = random_unit_rows(shard, width_out, generator)
-        W_enc = W_dec if width_out == d_in else random_unit_rows(shard, d_in, generator)
-        self.encoder_ND = nn.Parameter(W_enc * (config.decoder_init_norm or self.initial_encoder_norm()))
+        W_enc = random_unit_rows(shard, d_in, generator) if self.is_transcoder else W_dec
+        start = TRANSCODER_START if self.is_transcoder else self.initial_encoder_norm()
+        self.encoder_ND = nn.Parameter(W_enc * (config.decoder_init_norm or start))
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(width_out))
         has_skip = self.is_transcoder and config.skip

@@ -13,7 +13,7 @@ from unbraid.errors import ConfigError, UnbraidError
 from unbraid.formats import folder_name
 from unbraid.formats.export import open_source
 from unbraid.reporting.dashboard.labels import Labels
-from unbraid.reporting.training_log import TrainingLog, split_name
+from unbraid.reporting.training_log import TrainingLog
 from unbraid.training.run_folder import RunFolder, is_run
 
 LABELS = "labels.json"
@@ -56,7 +56,11 @@ class Shown:
 
     def labels_of(self, name: str) -> tuple[str, str]:
         """Site and variant of an SAE."""
-        return split_name(name) if self.log is not None else (str(self.config.sites[self.saes[name][0]]), "")
+        for route in self.config.routes if self.log is not None else ():
+            for variant in self.config.variants:
+                if name == self.config.sae_name(route, variant):
+                    return str(route), variant
+        return str(self.config.sites[self.saes[name][0]]), ""
 
     def centre(self, model: Any) -> None:
         """SAEs made for activations without their mean get them so, where `model` cannot see the mean."""
