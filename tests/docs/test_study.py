@@ -26,6 +26,15 @@ def test_the_page_is_what_the_results_say():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_page_of_named_features_is_what_the_answers_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDY))
+    naming = pytest.importorskip("naming")
+    assert naming.page() == (ROOT / "docs" / "naming.md").read_text(encoding="utf-8")
+    drawn, answers = (json.loads(path.read_text(encoding="utf-8")) for path in (naming.SHEETS, naming.ANSWERS))
+    assert len(drawn["sheets"]) == len(answers["names"]) == len(answers["choices"]) == naming.FEATURES
+    assert {one["answer"] for one in drawn["sheets"]} == set("ABC"), "the place of the right set says nothing"
+
+
 def test_a_changed_result_is_noticed(page, tmp_path, monkeypatch):
     for path in (STUDY / "results").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
