@@ -73,7 +73,7 @@ def with_preset(config: "RunConfig", name: str) -> "RunConfig":
     if "sae.k" in settings:
         settings["sae.k"] = max(1, min(PRESET_K, config.sae.n_features // FEATURES_PER_K))
     # Variants of a recipe compare methods; a preset is one method, beside its twin.
-    return overridden(config.model_copy(update={"variants": WITH_TWIN}), settings, f"preset {name}")[0]
+    return overridden(config, settings | {"variants": WITH_TWIN}, f"preset {name}")[0]
 
 
 def listed() -> str:

@@ -321,7 +321,7 @@ class RunConfig(Section):
         """Names of all SAEs: sites x variants, in the order of the settings."""
         return [self.sae_name(route, variant) for route in self.routes for variant in self.variants]
 
-    def sae_name(self, route: Route, variant: str) -> str:
+    def sae_name(self, route: Route | Site, variant: str) -> str:
         """Folder and metric name of one SAE: `resid_post.6_twin`, or the bare site for an unnamed variant."""
         return f"{route.folder}_{variant}" if variant else route.folder
 
