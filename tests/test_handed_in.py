@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from stopped_runs import Stop, stop_at
 
 import unbraid
 from unbraid import features, recipes
@@ -120,18 +121,6 @@ def final(run: unbraid.Run) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.path.glob("saes/*/*.safetensors")} | {
         "metrics": run.folder.metrics.read_bytes()
     }
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step: int):
-    def callback(done, _):
-        if done == step:
-            raise Stop
-
-    return callback
 
 
 @pytest.mark.parametrize(

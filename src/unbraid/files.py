@@ -34,10 +34,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     try:
         partial.unlink(missing_ok=True)
         write(partial)
-        follow_umask(partial)
-        sync(partial)
-        partial.replace(path)
-        sync(path.parent)
+        _put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -56,12 +53,17 @@ def write_whole_tensors(path: Path, write: Callable[[Path], None]) -> None:
     aside.mkdir()
     try:
         write(partial)
-        follow_umask(partial)
-        sync(partial)
-        partial.replace(path)
-        sync(path.parent)
+        _put_in_place(partial, path)
     finally:
         _sweep(aside, path.name)
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """A file that is written becomes `path`, on the disk and readable as any new file is."""
+    follow_umask(partial)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
 
 
 def _sweep(aside: Path, name: str) -> None:

@@ -23,7 +23,6 @@ from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.evaluation.splice import preservation
 from unbraid.files import write_json
 from unbraid.json_files import finite
-from unbraid.sites import Route
 from unbraid.training.loop import Trained
 from unbraid.training.run_folder import RunFolder
 from unbraid.training.sae_trainer import SAETrainer
@@ -89,7 +88,7 @@ def _measure_and_export(
     metrics: HeldOutMetrics = held_out_metrics(trainer.sae, rows, config.decorrelation.fraction)
     seconds = trained.seconds["buffer"] + trained.seconds["training"]
     dead_N = trainer.tokens_since_fired >= trainer.dead_after
-    route = route_of(config, trainer)
+    route, _ = config.dictionaries[trainer.name]
     metadata = {
         "model_name": source.model_name,
         "hook_name": route.reads.hook,
@@ -112,12 +111,6 @@ def _measure_and_export(
     }
 
 
-def route_of(config: RunConfig, trainer: SAETrainer) -> Route:
-    """What a dictionary reads and predicts."""
-    reads = config.sites[trainer.site]
-    return Route(reads, reads if trainer.target is None else config.sites[trainer.target.site])
-
-
 def ce_scores(config: RunConfig, source: ActivationSource, trained: Trained) -> dict[str, float | None]:
     """Cross-entropy score of every exported SAE on a few held-out contexts; None where no language model predicts."""
     scores: dict[str, float | None] = dict.fromkeys(trainer.name for trainer in trained.trainers)
@@ -132,7 +125,7 @@ def ce_scores(config: RunConfig, source: ActivationSource, trained: Trained) -> 
         return scores
     saes: dict[Any, dict[str, Any]] = {}
     for trainer in trained.trainers:
-        saes.setdefault(route_of(config, trainer), {})[trainer.name] = trainer.sae
+        saes.setdefault(config.dictionaries[trainer.name][0], {})[trainer.name] = trainer.sae
     chunk = chunk.of_first(SPLICED_CONTEXTS)
     apart = () if chunk.positions_BT is None else (chunk.positions_BT,)
     found = preservation(model, saes, [(chunk.tokens_BT, keep_CT, *apart)], config.seed)
@@ -184,9 +177,7 @@ def warnings_of(summary: dict[str, Any], config: RunConfig) -> list[str]:
     if documents["skipped"]:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(documents["skipped"].items()))
         found.append(f"of {documents['seen']:,} documents some were left out: {reasons}")
-    settings = {
-        config.sae_name(at, variant): config.variant(variant) for at in config.routes for variant in config.variants
-    }
+    settings = {name: config.variant(variant) for name, (_, variant) in config.dictionaries.items()}
     for name, metrics in summary["saes"].items():
         sae, lr = settings[name].sae, settings[name].optimiser.lr
         r2 = metrics.get("r2", 1.0)

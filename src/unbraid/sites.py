@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple
 
 from unbraid.errors import ConfigError
+from unbraid.files import folder_name
 
 
 class Kind(NamedTuple):
@@ -40,6 +41,8 @@ KINDS = {
 OTHER_HOOKS = {"hook_mlp_in": "resid_mid", "attn.hook_attn_in": "attn_in"}
 """Further names that TransformerLens has for a kind."""
 EMBED, EMBED_HOOK, MODULE, HANDED_IN = "embed", "hook_embed", "module", "handed_in"
+ARROW = " -> "
+"""Between what a transcoder reads and what it predicts."""
 
 
 class Site(NamedTuple):
@@ -128,7 +131,7 @@ class Route(NamedTuple):
         Raises:
             ConfigError: the text names no site, an end twice, or more than two ends.
         """
-        ends = [end.strip() for end in text.split("->")]
+        ends = [end.strip() for end in text.split(ARROW.strip())]
         if "+" in text:
             raise ConfigError(
                 f"site {text!r} names several sites at one end; expected one site, or A -> B for a transcoder, because "
@@ -152,12 +155,13 @@ class Route(NamedTuple):
     @property
     def folder(self) -> str:
         """The name as part of a folder's name, safe on every system."""
-        return f"{self.reads.folder}--to--{self.writes.folder}" if self.is_transcoder else self.reads.folder
+        ends = [self.reads.folder, *([self.writes.folder] if self.is_transcoder else [])]
+        return folder_name(ARROW.join(ends))
 
     def __str__(self) -> str:
-        return f"{self.reads} -> {self.writes}" if self.is_transcoder else str(self.reads)
+        return f"{self.reads}{ARROW}{self.writes}" if self.is_transcoder else str(self.reads)
 
 
 def is_transcoder(text: str) -> bool:
     """Whether a site is written as one of a transcoder, A -> B."""
-    return "->" in text
+    return ARROW.strip() in text

@@ -12,13 +12,6 @@ from unbraid.feature_model.commands import parse_edit, parse_positions
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    whole = unbraid.recipes.tiny()
-    training = whole.training.model_copy(update={"tokens": 5120, "held_out_tokens": 512})
-    return unbraid.train(whole.model_copy(update={"training": training}), tmp_path_factory.mktemp("runs") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def fm(run):
     return unbraid.features(run)
 

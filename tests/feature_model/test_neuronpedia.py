@@ -30,13 +30,6 @@ SKIPPED = ["model_id", "layer", "sae_set", "log_sparsity", "skipped_indexes"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    whole = unbraid.recipes.tiny()
-    training = whole.training.model_copy(update={"tokens": 5120, "held_out_tokens": 512})
-    return unbraid.train(whole.model_copy(update={"training": training}), tmp_path_factory.mktemp("runs") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def exported(run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exported")
     cli.main(["export", str(run.path), "--to", "neuronpedia", "--out", str(out), "--tokens", "2000"])

@@ -26,13 +26,6 @@ def fm():
     )
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    whole = unbraid.recipes.tiny()
-    training = whole.training.model_copy(update={"tokens": 5120, "held_out_tokens": 512})
-    return unbraid.train(whole.model_copy(update={"training": training}), tmp_path_factory.mktemp("runs") / "tiny")
-
-
 def test_a_search_ranks_features_and_a_contrast_takes_the_other_prompt_away(fm):
     codes = fm.read(PROMPT).codes[SITE].to_dense()[0]
     for by, expected in (("max", codes.amax(0)), ("sum", codes.sum(0)), ("mean", codes.sum(0) / (len(codes) - 1))):

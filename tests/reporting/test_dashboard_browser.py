@@ -326,6 +326,21 @@ def test_labels_and_notes_are_kept_in_the_file_found_by_the_search_and_there_aft
     assert json.loads(served.labels.read_text())["features"] == {}
 
 
+def test_a_search_that_ends_after_its_page_was_left_does_not_lead_back(served):
+    page, held = served.page, []
+    page.route("**/text-0.js*", lambda route: held.append(route))
+    go(page, "/0/features")
+    page.get_by_label("search features").fill("sea")
+    while not held:
+        page.wait_for_timeout(20)
+    go(page, "/")
+    with page.expect_response("**/text-0.js*"):
+        held.pop().continue_()
+    page.wait_for_timeout(500)
+    assert page.url.endswith("#/")
+    go(page, "/lists")
+
+
 def test_lists_are_made_of_features_and_of_searches_and_deleted(served):
     page = served.page
     go(page, "/0/feature/7")

@@ -1,9 +1,8 @@
 """The sparse and the dense path against each other and against the published losses written out for autograd."""
 
-import math
-
 import pytest
 import torch
+from published_codes import published_codes
 from sae_settings import sae_settings
 from torch import Tensor
 
@@ -86,34 +85,10 @@ def published_loss(sae: SAE, x_BD: Tensor) -> Tensor:
         noise = torch.randn(x_BD.shape, generator=torch.Generator().manual_seed(3), dtype=x_BD.dtype)
         seen_BD = x_BD + config.corruption * x_BD.square().mean().sqrt() * noise
     u_BN = (seen_BD - sae.b_dec) @ sae.W_enc
-    sparsity = extra = u_BN.new_zeros(())
-    if sae.architecture == "gated":
-        gate_BN = (u_BN + sae.b_gate).relu()
-        f_BN = (gate_BN > 0) * (u_BN * sae.r_mag.exp() + sae.b_mag).relu()
-        frozen = gate_BN @ sae.W_dec.detach() + sae.b_dec.detach()
-        sparsity, extra = gate_BN.sum(1).mean(), (x_BD - frozen).square().sum(1).mean()
-    elif sae.architecture == "jumprelu":
-        pre_BN, theta, eps = u_BN + sae.b_enc, sae.threshold, config.bandwidth
-        window = ((pre_BN - theta).abs() < eps / 2).double().detach()
-        step = (pre_BN > theta).double().detach()
-        # Values of the step function and of JumpReLU, with the pseudo-derivatives of eq. 11 and 12 in theta.
-        step = step - window / eps * (theta - theta.detach())
-        f_BN = pre_BN * step.detach() - theta.detach() / eps * window * (theta - theta.detach())
-        if config.jumprelu_sparsity == "l0":
-            sparsity = step.sum(1).mean()
-        else:
-            sparsity = torch.tanh(4 * math.sqrt(D) * f_BN).sum(1).mean()
-    else:
-        f_BN = (u_BN + sae.b_enc).relu()
-        if sae.architecture == "topk":
-            f_BN = f_BN * (f_BN >= f_BN.topk(K, dim=1).values[:, -1:])
-        elif sae.architecture in ("batch_topk", "matryoshka"):
-            f_BN = f_BN * (f_BN >= f_BN.flatten().topk(B * K).values[-1])
-        elif sae.architecture in ("relu", "denoising"):
-            sparsity = f_BN.sum(1).mean()
-        else:
-            scaled = f_BN / f_BN.norm(dim=0).where((f_BN > 0).any(0), 1.0)
-            sparsity = (scaled / scaled.norm(dim=1, keepdim=True)).sum(1).mean()
+    f_BN, sparsity, gate_BN = published_codes(sae, u_BN)
+    extra = u_BN.new_zeros(())
+    if gate_BN is not None:
+        extra = (x_BD - gate_BN @ sae.W_dec.detach() - sae.b_dec.detach()).square().sum(1).mean()
     extra = extra + (x_BD - f_BN @ sae.W_dec - sae.b_dec).square().sum(1).mean()
     if sae.architecture == "matryoshka":
         extra = extra + published_levels(sae, x_BD, f_BN)

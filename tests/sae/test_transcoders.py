@@ -1,9 +1,8 @@
 """Transcoders: every architecture from x to y, against plain formulas, against SAEs, and with a skip connection."""
 
-import math
-
 import pytest
 import torch
+from published_codes import published_codes
 from sae_settings import sae_settings
 from torch import Tensor
 
@@ -43,29 +42,11 @@ def plain_loss(sae: SAE, x_BD: Tensor, y_BM: Tensor, dead: Tensor) -> Tensor:
     """All losses written out on whole matrices, for autograd alone."""
     config, u_BN = sae.config, x_BD @ sae.W_enc
     skip_BM = 0.0 if sae.W_skip is None else x_BD @ sae.W_skip
-    sparsity, extra = u_BN.new_zeros(()), u_BN.new_zeros(())
-    if sae.architecture == "gated":
-        gate_BN = (u_BN + sae.b_gate).relu()
-        f_BN = (gate_BN > 0) * (u_BN * sae.r_mag.exp() + sae.b_mag).relu()
+    f_BN, sparsity, gate_BN = published_codes(sae, u_BN)
+    extra = u_BN.new_zeros(())
+    if gate_BN is not None:
         still_BM = (sae.b_dec + skip_BM).detach()
-        sparsity = gate_BN.sum(1).mean()
         extra = (y_BM - gate_BN @ sae.W_dec.detach() - still_BM).square().sum(1).mean()
-    elif sae.architecture == "jumprelu":
-        pre_BN, theta, eps = u_BN + sae.b_enc, sae.threshold, config.bandwidth
-        window = ((pre_BN - theta).abs() < eps / 2).double().detach()
-        moved = theta - theta.detach()
-        step = (pre_BN > theta).double() - window / eps * moved
-        f_BN = pre_BN * step.detach() - theta.detach() / eps * window * moved
-        tanh = torch.tanh(4 * math.sqrt(M) * f_BN)
-        sparsity = (step if config.jumprelu_sparsity == "l0" else tanh).sum(1).mean()
-    else:
-        f_BN = (u_BN + sae.b_enc).relu()
-        if sae.architecture == "topk":
-            f_BN = f_BN * (f_BN >= f_BN.topk(K, dim=1).values[:, -1:])
-        elif sae.architecture in ("batch_topk", "matryoshka"):
-            f_BN = f_BN * (f_BN >= f_BN.flatten().topk(B * K).values[-1])
-        else:
-            sparsity = f_BN.sum(1).mean()
     y_hat_BM = f_BN @ sae.W_dec + sae.b_dec + skip_BM
     loss = (y_BM - y_hat_BM).square().sum(1).mean()
     if sae.architecture == "matryoshka":

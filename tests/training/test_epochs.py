@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from stopped_runs import Stop, stop_at
 
 import unbraid
 from unbraid import recipes
@@ -75,15 +76,8 @@ def test_a_run_stopped_in_its_second_reading_resumes_to_the_same_bytes(tmp_path)
     config = small(tmp_path / "text.jsonl", 4)
     whole = unbraid.train(config, tmp_path / "whole", console=Console(quiet=True))
 
-    class Stop(Exception):
-        pass
-
-    def stop(step, line):
-        if step == 38:
-            raise Stop
-
     with pytest.raises((Stop, TrainingInterrupted)):
-        unbraid.train(config, tmp_path / "cut", callbacks=[stop], console=Console(quiet=True))
+        unbraid.train(config, tmp_path / "cut", callbacks=[stop_at(38)], console=Console(quiet=True))
     assert weights(unbraid.resume(tmp_path / "cut", console=Console(quiet=True))) == weights(whole)
 
 

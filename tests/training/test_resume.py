@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from stopped_runs import Stop, stop_at
 
 import unbraid
 from unbraid import recipes
@@ -27,21 +28,12 @@ def small(**groups) -> RunConfig:
     return validated(RunConfig, data, "test")
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_at_nine(step, _):
-    if step == 9:
-        raise Stop
-
-
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory) -> Path:
     """A run that an error ended after nine of sixteen steps."""
     path = tmp_path_factory.mktemp("cut") / "run"
     with pytest.raises(Stop):
-        unbraid.train(small(), path, callbacks=[stop_at_nine])
+        unbraid.train(small(), path, callbacks=[stop_at(9)])
     return path
 
 
@@ -163,7 +155,7 @@ def test_changed_text_is_refused_even_of_the_same_size(tmp_path):
     write_text(text, 1)
     config = small(text={"source": "files", "paths": [str(text)], "held_out_fraction": 0.1})
     with pytest.raises(Stop):
-        unbraid.train(config, tmp_path / "run", callbacks=[stop_at_nine])
+        unbraid.train(config, tmp_path / "run", callbacks=[stop_at(9)])
     size = text.stat().st_size
     write_text(text, 2)
     assert text.stat().st_size == size
@@ -229,7 +221,7 @@ def test_settings_edited_while_a_run_goes_on_do_not_get_into_its_checkpoints(tmp
     def edit_and_stop(step, record):
         if step == 2:
             edit(tmp_path / "run", "seed", 9)
-        stop_at_nine(step, record)
+        stop_at(9)(step, record)
 
     with pytest.raises(Stop):
         unbraid.train(small(), tmp_path / "run", callbacks=[edit_and_stop])

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stopped_runs import Stop, stop_at
 
 import unbraid
 from unbraid import recipes
@@ -31,15 +32,6 @@ def config(sites: list[str], skip: bool = True, **training) -> RunConfig:
     data["training"] |= {"tokens": 4_096, "batch_tokens": 128, "checkpoint_every": 4, "held_out_tokens": 512} | training
     data["variants"] = {"decorrelated": {}, "twin": {"decorrelation.lambda2": 0.0}}
     return validated(RunConfig, data, "test")
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at_nine(step, _):
-    if step == 9:
-        raise Stop
 
 
 def weights(path: Path, name: str = f"{NAME}_twin") -> str:
@@ -95,7 +87,7 @@ def test_r2_and_ce_score_are_those_of_the_mlps_output_replaced(run):
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(tmp_path):
     whole = unbraid.train(config([SITE]), tmp_path / "whole").path
     with pytest.raises(Stop):
-        unbraid.train(config([SITE]), tmp_path / "cut", callbacks=[stop_at_nine])
+        unbraid.train(config([SITE]), tmp_path / "cut", callbacks=[stop_at(9)])
     unbraid.resume(tmp_path / "cut")
     for file in ("saes/{}/sae_weights.safetensors", "saes/{}/cfg.json"):
         for variant in ("decorrelated", "twin"):
@@ -131,7 +123,7 @@ def test_activations_of_ones_own_come_in_pairs_and_resume_needs_them_again(tmp_p
     assert list(whole.saes) == ["x--to--y_decorrelated", "x--to--y_twin", "x_decorrelated", "x_twin"]
     assert (whole.saes["x--to--y_twin"].d_in, whole.saes["x--to--y_twin"].d_out) == (12, 7)
     with pytest.raises(Stop):
-        unbraid.train(settings, tmp_path / "cut", activations=given, callbacks=[stop_at_nine])
+        unbraid.train(settings, tmp_path / "cut", activations=given, callbacks=[stop_at(9)])
     with pytest.raises(ConfigError, match="handed in"):
         unbraid.resume(tmp_path / "cut")
     unbraid.resume(tmp_path / "cut", activations=given)

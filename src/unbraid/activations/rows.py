@@ -72,10 +72,10 @@ class ChunkSource(Protocol):
 class RowFilter:
     """Decides which rows of a chunk may be learnt from.
 
-    Special tokens (BOS, EOS, padding) never are. Position 0 of a context (and of a
-    document, where documents are kept apart) and rows beyond `norm_limit` times the site's median norm
-    are massive activations: one such row outweighs ten thousand others in the loss, so they are dropped by default,
-    at every site together (sites share the buffer), and counted.
+    Special tokens (BOS, EOS, padding) never are. Position 0 of a context (and of a document, where documents are kept
+    apart) and rows beyond `norm_limit` times the site's median norm are massive activations: one such row outweighs
+    ten thousand others in the loss, so they are dropped by default, at every site together (sites share the buffer),
+    and counted.
 
     Attributes:
         dropped: rows left out so far, by reason.

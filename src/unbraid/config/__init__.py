@@ -17,11 +17,9 @@ from unbraid.config.run import (
     TextConfig,
     TrainingConfig,
     VariantConfig,
-    load_config,
-    read_settings,
-    require_trust,
 )
 from unbraid.config.sae import SAEConfig, WeightedSAEConfig, WithKConfig
+from unbraid.config.settings_file import load_config, read_settings, require_trust
 
 __all__ = [
     "BufferConfig",

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -32,14 +31,14 @@ from unbraid.config.checks import (
     wrong,
 )
 from unbraid.config.decorrelation import DecorrelationConfig
-from unbraid.config.overrides import flattened, merge, merged
+from unbraid.config.overrides import merge
 from unbraid.config.sae import SAEConfig
 from unbraid.config.sources import BufferConfig, ModelConfig, TextConfig
-from unbraid.errors import ConfigError
 from unbraid.files import is_folder_name
-from unbraid.json_files import read_json_object
 from unbraid.sites import Route, Site
 
+VARIED = ("sae", "decorrelation", "optimiser")
+"""Groups of settings in which variants may differ."""
 VERSION = "0.2"
 """Of the settings in a run's config.json."""
 READ_BY_THE_RUN = {("decorrelation", "fraction"), ("sae", "architecture"), ("decorrelation", "method")}
@@ -170,21 +169,15 @@ class VariantConfig(Section):
     def unread(self) -> dict[Location, str]:
         """See `Section.unread`; some settings are read only beside others of another group."""
         found = super().unread()
-        for group in ("sae", "decorrelation", "optimiser"):
+        for group in VARIED:
             for name, conditions in getattr(self, group).conditions_elsewhere().items():
-                needs = [(path, wanted.words) for path, wanted in conditions.items() if not self._meets(path, wanted)]
+                own = {path: one for path, one in conditions.items() if path.partition(".")[0] in VARIED}
+                needs = [(path, wanted.words) for path, wanted in own.items() if not _meets(self, path, wanted)]
                 if needs:
                     found[(group, name)] = activation(needs)
         if not self.decorrelation.selects:
             found["decorrelation", "fraction"] = "is read here by methods that select pairs only; set it for the run"
         return found
-
-    def _meets(self, path: str, wanted: Condition) -> bool:
-        group, _, name = path.partition(".")
-        if group not in VariantConfig.model_fields:
-            return True  # a setting of the run, which looks at it itself
-        section = getattr(self, group)
-        return name in type(section).model_fields and wanted.holds(getattr(section, name))
 
     @model_validator(mode="after")
     def _widths_fit(self) -> "VariantConfig":
@@ -243,11 +236,9 @@ class RunConfig(Section):
     def unread(self) -> dict[Location, str]:
         """See `Section.unread`; what an SAE has is read while some variant takes it from here and reads it."""
         found, variants = super().unread(), {name: self.variant(name) for name in self.variants}
-        for name, conditions in self.sae.conditions_elsewhere().items():
-            if not conditions["model.sites"].holds(self.model.sites):
-                found["sae", name] = activation([("model.sites", conditions["model.sites"].words)])
+        found |= self._unread_beside_the_run()
         unread_by = {name: settings.unread() for name, settings in variants.items()}
-        for group in ("sae", "decorrelation", "optimiser"):
+        for group in VARIED:
             for setting in type(getattr(self, group)).model_fields:
                 reasons = [
                     _not_taken(group, setting, self.variants[name], settings, unread_by[name])
@@ -257,12 +248,25 @@ class RunConfig(Section):
                     found[group, setting] = reasons[0]
         return found
 
+    def _unread_beside_the_run(self) -> dict[Location, str]:
+        """Settings of SAEs that are read only beside others that all variants share, such as model.sites."""
+        found: dict[Location, str] = {}
+        for group in VARIED:
+            for name, conditions in getattr(self, group).conditions_elsewhere().items():
+                shared = {path: one for path, one in conditions.items() if path.partition(".")[0] not in VARIED}
+                needs = [(path, wanted.words) for path, wanted in shared.items() if not _meets(self, path, wanted)]
+                if needs:
+                    found[group, name] = activation(needs)
+        return found
+
     @model_validator(mode="after")
     def _variants_resolve(self) -> "RunConfig":
-        for name in self.variants:
+        unread_here = {".".join(location): why for location, why in self._unread_beside_the_run().items()}
+        for name, overrides in self.variants.items():
             settings = self.variant(name)
-            if settings.sae.skip and not any(route.is_transcoder for route in self.routes):
-                raise wrong(f"variants.{name or repr(name)}: sae.skip is read by transcoders, A -> B in model.sites")
+            for path in overrides:
+                if path in unread_here:
+                    raise wrong(f"variants.{name or repr(name)}: {path} {unread_here[path]}")
             penalty = settings.decorrelation
             if settings.sae.frozen == "decoder" and penalty.weight > 0 and getattr(penalty, "space", "") == "decoder":
                 raise wrong(
@@ -294,7 +298,7 @@ class RunConfig(Section):
 
     def variant(self, name: str) -> VariantConfig:
         """The settings one variant trains with: the run's, under the variant's own."""
-        base = {key: getattr(self, key).model_dump() for key in ("sae", "decorrelation", "optimiser")}
+        base = {key: getattr(self, key).model_dump() for key in VARIED}
         for path in self.variants[name]:
             if path.partition(".")[0] not in VariantConfig.model_fields:
                 raise wrong(
@@ -317,9 +321,14 @@ class RunConfig(Section):
             raise ValidationError.from_exception_data("RunConfig", details) from None
 
     @property
+    def dictionaries(self) -> dict[str, tuple[Route, str]]:
+        """Name of each SAE -> its route and variant: all routes x variants, in the order of the settings."""
+        return {self.sae_name(route, variant): (route, variant) for route in self.routes for variant in self.variants}
+
+    @property
     def sae_names(self) -> list[str]:
-        """Names of all SAEs: sites x variants, in the order of the settings."""
-        return [self.sae_name(route, variant) for route in self.routes for variant in self.variants]
+        """Names of all SAEs, in the order of the settings."""
+        return list(self.dictionaries)
 
     def sae_name(self, route: Route | Site, variant: str) -> str:
         """Folder and metric name of one SAE: `resid_post.6_twin`, or the bare site for an unnamed variant."""
@@ -337,6 +346,13 @@ class RunConfig(Section):
         return twins
 
 
+def _meets(settings: VariantConfig | RunConfig, path: str, wanted: Condition) -> bool:
+    """Whether the setting at `path` exists and is what is wanted."""
+    group, _, name = path.partition(".")
+    section = getattr(settings, group)
+    return name in type(section).model_fields and wanted.holds(getattr(section, name))
+
+
 def _alike(own: VariantConfig, other: VariantConfig) -> bool:
     """Whether two variants differ in nothing but their penalty."""
     ours, theirs = (settings.optimiser.model_dump(exclude={"decorrelation_warmup_steps"}) for settings in (own, other))
@@ -352,48 +368,3 @@ def _not_taken(
     if setting not in type(getattr(settings, group)).model_fields:
         return "is not read by what the variants are; set it in variants"
     return unread.get((group, setting), "")
-
-
-def load_config(path: Path) -> RunConfig:
-    """Read a `config.json` as written into every run folder, or settings written by hand.
-
-    Raises:
-        ConfigError: the file is missing, not JSON, or holds unknown or unacceptable settings.
-    """
-    base, by_hand = read_settings(path)
-    return merged(RunConfig, base, by_hand, str(path))[0]
-
-
-def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a file: those a run wrote, of which some may not be read any more, and those given by hand.
-
-    Raises:
-        ConfigError: the file is missing or not a JSON object.
-    """
-    data = read_json_object(path, ConfigError, "settings as in a run's config.json")
-    written_by_a_run = "version" in data or _is_dump_of_version_0_1(data)
-    return (data, {}) if written_by_a_run else ({}, flattened(data))
-
-
-def _is_dump_of_version_0_1(data: dict[str, Any]) -> bool:
-    """Version 0.1 wrote every setting of every kind, which nobody writes by hand."""
-    sae = data.get("sae")
-    return isinstance(sae, dict) and {"k", "lambda1", "bandwidth", "corruption", "matryoshka_widths"} <= set(sae)
-
-
-def require_trust(config: RunConfig, given: bool, where: str) -> RunConfig:
-    """`config`, which was read from the file `where`, if it may load its model.
-
-    Settings come from anywhere, and those with model.trust_remote_code would run whatever code lies with the model. A
-    file cannot allow that; only whoever starts the command can.
-
-    Raises:
-        ConfigError: the settings ask for it and it was not `given` by hand.
-    """
-    if config.model.trust_remote_code and not given:
-        raise ConfigError(
-            f"{where} asks for model.trust_remote_code, which runs code that comes with the model "
-            f"{config.model.name!r}; expected that to be allowed by hand, not by a file; read that code, then add "
-            "--model.trust_remote_code to this command (trust_remote_code=True in Python)"
-        )
-    return config

@@ -8,9 +8,9 @@ kept under a `saebench_` name and the right one stands beside it:
 * `r2`: 1 - sum ||r||^2 / sum ||x - mean||^2 over all tokens. `explained_variance_legacy` averages a ratio per token
   around the group's mean (what papers report); `saebench_explained_variance` subtracts the square of a mean of squares,
   so that a constant predictor can score anything.
-Of a transcoder all of this is about what it predicts; only its codes are of what it reads.
-
 * `mse`: mean ||r||^2 per token. `saebench_mse` is divided once more by the tokens of the group.
+
+Of a transcoder all of this is about what it predicts; only its codes are of what it reads.
 """
 
 from collections.abc import Callable, Iterable

@@ -121,18 +121,15 @@ def _of_run(
 ) -> tuple[list[EvaluatedSAE], RunConfig]:
     path, run = folder.path, _completed(folder.config, config, folder.path)
     subjects, twins = [], run.twins
-    for route in run.routes:
-        for variant in run.variants:
-            name, index = run.sae_name(route, variant), run.sites.index(route.reads)
-            if only not in (None, name):
-                continue
-            if not (path / "saes" / name).is_dir():
-                raise EvaluationError(
-                    f"{path} holds no finished SAE {name!r}; expected saes/{name}; end the run with "
-                    f"`unbraid resume {path}`"
-                )
-            sae, writes = formats.load(path / "saes" / name).to(device), route.writes if route.is_transcoder else None
-            subjects.append(EvaluatedSAE(name, index, sae, twins.get(name), writes=writes))
+    for name, (route, _) in run.dictionaries.items():
+        if only not in (None, name):
+            continue
+        if not (path / "saes" / name).is_dir():
+            raise EvaluationError(
+                f"{path} holds no finished SAE {name!r}; expected saes/{name}; end the run with `unbraid resume {path}`"
+            )
+        sae, writes = formats.load(path / "saes" / name).to(device), route.writes if route.is_transcoder else None
+        subjects.append(EvaluatedSAE(name, run.sites.index(route.reads), sae, twins.get(name), writes=writes))
     return subjects, run
 
 

@@ -27,6 +27,7 @@ from unbraid.evaluation.trained_controls import WIDEST
 from unbraid.formats import folder_name, path_or_name
 from unbraid.progress import Stages
 from unbraid.randomness import generator
+from unbraid.sites import ARROW
 from unbraid.synthetic import build_world
 
 ON_TEXT, ON_PROMPTS = ("core", "correlation", "contexts"), ("probing", "absorption")
@@ -186,7 +187,7 @@ class _Evaluation:
 
     def _entry(self, subject: EvaluatedSAE) -> Report:
         site = self._site_name(subject.site)
-        return {"site": site if subject.writes is None else f"{site} -> {subject.writes}"} | subject.report
+        return {"site": site if subject.writes is None else f"{site}{ARROW}{subject.writes}"} | subject.report
 
     def _absorption(self) -> None:
         refused = self.model.absorption()

@@ -15,6 +15,7 @@ from torch import Tensor
 from unbraid.activations.hooks import Place
 from unbraid.activations.language_model import LanguageModel
 from unbraid.errors import FeatureError
+from unbraid.evaluation.protocols import predicted
 
 ROWS_AT_ONCE = 1024
 """Token rows whose dense codes are alive at a time."""
@@ -84,8 +85,7 @@ class Dictionary:
 
     def predict(self, x_RD: Tensor, f_RN: Tensor) -> Tensor:
         """What it makes of rows whose codes are known, `[R, M]` in float32, a transcoder's skip connection included."""
-        y_RM, skip = self.decode(f_RN), getattr(self.sae, "W_skip", None)
-        return y_RM if skip is None else y_RM + x_RD.float() @ skip.float()
+        return predicted(self.sae, x_RD.to(self.dtype), f_RN.to(self.dtype)).float()
 
     def token_scale(self, x_RD: Tensor) -> Tensor | None:
         """What one unit of code writes at each row, `[R, 1]` times `W_dec`; None where that is always 1."""

@@ -22,14 +22,14 @@ from torch import Tensor
 from unbraid.errors import FormatError, UnbraidError
 from unbraid.feature_model.dictionaries import Dictionary
 from unbraid.feature_model.model import FeatureModel
-from unbraid.feature_model.opening import ARROW, TOKENS, features
+from unbraid.feature_model.opening import TOKENS, features
 from unbraid.formats import path_or_name
 from unbraid.offline import is_hub_id
 from unbraid.owned_folders import check_replaceable, written_folder
 from unbraid.progress import Progress, default_console
 from unbraid.reporting.dashboard.features import Firing, firing, logit_effects
 from unbraid.reporting.dashboard.passes import single_token_text, token_texts
-from unbraid.sites import Site
+from unbraid.sites import ARROW, Site
 from unbraid.training.run_folder import RunFolder, is_run
 
 KIND = "Neuronpedia"

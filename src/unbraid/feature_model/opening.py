@@ -29,13 +29,12 @@ from unbraid.formats import path_or_name
 from unbraid.json_files import is_number, parse_json
 from unbraid.progress import Progress
 from unbraid.reporting.dashboard.passes import HeldOutPass, held_out_pass
+from unbraid.sites import ARROW
 from unbraid.training.run_folder import is_run
 
 FILE = "held_out.safetensors"
 TOKENS = 16_384
 VERSION = 1
-ARROW = " -> "
-"""Between what a transcoder reads and what it predicts, in the name of its site."""
 
 
 def features(
@@ -99,10 +98,8 @@ def features(
         twins=twins,
         bos=source.prepends_bos,
     )
-    if is_bundled(path) or (kept is not None and kept.is_file()):  # read from a file: shares of maxima at once
-        _ = (
-            fm.held_out
-        )  # read from a file: shares of maxima and what features fire on are there from the first question
+    if is_bundled(path) or (kept is not None and kept.is_file()):
+        _ = fm.held_out  # It is read from a file, and with it every table has words and shares of maxima.
     return fm
 
 

@@ -83,13 +83,13 @@ MOST_FILES = 200
 def load(path: Path | str, **options: Any) -> SAE:
     """The dictionary at `path`, in any known layout, ready for inference on raw activations.
 
+    Crosscoders and cross-layer transcoders take activations `[..., sites, D]`; `metadata["hook_names"]` has the sites.
+
     Args:
         path: the folder, one of the files in it, or a file that is a dictionary of its own; or `smollm2-demo`, which
             comes with unbraid; or a name of SAELens' registry, `release/id`; or a path on the hub,
             `hf://owner/name/folder`.
         options: as for `open_folder`.
-
-    Crosscoders and cross-layer transcoders take activations `[..., sites, D]`; `metadata["hook_names"]` has the sites.
 
     Raises:
         FormatError: no known layout is recognised, or the one that is cannot be held exactly.

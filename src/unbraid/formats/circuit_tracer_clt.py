@@ -15,7 +15,7 @@ from unbraid.formats.folder import SAEFolder
 from unbraid.formats.metadata import checked_metadata
 from unbraid.formats.published import NOTHING, Known
 from unbraid.formats.reading import read_tensors, read_yaml, text
-from unbraid.formats.several_sites import SeveralSitesDictionary, require_several_sites
+from unbraid.formats.several_sites import SeveralSitesDictionary, numbered_files, require_several_sites, stacked
 from unbraid.formats.weights import require
 
 FILE = re.compile(r"W_enc_(\d{1,3})\.safetensors")
@@ -34,24 +34,15 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     """
     where = str(folder)
     require_several_sites(known, where, "a cross-layer transcoder of circuit-tracer")
-    numbers = sorted(int(found[1]) for path in folder.iterdir() if (found := FILE.fullmatch(path.name)))
-    if numbers != list(range(len(numbers))):
-        raise FormatError(f"{where}: files of layers {numbers}; expected 0 to {numbers[-1]}; download them all")
-    parts = [_part(folder, layer, len(numbers)) for layer in numbers]
-    shapes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in parts]
-    odd = next((layer for layer in numbers if shapes[layer] != shapes[0]), None)
-    if odd is not None:
-        raise FormatError(
-            f"{where}: layer {odd} has {shapes[odd]}; expected {shapes[0]} as layer 0 has; download it again"
-        )
-    tensors = {name: torch.stack([part.pop(name) for part in parts]) for name in shapes[0]}
+    layers = range(len(numbered_files(folder, FILE)))
+    tensors = stacked([_part(folder, layer, len(layers)) for layer in layers], where)
     sae = SeveralSitesDictionary("cross_layer_transcoder", tensors)
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     hooks = [text(config, f"feature_{end}_hook", where) for end in ("input", "output")]
     reads, writes = hooks[0] or "hook_resid_mid", (hooks[1] or "hook_mlp_out").replace("mlp.hook_out", "hook_mlp_out")
     metadata = {"model_name": text(config, "model_name", where)}
-    metadata |= {"hook_names": [f"blocks.{layer}.{reads}" for layer in numbers]}
-    metadata |= {"hook_names_out": [f"blocks.{layer}.{writes}" for layer in numbers]}
+    metadata |= {"hook_names": [f"blocks.{layer}.{reads}" for layer in layers]}
+    metadata |= {"hook_names_out": [f"blocks.{layer}.{writes}" for layer in layers]}
     metadata = checked_metadata(metadata | known.metadata, where)
     return SAEFolder(sae.eval().requires_grad_(False), "circuit_tracer_clt", metadata)
 

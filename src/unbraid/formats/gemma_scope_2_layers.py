@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from unbraid.errors import FormatError
@@ -18,7 +17,7 @@ from unbraid.formats.gemma_scope_2 import NAMES, SKIP, model_name
 from unbraid.formats.metadata import checked_metadata
 from unbraid.formats.published import NOTHING, Known, path_words
 from unbraid.formats.reading import read_json, read_tensors, require_settings, text
-from unbraid.formats.several_sites import SeveralSitesDictionary, require_several_sites
+from unbraid.formats.several_sites import SeveralSitesDictionary, numbered_files, require_several_sites, stacked
 from unbraid.formats.weights import require
 
 FILE = re.compile(r"params_layer_(\d{1,3})\.safetensors")
@@ -45,16 +44,8 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     kind = text(config, "type", where) or ("crosscoder" if "crosscoder" in words else "clt")
     if kind not in KINDS:
         raise FormatError(f"{where}: type is {kind!r}, but there is a file for each of several layers; expected clt")
-    files = {int(found[1]): path for path in folder.iterdir() if (found := FILE.fullmatch(path.name))}
-    if sorted(files) != list(range(len(files))):
-        raise FormatError(f"{where}: files of layers {sorted(files)}; expected 0 to {max(files)}; download them all")
-    parts = [_part(files[number], len(files)) for number in sorted(files)]
-    odd = next((number for number, part in enumerate(parts) if _shapes(part) != _shapes(parts[0])), None)
-    if odd is not None:
-        raise FormatError(
-            f"{where}: layer {odd} has {_shapes(parts[odd])}; expected {_shapes(parts[0])} as layer 0 has"
-        )
-    tensors = {name: torch.stack([part.pop(name) for part in parts]) for name in tuple(parts[0])}
+    files = numbered_files(folder, FILE)
+    tensors = stacked([_part(path, len(files)) for path in files], where)
     tensors["threshold"] = tensors["threshold"].clamp_min(0.0)
     total = tensors["b_enc"].numel()
     if config.get("width") not in (None, total, total // len(files)):
@@ -78,10 +69,6 @@ def _part(path: Path, layers: int) -> dict[str, Tensor]:
                 f"{shapes.get(name, '[D, n]')}; download the files again"
             )
     return part
-
-
-def _shapes(part: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in part.items()}
 
 
 def _where_from(config: dict[str, Any], words: str, kind: str, count: int, where: str) -> dict[str, Any]:

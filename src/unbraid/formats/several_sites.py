@@ -4,6 +4,9 @@ A cross-layer transcoder's features of a layer write into that layer and later o
 into all its sites. Which it is lies in the weights: a decoder row is zero where it does not write.
 """
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,35 @@ def require_several_sites(known: Known, where: str, what: str) -> None:
             f"{where!r} holds {what}, which reads several sites; expected a dictionary of one site here; choose an SAE "
             "or a transcoder of one layer, or use unbraid.load in Python"
         )
+
+
+def numbered_files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The files of a folder whose name has a layer's number where `pattern` has its group, from layer 0 on.
+
+    Raises:
+        FormatError: a layer's file is missing.
+    """
+    files = {int(found[1]): path for path in folder.iterdir() if (found := pattern.fullmatch(path.name))}
+    if sorted(files) != list(range(len(files))):
+        raise FormatError(
+            f"{str(folder)!r}: files of layers {sorted(files)}; expected 0 to {max(files)}; download them all"
+        )
+    return [files[layer] for layer in sorted(files)]
+
+
+def stacked(parts: Sequence[dict[str, Tensor]], where: str) -> dict[str, Tensor]:
+    """The tensors of all layers, `[L, ...]` each.
+
+    Raises:
+        FormatError: a layer has other tensors than the first, or of other shapes.
+    """
+    shapes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in parts]
+    for layer, found in enumerate(shapes):
+        if found != shapes[0]:
+            raise FormatError(
+                f"{where}: layer {layer} has {found}; expected {shapes[0]} as layer 0 has; download it again"
+            )
+    return {name: torch.stack([part[name] for part in parts]) for name in shapes[0]}
 
 
 class SeveralSitesDictionary(SAE):

@@ -136,24 +136,23 @@ def _members(folder: RunFolder) -> Iterator[tuple[str, _Member]]:
         )
     measured, source = summary["saes"], summary.get("source", {})
     beyond = {f"checksum of {part}": checksum for part, checksum in source.items()} | _history(folder, summary)
-    for route in config.routes:
-        for variant in config.variants:
-            metrics = measured.get(config.sae_name(route, variant))
-            if metrics is None:
-                continue
-            values = metrics | {"ce_loss_score": spliced.get(config.sae_name(route, variant))}
-            yield (
-                str(route),
-                _Member(
-                    {"site": str(route)} | _settings(config, variant) | beyond,
-                    (config.seed, config.variant(variant).seed),
-                    {
-                        metric: float(values[metric])
-                        for metric in METRICS
-                        if is_number(values.get(metric)) and abs(values[metric]) <= LARGEST
-                    },
-                ),
-            )
+    for name, (route, variant) in config.dictionaries.items():
+        metrics = measured.get(name)
+        if metrics is None:
+            continue
+        values = metrics | {"ce_loss_score": spliced.get(name)}
+        yield (
+            str(route),
+            _Member(
+                {"site": str(route)} | _settings(config, variant) | beyond,
+                (config.seed, config.variant(variant).seed),
+                {
+                    metric: float(values[metric])
+                    for metric in METRICS
+                    if is_number(values.get(metric)) and abs(values[metric]) <= LARGEST
+                },
+            ),
+        )
 
 
 def _settings(config: RunConfig, variant: str) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from unbraid.config import RunConfig
 from unbraid.reporting.dashboard.entangled import Pair, pair_contexts, pairs_here_or_in_twin
 from unbraid.reporting.dashboard.features import Excerpt
 from unbraid.reporting.dashboard.passes import Csc, HeldOutPass, held_out_pass, token_texts
-from unbraid.sites import Route
 from unbraid.training.run_folder import RunFolder
 
 PAIR_TOKENS = 8192
@@ -153,8 +152,7 @@ def ending(
     model = getattr(source, "model", None)
     if config.twins and isinstance(model, LanguageModel):
         name, twin = list(config.twins.items())[-1]
-        route = next(route for route in config.routes if name in _names_at(config, route))
-        site = config.sites.index(route.reads)
+        site = config.sites.index(config.dictionaries[name][0].reads)
         folders = folder.finished_saes()
         saes = {which: formats.load(folders[which]).to(device) for which in (name, twin)}
         placed = {which: (site, sae) for which, sae in saes.items()}
@@ -169,7 +167,3 @@ def ending(
             yield from pair_lines(name, pair, held_out, codes[name], texts)
     yield "\nnext:"
     yield from next_commands(folder.path, f"{name}/{feature}")
-
-
-def _names_at(config: RunConfig, route: Route) -> list[str]:
-    return [config.sae_name(route, variant) for variant in config.variants]

@@ -22,7 +22,7 @@ def build(
 ) -> SAE:
     """A fresh SAE: decoder rows random of unit norm, encoder a multiple of their transpose, biases zero.
 
-    The encoder of a transcoder between different widths is a multiple of random unit rows of its own.
+    The encoder of a transcoder is a multiple of random unit rows of its own.
 
     Args:
         config: architecture, width and sparsity.

@@ -56,11 +56,10 @@ class Shown:
 
     def labels_of(self, name: str) -> tuple[str, str]:
         """Site and variant of an SAE."""
-        for route in self.config.routes if self.log is not None else ():
-            for variant in self.config.variants:
-                if name == self.config.sae_name(route, variant):
-                    return str(route), variant
-        return str(self.config.sites[self.saes[name][0]]), ""
+        if self.log is None:
+            return str(self.config.sites[self.saes[name][0]]), ""
+        route, variant = self.config.dictionaries[name]
+        return str(route), variant
 
     def centre(self, model: Any) -> None:
         """SAEs made for activations without their mean get them so, where `model` cannot see the mean."""
@@ -157,11 +156,7 @@ def _of_run(path: Path, given: dict[str, Any], device: torch.device, trust_remot
     config = folder.config
     found = {name: one.sae for name, one in open_source(path).items()}
     log = TrainingLog.read(folder.metrics)
-    sites = {
-        config.sae_name(route, variant): config.sites.index(route.reads)
-        for route in config.routes
-        for variant in config.variants
-    }
+    sites = {name: config.sites.index(route.reads) for name, (route, _) in config.dictionaries.items()}
     saes = {name: (sites[name], found[name].to(device)) for name in log.names if name in found and name in sites}
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
     return Shown(config, saes, twins, f"Run {config.name}", folder.read_summary(), log)

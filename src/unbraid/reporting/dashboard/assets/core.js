@@ -116,6 +116,11 @@ const unbraid = (() => {
     return {path, query: new URLSearchParams(search || "")};
   }
 
+  /* Keeps how a page is sorted and searched in the address, unless the reader has left that page meanwhile. */
+  function keep(path, state) {
+    if (route().path === path) history.replaceState(null, "", `#${path}?${new URLSearchParams(state)}`);
+  }
+
   async function show() {
     if (!run) return;
     const {path, query} = route(), mine = ++view;
@@ -202,5 +207,5 @@ const unbraid = (() => {
     unbraid.labels.open(secret).then(show);
   }
 
-  return {provide, load, h, number, visible, context, texts, page, route, show, run: () => run};
+  return {provide, load, h, number, visible, context, texts, page, route, keep, show, run: () => run};
 })();

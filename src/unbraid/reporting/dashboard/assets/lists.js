@@ -1,7 +1,7 @@
 "use strict";
 /* Lists of features: a selection of the feature table that was kept, and what can be saved as CSV or JSON. */
 (() => {
-  const {h, number, load, page, visible, labels} = unbraid;
+  const {h, number, load, page, route, visible, labels} = unbraid;
 
   /* What is known about features given by address; those of no SAE shown here have only their address and labels. */
   async function described(addresses) {
@@ -79,7 +79,9 @@
     if (name !== null && !Object.hasOwn(lists, name)) throw new Error("there is no such list");
     const members = name === null ? Object.keys(labels.all()) : lists[name], rows = await described(members), title = name === null ? "Features with a label or note" : name;
     const status = h("span", {class: "quiet", role: "status"});
-    const drop = name !== null && labels.writable() ? [h("button", {type: "button", onclick: async () => { if (await labels.saveList(status, name, null)) location.hash = "#/lists"; }}, "Delete this list"), status] : [];
+    const drop = name !== null && labels.writable() ? [h("button", {type: "button", onclick: async () => {
+      if (await labels.saveList(status, name, null) && route().path === match[0]) location.hash = "#/lists";
+    }}, "Delete this list"), status] : [];
     return h("div", {}, h("p", {class: "steps"}, h("a", {href: "#/lists"}, "all lists")), h("h1", {class: "note"}, visible(title)),
       h("div", {class: "bar"}, exports(title, () => members), drop),
       h("div", {class: "scroll"}, h("table", {}, h("thead", {}, h("tr", {}, ["feature", "label", "density", "largest", "top corr.", "fires on"].map((text, at) => h("th", {scope: "col", class: at === 1 || at === 5 ? "text" : null}, text)))),

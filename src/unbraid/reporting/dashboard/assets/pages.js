@@ -80,8 +80,7 @@
       rows.scrollTop = 0;
       headings();
       draw();
-      const kept = new URLSearchParams({sort: state.sort, down: state.down ? 1 : 0, q: state.q, alive: state.alive ? 1 : 0});
-      history.replaceState(null, "", `#/${index}/features?${kept}`);
+      unbraid.keep(match[0], {sort: state.sort, down: state.down ? 1 : 0, q: state.q, alive: state.alive ? 1 : 0});
       unbraid.order = {index, list: order};
     }
     function headings() {
@@ -122,7 +121,7 @@
       if (wanted.length < 2) { found = new Set(); return; }
       contexts = contexts || unbraid.searchable(index);
       const within = await contexts;
-      if (wanted === state.q.trim().toLowerCase()) { found = within(wanted); arrange(); }
+      if (rows.isConnected && wanted === state.q.trim().toLowerCase()) { found = within(wanted); arrange(); }
     }
     search.addEventListener("input", () => { state.q = search.value; found = new Set(); arrange(); lookIntoContexts(); });
     search.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === "ArrowDown") { rows.focus(); event.preventDefault(); } });

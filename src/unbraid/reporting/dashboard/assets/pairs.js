@@ -35,7 +35,7 @@
       head.replaceChildren(...columns.map(([key, name]) => h("th", {scope: "col", class: HIDDEN.has(key) ? "narrow-hidden" : null, "aria-sort": state.sort === key ? (state.down ? "descending" : "ascending") : null},
         h("button", {type: "button", onclick: () => { state.down = state.sort === key ? !state.down : key !== "at"; state.sort = key; arrange(); }}, name + (state.sort === key ? (state.down ? " ↓" : " ↑") : "")))));
       body.replaceChildren(...shown.map((pair) => h("tr", {}, columns.map(([key, , text]) => h("td", {class: HIDDEN.has(key) ? "narrow-hidden" : null}, key === "at" ? h("a", {href: `#/${index}/pair/${pair.at}`}, text(pair)) : text(pair))))));
-      history.replaceState(null, "", `#/${index}/pairs?${new URLSearchParams({sort: state.sort, down: state.down ? 1 : 0, q: state.q})}`);
+      unbraid.keep(match[0], {sort: state.sort, down: state.down ? 1 : 0, q: state.q});
     }
     search.addEventListener("input", () => { state.q = search.value; arrange(); });
     arrange();
