@@ -30,7 +30,7 @@ REST = """| `embed` | what the token embedding gives | `hook_embed` |
 | `module:PATH:input` | its input | |
 
 SAELens' hook names are accepted wherever a site is asked for. `A -> B` is a transcoder, which reads A and predicts B:
-see [recipes](recipes.md#transcoders).
+see [recipes](recipes.md#transcoders); `A + B` is a [crosscoder](recipes.md#crosscoders-and-cross-layer-transcoders).
 
 ```python
 from unbraid.activations.language_model import load_language_model

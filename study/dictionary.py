@@ -120,7 +120,7 @@ def package(work: Path, out: Path) -> None:
     sae = formats.load(out)
     live = LiveActivations(config.model_copy(update={"cache": None}), torch.device("cpu"))
     openings = Openings(live, config)
-    seen = held_out_pass(config, openings, {NAME: (0, sae)}, ROWS, torch.device("cpu"))
+    seen = held_out_pass(config, openings, {NAME: ((0,), sae)}, ROWS, torch.device("cpu"))
     contexts = len(seen.tokens_CT)
     shown = HeldOut(seen, seen.norms, np.full(contexts, config.text.context_length))
     largest_N = np.maximum(shown.maxima[NAME], largest_N)

@@ -188,10 +188,10 @@ def test_the_exported_sae_reproduces_training_time_reconstructions_on_raw_activa
     kept: list[tuple[Tensor, Tensor]] = []
     held_out_metrics = finish.held_out_metrics
 
-    def remember(sae, batches, fraction):
+    def remember(sae, batches, fraction, *rest):
         batches = list(batches)
         kept.append((batches[0], sae(batches[0]).detach()))
-        return held_out_metrics(sae, batches, fraction)
+        return held_out_metrics(sae, batches, fraction, *rest)
 
     monkeypatch.setattr(finish, "held_out_metrics", remember)
     finished = unbraid.train(config, tmp_path / "run")

@@ -1,5 +1,6 @@
 """Steps of unbraid, as its own training loop takes them (without decorrelation, which no peer has)."""
 
+import functools
 import itertools
 
 import torch
@@ -29,7 +30,7 @@ def main() -> None:
     config = config_of(settings)
     device = torch.device(settings["device"])
     normalise = Normalisation.none(settings["d_in"])
-    trainer = trainer_from_settings("benchmark", 0, config, config.seed, normalise, device)
+    trainer = trainer_from_settings("benchmark", (0,), config, config.seed, normalise, device)
     sae = trainer.sae
 
     def score(x):
@@ -44,8 +45,7 @@ def main() -> None:
             bias = sae.b_gate if settings["architecture"] == "gated" else sae.b_enc
             bias += bias_for_l0(sae.preactivations(feed.batches[0][:256]), settings["l0"])
     if settings["path"] != "auto":
-        forward = sae.training_forward
-        sae.training_forward = lambda x, dead, chance: forward(x, dead, chance, path=settings["path"])
+        sae.training_forward = functools.partial(sae.training_forward, path=settings["path"])
     for step, x in zip(itertools.count(), feed, strict=False):
         trainer.tokens_since_fired[: settings["dead"]] = trainer.dead_after
         train_step(trainer, x, step, settings["lr"], log=False)

@@ -22,7 +22,7 @@ def trainer(n_features: int, device: str, decorrelation: DecorrelationConfig) ->
         optimiser=OptimiserConfig(warmup_steps=0),
         decorrelation=decorrelation,
     )
-    return trainer_from_settings("topk", 0, settings, 0, Normalisation.none(D), torch.device(device))
+    return trainer_from_settings("topk", (0,), settings, 0, Normalisation.none(D), torch.device(device))
 
 
 def activations(count: int, device: str, seed: int = 0) -> list[Tensor]:

@@ -5,7 +5,7 @@ Whatever is made here can be made again from the last checkpoint, so a run kille
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from unbraid.evaluation.held_out import HeldOutMetrics, held_out_metrics
 from unbraid.evaluation.splice import preservation
 from unbraid.files import write_json
 from unbraid.json_files import finite
+from unbraid.sae.crosscoder import by_site, exclusive_features
+from unbraid.sites import Route, Site, hooks
 from unbraid.training.loop import Trained
 from unbraid.training.run_folder import RunFolder
 from unbraid.training.sae_trainer import SAETrainer
@@ -85,15 +87,17 @@ def _measure_and_export(
     """One SAE's entry of the summary; its folder is written. Measured in training units, exported for raw ones."""
     pairs = (trainer.rows([x_RD.to(device, torch.float32) for x_RD in batch]) for batch in held_out)
     rows = (x_RD if y_RM is None else (x_RD, y_RM) for x_RD, y_RM in pairs)
-    metrics: HeldOutMetrics = held_out_metrics(trainer.sae, rows, config.decorrelation.fraction)
+    route, _ = config.dictionaries[trainer.name]
+    widths_in, widths_out = ([source.widths[config.sites.index(site)] for site in end] for end in route)
+    units = trainer.normalise if trainer.target is None else trainer.target.normalise
+    scales_in, scales_out = trainer.normalise.scales(widths_in), units.scales(widths_out)
+    metrics: HeldOutMetrics = held_out_metrics(trainer.sae, rows, config.decorrelation.fraction, widths_out)
     seconds = trained.seconds["buffer"] + trained.seconds["training"]
     dead_N = trainer.tokens_since_fired >= trainer.dead_after
-    route, _ = config.dictionaries[trainer.name]
     metadata = {
         "model_name": source.model_name,
-        "hook_name": route.reads.hook,
-        "hook_layer": route.reads.layer or 0,
-        **({"hook_name_out": route.writes.hook, "hook_layer_out": route.writes.layer or 0} if trainer.target else {}),
+        **_placed(route),
+        **by_site(widths_out, scales_out),
         "context_size": config.text.context_length,
         "prepend_bos": source.prepends_bos,
         "norm_limit": config.buffer.norm_limit,
@@ -101,14 +105,35 @@ def _measure_and_export(
     }
     trainer.fold()
     formats.save(trainer.sae, folder.saes / trainer.name, metadata=metadata, frequency_N=metrics.frequency_N)
+    exclusive: dict[str, int] = {}
+    if len(route.outputs) > 1:
+        trainer.sae.metadata |= by_site(widths_out, scales_out)
+        fires_N = metrics.frequency_N > 0
+        counts = [int(fires_N[one.cpu()].sum()) for one in exclusive_features(trainer.sae)]
+        exclusive = dict(zip(map(str, route.outputs), counts, strict=True))
     return metrics.as_dict() | {
         "updates_per_second": trainer.updates / seconds if seconds else None,
         "dead_fraction": float(dead_N.double().mean()),
         "max_decoder_cosine": max_cosines(trainer.sae.W_dec.detach()).double().mean().item(),
         "steps": {"planned": config.steps, "executed": trainer.updates},
-        "scale": trainer.normalise.scale,
-        **({"scale_out": trainer.target.normalise.scale} if trainer.target else {}),
+        **({"r2_by_site": _by_site(route.outputs, metrics.r2_by_site)} if len(route.outputs) > 1 else {}),
+        **({"exclusive_features": exclusive} if exclusive else {}),
+        "scale": _by_site(route.inputs, scales_in),
+        **({"scale_out": _by_site(route.outputs, scales_out)} if trainer.target else {}),
     }
+
+
+def _by_site(sites: Sequence[Site], numbers: Sequence[float]) -> float | dict[str, float]:
+    """One number for one site; for several a number each, by name."""
+    return numbers[0] if len(sites) == 1 else dict(zip(map(str, sites), numbers, strict=True))
+
+
+def _placed(route: Route) -> dict[str, Any]:
+    """Where an SAE stands, under SAELens' names; of several sites all hooks as one name."""
+    placed: dict[str, Any] = {"hook_name": hooks(route.inputs), "hook_layer": route.inputs[0].layer or 0}
+    if route.is_transcoder:
+        placed |= {"hook_name_out": hooks(route.outputs), "hook_layer_out": route.outputs[0].layer or 0}
+    return placed
 
 
 def ce_scores(config: RunConfig, source: ActivationSource, trained: Trained) -> dict[str, float | None]:

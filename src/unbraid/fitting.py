@@ -23,6 +23,7 @@ from unbraid.distributed.cost import Job, bytes_of_rank
 from unbraid.errors import ActivationError, ConfigError, TrainingError
 from unbraid.randomness import derive_seed
 from unbraid.sae import SAE
+from unbraid.sae.crosscoder import by_site
 from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.own_penalty import as_module
@@ -109,14 +110,15 @@ def fit(
     units = [Normalisation.of(x_RD, site.folder) for site, x_RD in zip(source.sites, buffer.rows(), strict=True)]
     trainers: list[SAETrainer] = []
     for route in places:
-        reads, target = ends(route, source.sites, units)
+        sites, own_units, target = ends(route, source.sites, units)
+        widths_out = [source.widths[source.sites.index(site)] for site in route.outputs]
         trainers += [
             trainer_from_settings(
                 name if len(places) == 1 else f"{route.folder}_{name}",
-                reads,
+                sites,
                 settings,
                 derive_seed(settings.seed, str(route)),
-                units[reads],
+                own_units,
                 place,
                 penalty=own,
                 steps=steps,
@@ -125,6 +127,9 @@ def fit(
             )
             for name, settings in variants.items()
         ]
+        for trainer in trainers[-len(variants) :]:
+            units_out = own_units if target is None else target.normalise
+            trainer.sae.metadata |= by_site(widths_out, units_out.scales(widths_out))
     logged = (lambda step: step % log_every == 0 or step == steps) if callback is not None else (lambda step: False)
     train_steps(trainers, buffer.next_batch, steps, logged=logged, after_step=callback)
     for trainer in trainers:

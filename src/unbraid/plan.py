@@ -239,7 +239,7 @@ def _weight_bytes(config: RunConfig, widths: Sequence[int]) -> int:
     numbers = 0
     for place, variant in _places(config):
         sae = config.variant(variant).sae
-        d, m = (widths[config.sites.index(end)] for end in config.routes[place])
+        d, m = (sum(widths[config.sites.index(site)] for site in end) for end in config.routes[place])
         has_skip = sae.skip and config.routes[place].is_transcoder
         numbers += sae.n_features * (d + m + 2) + m + (d * m if has_skip else 0)
     return 4 * numbers

@@ -118,7 +118,8 @@ def train(
         activations: rows of your own in the place of model, text and sites: a tensor or array [rows, D], a folder of
             .npy or .safetensors files, a column of a `datasets` table, or an iterable of [rows, D] batches; one, which
             is called `activations`, or several by name, row by row alike; `{"x -> y": (x, y)}` for a transcoder, which
-            reads x and predicts y. A seeded share, `text.held_out_fraction`, is held out.
+            reads x and predicts y, and `{"a + b": (a, b)}` for a crosscoder. A seeded share,
+            `text.held_out_fraction`, is held out.
         penalty: a module or function in the place of the settings' penalty, weighted by `decorrelation.lambda2`. It is
             called on every step as `penalty(f, codes=codes, decoder=W_dec)`, with the codes either dense, `f` [B, N],
             or sparse, `codes` (CSR `offsets`, `indices`, `values`, `n_features`), the other None; and returns a scalar

@@ -2,7 +2,8 @@
 
 A site is written `KIND.LAYER`, `embed`, `module:PATH` (a module's output) or `module:PATH:input`, and SAELens' hook
 names are understood. `KINDS` is the only list of kinds: name, hook name and place in a block stand in one line each.
-A dictionary stands on a `Route`: an SAE on one site, a transcoder on two, written `A -> B`.
+A dictionary stands on a `Route`: an SAE on one site, a transcoder on two, written `A -> B`. Either end may be several
+sites: `A + B + C` is a crosscoder, `A -> B + C` one layer of a cross-layer transcoder.
 """
 
 import re
@@ -41,8 +42,8 @@ KINDS = {
 OTHER_HOOKS = {"hook_mlp_in": "resid_mid", "attn.hook_attn_in": "attn_in"}
 """Further names that TransformerLens has for a kind."""
 EMBED, EMBED_HOOK, MODULE, HANDED_IN = "embed", "hook_embed", "module", "handed_in"
-ARROW = " -> "
-"""Between what a transcoder reads and what it predicts."""
+ARROW, AND = " -> ", " + "
+"""Between what a transcoder reads and what it predicts, and between the sites of one end."""
 
 
 class Site(NamedTuple):
@@ -117,49 +118,99 @@ class Site(NamedTuple):
 class Route(NamedTuple):
     """What a dictionary reads and what it predicts: the same site for an SAE, `A -> B` for a transcoder.
 
+    Where an end is several sites their activations stand side by side, in this order.
+
     >>> Route.parse("mlp_in.6 -> mlp_out.6").folder
     'mlp_in.6--to--mlp_out.6'
+    >>> len(Route.parse("resid_post.2 + resid_post.5 + resid_post.8").inputs)
+    3
     """
 
-    reads: Site
-    writes: Site
+    inputs: tuple[Site, ...]
+    outputs: tuple[Site, ...]
 
     @classmethod
     def parse(cls, text: str) -> "Route":
-        """`"resid_post.6"` or `"mlp_in.6 -> mlp_out.6"`.
+        """`"resid_post.6"`, `"mlp_in.6 -> mlp_out.6"`, `"resid_post.2 + resid_post.5"`.
 
         Raises:
-            ConfigError: the text names no site, an end twice, or more than two ends.
+            ConfigError: the text names no site, a site twice at one end, an end twice, or more than two ends.
         """
-        ends = [end.strip() for end in text.split(ARROW.strip())]
-        if "+" in text:
-            raise ConfigError(
-                f"site {text!r} names several sites at one end; expected one site, or A -> B for a transcoder, because "
-                "crosscoders and cross-layer transcoders cannot be trained yet; change model.sites"
-            )
+        ends = [_end(end, text) for end in text.split(ARROW.strip())]
         if len(ends) > 2:
             raise ConfigError(f"site {text!r} has {len(ends)} ends; expected one, or two as in A -> B")
-        reads, writes = Site.parse(ends[0]), Site.parse(ends[-1])
-        if len(ends) == 2 and reads == writes:
+        inputs, outputs = ends[0], ends[-1]
+        if len(ends) == 2 and set(inputs) == set(outputs):
+            alone = AND.join(map(str, inputs))
             raise ConfigError(
-                f"site {text!r} has the same two ends; expected different ones, or {reads} alone for an SAE, which "
-                "reconstructs what it reads; change model.sites"
+                f"site {text!r} has the same two ends; expected different ones, or {alone} alone for a dictionary "
+                "that reconstructs what it reads; change model.sites"
             )
-        return cls(reads, writes)
+        return cls(inputs, outputs)
 
     @property
     def is_transcoder(self) -> bool:
         """Whether what is predicted is not what is read."""
-        return self.reads != self.writes
+        return self.inputs != self.outputs
+
+    @property
+    def has_several_sites(self) -> bool:
+        """Whether an end is several sites."""
+        return len(self.inputs) > 1 or len(self.outputs) > 1
+
+    @property
+    def ends(self) -> list[Site]:
+        """Every site of it, once."""
+        return list(dict.fromkeys((*self.inputs, *self.outputs)))
+
+    @property
+    def reads(self) -> Site:
+        """The only site that is read.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        return self._only(self.inputs)
+
+    @property
+    def writes(self) -> Site:
+        """The only site that is predicted.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        return self._only(self.outputs)
+
+    def _only(self, end: tuple[Site, ...]) -> Site:
+        if len(end) != 1:
+            raise ConfigError(
+                f"{self} stands on several sites; expected a dictionary that reads one site and predicts one here; "
+                "use its codes in Python, with unbraid.load"
+            )
+        return end[0]
 
     @property
     def folder(self) -> str:
         """The name as part of a folder's name, safe on every system."""
-        ends = [self.reads.folder, *([self.writes.folder] if self.is_transcoder else [])]
-        return folder_name(ARROW.join(ends))
+        ends = [self.inputs, *([self.outputs] if self.is_transcoder else [])]
+        return folder_name(ARROW.join(AND.join(site.folder for site in end) for end in ends))
 
     def __str__(self) -> str:
-        return f"{self.reads}{ARROW}{self.writes}" if self.is_transcoder else str(self.reads)
+        ends = [self.inputs, *([self.outputs] if self.is_transcoder else [])]
+        return ARROW.join(AND.join(map(str, end)) for end in ends)
+
+
+def _end(text: str, whole: str) -> tuple[Site, ...]:
+    """The sites of one end."""
+    sites = tuple(Site.parse(part.strip()) for part in text.split(AND.strip()))
+    if len(set(sites)) < len(sites):
+        raise ConfigError(f"site {whole!r} names a site twice at one end; expected distinct sites; change model.sites")
+    return sites
+
+
+def hooks(end: tuple[Site, ...]) -> str:
+    """What SAELens calls the sites of one end, written as one name."""
+    return AND.join(site.hook for site in end)
 
 
 def is_transcoder(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -117,3 +118,13 @@ def test_the_page_is_made_of_the_committed_measurements(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
     monkeypatch.setattr(sys, "argv", ["docs/benchmarks.py", "--check"])
     runpy.run_path(str(ROOT / "docs" / "benchmarks.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_every_contender_of_ours_takes_steps_in_the_step_benchmark(tmp_path):
+    """Without peers, which need an environment of their own."""
+    command = [sys.executable, "benchmarks/step.py", "--shapes", "tiny", "--architectures", "topk", "--rounds", "1"]
+    command += ["--steps", "1", "--warmup", "1", "--out", str(tmp_path / "step.json"), "--peers-python", "none"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    (cell,) = json.loads((tmp_path / "step.json").read_text()).values()
+    assert {"unbraid", "unbraid, dense", "unbraid, 1/16 dead"} <= set(cell["results"])

@@ -17,9 +17,9 @@ from unbraid.evaluation.subjects import EvaluatedSAE
 
 def test_two_evaluations_at_once_both_end_up_in_the_file(tmp_path: Path):
     sae = make_sae("topk")
-    subjects = [EvaluatedSAE("x", 0, sae, features={"density": torch.ones(3)})]
+    subjects = [EvaluatedSAE("x", (0,), sae, features={"density": torch.ones(3)})]
     one, two = EvaluationFile(tmp_path, subjects), EvaluationFile(tmp_path, subjects)
-    other = [EvaluatedSAE("x", 0, sae, features={"norm": torch.zeros(3)})]
+    other = [EvaluatedSAE("x", (0,), sae, features={"norm": torch.zeros(3)})]
     for file, suite, whose in ((one, "core", subjects), (two, "probing", other)):
         report = {"settings": {suite: {}}, "saes": {"x": {"site": None, suite: {"a": 1}}}}
         file.write(report | {"controls": {}, "skipped": {}, "seconds": {}}, whose)
@@ -29,7 +29,7 @@ def test_two_evaluations_at_once_both_end_up_in_the_file(tmp_path: Path):
 
 
 def test_evaluations_of_many_threads_lose_nothing(tmp_path: Path):
-    subjects = [EvaluatedSAE("x", 0, make_sae("topk"), features={"density": torch.ones(3)})]
+    subjects = [EvaluatedSAE("x", (0,), make_sae("topk"), features={"density": torch.ones(3)})]
 
     def write(suite: str) -> None:
         report = {"settings": {suite: {}}, "saes": {"x": {"site": None, suite: {}}}, "controls": {}}
@@ -47,7 +47,7 @@ def test_a_file_written_while_another_evaluation_starts_is_not_taken_for_a_stran
         return found
 
     monkeypatch.setattr("unbraid.evaluation.evaluation_file.read_evaluation", looks_too_early)
-    EvaluationFile(tmp_path, [EvaluatedSAE("x", 0, make_sae("topk"))])
+    EvaluationFile(tmp_path, [EvaluatedSAE("x", (0,), make_sae("topk"))])
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"saes": [1]}', '{"saes": {"x": 1}}', "[" * 100_000])
@@ -56,4 +56,4 @@ def test_a_file_that_is_no_evaluation_is_refused_before_anything_is_measured(tmp
     with pytest.raises(EvaluationError, match=r"evaluation\.json.*move it away"):
         read_evaluation(tmp_path / "evaluation.json")
     with pytest.raises(EvaluationError, match="move it away"):
-        EvaluationFile(tmp_path, [EvaluatedSAE("x", 0, make_sae("topk"))])
+        EvaluationFile(tmp_path, [EvaluatedSAE("x", (0,), make_sae("topk"))])

@@ -70,7 +70,7 @@ def curve(case: str) -> dict[str, list[float]]:
         optimiser=OptimiserConfig(warmup_steps=0),
     )
     trainer = trainer_from_settings(
-        case, 0, settings, 0, Normalisation.none(D), torch.device("cpu"), steps=STEPS, tokens=STEPS * B
+        case, (0,), settings, 0, Normalisation.none(D), torch.device("cpu"), steps=STEPS, tokens=STEPS * B
     )
     curves: dict[str, list[float]] = {name: [] for name in CURVES}
     for step, x_BD in enumerate(batches()):

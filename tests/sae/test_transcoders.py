@@ -97,9 +97,8 @@ def settings_of(name: str, **changes) -> VariantConfig:
 
 
 def trained(name: str, batches, target: Target | None, steps: int, freeze: bool = True, **changes) -> SAE:
-    trainer = trainer_from_settings(
-        name, 0, settings_of(name, **changes), 0, Normalisation.none(D), torch.device("cpu"), steps=steps, target=target
-    )
+    settings, cpu = settings_of(name, **changes), torch.device("cpu")
+    trainer = trainer_from_settings(name, (0,), settings, 0, Normalisation.none(D), cpu, steps=steps, target=target)
     if freeze:
         trainer.sae.b_dec.requires_grad_(False)
     if target is not None:  # A transcoder's encoder is drawn apart.
@@ -115,7 +114,7 @@ def trained(name: str, batches, target: Target | None, steps: int, freeze: bool 
 def test_predicting_the_input_with_a_frozen_decoder_bias_trains_the_weights_of_the_sae(name):
     batches = [[torch.randn(128, D, generator=generator(0, "rows", step)) / D**0.5] * 2 for step in range(20)]
     one = trained(name, batches, None, 20)
-    other = trained(name, batches, Target(1, Normalisation.none(D)), 20)
+    other = trained(name, batches, Target((1,), Normalisation.none(D)), 20)
     assert not one.is_transcoder and other.is_transcoder
     assert one.state_dict().keys() == other.state_dict().keys()
     for key, tensor in one.state_dict().items():
@@ -191,7 +190,10 @@ def test_what_cannot_be_a_transcoder_is_refused():
     x_RD, y_RM = pairs(600)
     topk = SAEConfig(architecture="topk", n_features=N, k=K)
     for wrong, words in {
-        "no pair": ({"x -> y": x_RD}, r"expected what is read and what is predicted, as in \{\"x -> y\": \(x, y\)\}"),
+        "no pair": (
+            {"x -> y": x_RD},
+            r"expected something for each of the 2 names, in this order, as in \{\"x -> y\": \(x, y\)\}",
+        ),
         "rows": ({"x -> y": (x_RD, y_RM[:5])}, "expected as many of each"),
         "one name": ({"x": y_RM, "x -> y": (x_RD, y_RM)}, "name 'x' twice"),
     }.values():

@@ -55,7 +55,7 @@ def train_split(ranks: Ranks, settings: dict[str, Any], steps: int, path: str, d
     kind, told = getattr(torch, dtype), {}
     shard = Shard(variant.sae.n_features, ranks)
     with _default(kind), _forced(path):
-        trainer = trainer_from_settings("split", 0, variant, 0, Normalisation.none(D), torch.device("cpu"), shard)
+        trainer = trainer_from_settings("split", (0,), variant, 0, Normalisation.none(D), torch.device("cpu"), shard)
         with torch.no_grad():
             trainer.sae.b_dec += 0.01
         for step in range(steps):

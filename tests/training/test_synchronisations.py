@@ -34,7 +34,7 @@ def make(architecture: str = "topk", penalty: dict = NO_PENALTY, **sae) -> SAETr
         optimiser=OptimiserConfig(warmup_steps=0),
         decorrelation=DecorrelationConfig(**penalty),
     )
-    return trainer_from_settings("one", 0, settings, 0, Normalisation.none(D), CPU, steps=100)
+    return trainer_from_settings("one", (0,), settings, 0, Normalisation.none(D), CPU, steps=100)
 
 
 def batch(step: int) -> torch.Tensor:

@@ -161,7 +161,7 @@ def test_sites_that_cannot_be_trained_are_refused_in_a_sentence():
     for site, words in {
         "mlp_in.1 -> mlp_in.1": "the same two ends",
         "mlp_in.1 -> mlp_out.1 -> resid_post.1": "has 3 ends",
-        "resid_post.0 + resid_post.1": "cannot be trained yet",
+        "resid_post.0 + resid_post.0": "names a site twice",
         "mlp_in.1 -> nowhere.1": "is not understood",
     }.items():
         with pytest.raises(ConfigError, match=words):

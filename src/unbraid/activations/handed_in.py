@@ -3,7 +3,7 @@
 A tensor, a NumPy array or memmap, a folder of .npy or safetensors files and a column of a `datasets` table can be read
 at any row: their rows come in blocks in a seeded order, which the buffer mixes further. An iterable of batches comes in
 its own order. A seeded share of the rows (`text.held_out_fraction`) is held out, whatever they come from. A pair, as in
-`{"x -> y": (x, y)}`, is for a transcoder, which reads x and predicts y.
+`{"x -> y": (x, y)}`, is for a transcoder, which reads x and predicts y; `{"a + b": (a, b)}` is for a crosscoder.
 """
 
 import bisect
@@ -23,7 +23,7 @@ from unbraid.config import RunConfig, overridden
 from unbraid.errors import ActivationError
 from unbraid.randomness import generator
 from unbraid.replay import Replay
-from unbraid.sites import HANDED_IN, Route, Site
+from unbraid.sites import AND, ARROW, HANDED_IN, Route, Site
 from unbraid.text.documents import shuffled
 
 BLOCK_ROWS = 256
@@ -32,7 +32,7 @@ DEFAULT_NAME = "activations"
 
 
 def named(activations: Any) -> dict[str, Any]:
-    """`{name: data}`, every end of a pair by itself; a single one is named `activations`.
+    """`{name: data}`, every name of a key by itself; a single one is named `activations`.
 
     Raises:
         ActivationError: there is none, a name cannot be part of a folder's name, or one name stands for two things.
@@ -43,19 +43,19 @@ def named(activations: Any) -> dict[str, Any]:
         raise ActivationError('activations is empty; expected at least one, such as {"patches": tensor}')
     found: dict[str, Any] = {}
     for key, data in activations.items():
-        names = _names(key)
+        names = [name for end in _ends(key) for name in end]
         for name in names:
             if not Site.is_handed_in_name(name):
                 raise ActivationError(
                     f"activations are named {name!r}; expected letters, digits, '_', '-' and '.', because folders are "
                     "called after them"
                 )
-        if len(names) > 1 and (len(names) > 2 or not isinstance(data, tuple | list) or len(data) != 2):
+        if len(names) > 1 and not (isinstance(data, tuple | list) and len(data) == len(names)):
             raise ActivationError(
-                f"activations {key!r} are a {type(data).__name__}; expected what is read and what is predicted, as in "
-                '{"x -> y": (x, y)}'
+                f"activations {key!r} are a {type(data).__name__}; expected something for each of the {len(names)} "
+                'names, in this order, as in {"x -> y": (x, y)}'
             )
-        for name, one in zip(names, data if len(names) == 2 else [data], strict=True):
+        for name, one in zip(names, data if len(names) > 1 else [data], strict=True):
             if found.setdefault(name, one) is not one:
                 raise ActivationError(
                     f"activations name {name!r} twice, for different data; expected one name for each; rename one"
@@ -63,20 +63,26 @@ def named(activations: Any) -> dict[str, Any]:
     return found
 
 
-def _names(key: Any) -> list[str]:
-    return [name.strip() for name in key.split("->")] if isinstance(key, str) else [str(key)]
+def _ends(key: Any) -> list[list[str]]:
+    """The names at each end of a key."""
+    if not isinstance(key, str):
+        return [[str(key)]]
+    return [[name.strip() for name in end.split(AND.strip())] for end in key.split(ARROW.strip())]
 
 
 def routes(activations: Any) -> list[Route]:
-    """What dictionaries read and predict: each name by itself, and `x -> y` for a transcoder.
+    """What dictionaries read and predict: each name by itself, `x -> y` for a transcoder, `a + b` for a crosscoder.
 
     Raises:
         ActivationError: see `named`.
-        ConfigError: both ends of a pair have one name.
+        ConfigError: both ends of a pair have the same names.
     """
     named(activations)
     keys = activations if isinstance(activations, Mapping) else [DEFAULT_NAME]
-    return [Route.parse(" -> ".join(str(Site.handed_in(name)) for name in _names(key))) for key in keys]
+    return [
+        Route.parse(ARROW.join(AND.join(str(Site.handed_in(name)) for name in end) for end in _ends(key)))
+        for key in keys
+    ]
 
 
 def settings_for(config: RunConfig, activations: Any) -> RunConfig:

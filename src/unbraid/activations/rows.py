@@ -5,7 +5,7 @@ for the last), never by the buffer's needs, so the same text gives the same chun
 model or from a cache, and whether or not they are computed ahead of time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -47,6 +47,11 @@ class Chunk:
         part = slice(contexts)
         tables = {name: None if (table := getattr(self, name)) is None else table[part] for name in TABLES}
         return Chunk(self.tokens_BT[part], [x_BTD[part] for x_BTD in self.activations], self.position, **tables)
+
+
+def side_by_side(activations: Sequence[Tensor], sites: Sequence[int]) -> Tensor:
+    """The activations `[..., D]` of some sites as one tensor `[..., D1 + D2 + ...]`; those of one as they are."""
+    return activations[sites[0]] if len(sites) == 1 else torch.cat([activations[site] for site in sites], dim=-1)
 
 
 @runtime_checkable

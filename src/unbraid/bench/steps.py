@@ -113,7 +113,7 @@ class Steps:
     def __init__(self, settings: VariantConfig, batches: list[Tensor], k: int, steps: int):
         device = batches[0].device
         normalise = Normalisation.none(batches[0].shape[1])
-        self.trainer: SAETrainer = trainer_from_settings("bench", 0, settings, 0, normalise, device)
+        self.trainer: SAETrainer = trainer_from_settings("bench", (0,), settings, 0, normalise, device)
         self.steps, self._feed = steps, endless(batches)
         if self.trainer.sae.k is None:
             hold_l0(self.trainer.sae, batches[0], k)

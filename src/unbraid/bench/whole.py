@@ -170,7 +170,7 @@ def _sampler(world: World, batch: int, steps: int) -> Callable[[], None]:
 def _learner(world: World, settings: VariantConfig, batch: int, steps: int) -> Callable[[], None]:
     stream = world.batches(batch, generator(0, "bench", device=world.device))
     normalise = Normalisation.of(next(stream), "the world's samples")
-    trainer = trainer_from_settings("bench", 0, settings, 0, normalise, world.device)
+    trainer = trainer_from_settings("bench", (0,), settings, 0, normalise, world.device)
 
     def learn() -> None:
         done = trainer.updates

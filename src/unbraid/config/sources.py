@@ -95,8 +95,8 @@ class ModelConfig(Section):
     """Spread the model over this machine's devices, with accelerate; by default it is put on training.device whole."""
     sites: Annotated[list[str], Common] = ["resid_post.6"]
     """KIND.LAYER, KIND one of resid_pre, resid_mid, resid_post, attn_in, attn_z, attn_out, mlp_in, mlp_normed, mlp_act,
-    mlp_out; or embed, module:PATH, module:PATH:input; A -> B is a transcoder, which reads A and predicts B. All are
-    read in one pass."""
+    mlp_out; or embed, module:PATH, module:PATH:input; A -> B is a transcoder, which reads A and predicts B; A + B is a
+    crosscoder, which reads and predicts both. All are read in one pass."""
     batch_contexts: int = Field(default=24, ge=1, le=1 << 20)
     """Contexts per model pass."""
     trust_remote_code: Annotated[bool, A_MODEL_OF_FILES] = False
@@ -112,7 +112,7 @@ class ModelConfig(Section):
     @property
     def ends(self) -> list[Site]:
         """The sites whose activations are read in a pass: every end of every route, once."""
-        return list(dict.fromkeys(end for route in self.routes for end in route))
+        return list(dict.fromkeys(end for route in self.routes for end in route.ends))
 
     @field_validator("sites")
     @classmethod

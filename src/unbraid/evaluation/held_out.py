@@ -4,7 +4,7 @@ Sums run in float64 over any number of batches, so R^2 is one number over all to
 were cut. Codes are taken in inference form, as a user of the exported SAE gets them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,6 +34,7 @@ class HeldOutMetrics:
         correlation_top: mean over the most correlated pairs.
         live_fraction: share of features that fired on these tokens.
         frequency_N: `[N]` share of tokens each feature fired on.
+        r2_by_site: the same as r2 of each site that is predicted.
     """
 
     l0: float
@@ -45,14 +46,21 @@ class HeldOutMetrics:
     correlation_top: float
     live_fraction: float
     frequency_N: Tensor
+    r2_by_site: list[float]
 
     def as_dict(self) -> dict[str, float]:
         """Metric name -> value, the scalar ones."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "frequency_N"}
+        scalars = [field.name for field in fields(self) if field.name not in ("frequency_N", "r2_by_site")]
+        return {name: getattr(self, name) for name in scalars}
 
 
 @torch.no_grad()
-def held_out_metrics(sae: Any, batches: Iterable[Tensor | tuple[Tensor, Tensor]], fraction: float) -> HeldOutMetrics:
+def held_out_metrics(
+    sae: Any,
+    batches: Iterable[Tensor | tuple[Tensor, Tensor]],
+    fraction: float,
+    widths_out: Sequence[int] = (),
+) -> HeldOutMetrics:
     """Measure one SAE.
 
     Args:
@@ -60,18 +68,26 @@ def held_out_metrics(sae: Any, batches: Iterable[Tensor | tuple[Tensor, Tensor]]
         batches: activation rows `[R, D]` in the units the SAE takes; for a transcoder pairs of them and of the rows
             `[R, M]` that it is to predict, in the units it gives.
         fraction: share of the pairs that counts as the top.
+        widths_out: width of each site that is predicted, where these are several.
 
     Raises:
         EvaluationError: there are no rows.
     """
     active, total, explained = 0.0, 0.0, ExplainedVariance()
+    by_site = [ExplainedVariance() for _ in widths_out]
     codes: list[Codes] = []
     fired_N = torch.zeros(sae.n_features, dtype=torch.double)
     for batch in batches:
         x_RD, y_RM = (batch, batch) if isinstance(batch, Tensor) else batch
         for x_BD, y_BM in zip(x_RD.split(ROWS_AT_ONCE), y_RM.split(ROWS_AT_ONCE), strict=True):
             f_BN = sae.encode(x_BD)
-            explained.add(y_BM, predicted(sae, x_BD, f_BN))
+            y_hat_BM = predicted(sae, x_BD, f_BN)
+            explained.add(y_BM, y_hat_BM)
+            if len(by_site) > 1:
+                for one, wanted, found in zip(
+                    by_site, y_BM.split(widths_out, 1), y_hat_BM.split(widths_out, 1), strict=True
+                ):
+                    one.add(wanted, found)
             active += float((f_BN != 0).double().sum())
             total += float(f_BN.double().sum())
             fired_N += (f_BN != 0).double().sum(0).cpu()
@@ -90,4 +106,5 @@ def held_out_metrics(sae: Any, batches: Iterable[Tensor | tuple[Tensor, Tensor]]
         correlation_top=correlation.top,
         live_fraction=correlation.n_live / sae.n_features,
         frequency_N=(fired_N / tokens).float(),
+        r2_by_site=[one.r2 for one in by_site] if len(by_site) > 1 else [explained.r2],
     )

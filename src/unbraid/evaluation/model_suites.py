@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unbraid.activations.live import LiveActivations
-from unbraid.activations.rows import Chunk, RowFilter
+from unbraid.activations.rows import Chunk, RowFilter, side_by_side
 from unbraid.config import EvaluationConfig, RunConfig
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.absorption import Letters, absorption_scores, read_spelling
@@ -118,8 +118,9 @@ class ModelSuites:
                 self.positions += chunk.positions_BT
             activations = [x_CTD.float() for x_CTD in chunk.activations]
             for subject, meter in meters:
-                y_CTM = None if subject.writes is None else activations[self.source.sites.index(subject.writes)]
-                meter.add(activations[subject.site], keep_CT.to(self.device), y_CTM)
+                outputs = [self.source.sites.index(site) for site in subject.outputs]
+                y_CTM = side_by_side(activations, outputs) if outputs else None
+                meter.add(side_by_side(activations, subject.sites), keep_CT.to(self.device), y_CTM)
         self.contexts = self.held_out[: self.config.splice_contexts]
         for subject, meter in meters:
             core = meter.result()
@@ -157,8 +158,8 @@ class ModelSuites:
 
         saes: dict[Any, dict[str, Any]] = {}
         for subject in self.subjects:
-            reads = self.source.sites[subject.site]
-            saes.setdefault(Route(reads, subject.writes or reads), {})[subject.name] = subject.sae
+            inputs = tuple(self.source.sites[site] for site in subject.sites)
+            saes.setdefault(Route(inputs, subject.outputs or inputs), {})[subject.name] = subject.sae
         found = preservation(self.source.model, saes, counted(), self.config.seed)
         for subject in self.subjects:
             core = subject.report["core"]
@@ -229,8 +230,9 @@ class ModelSuites:
         task = self.bar.add_task("probing", total=len(settings.tasks), unit="tasks")
         for file in settings.tasks:
             activations, labels = task_activations(self.source.model, file, settings)
-            for site, x_BD in enumerate(activations):
-                here = {subject.name: subject.sae for subject in probed if subject.site == site}
+            for sites in dict.fromkeys(subject.sites for subject in probed):
+                here = {subject.name: subject.sae for subject in probed if subject.sites == sites}
+                x_BD = side_by_side(activations, sites)
                 found = probe_task(here, x_BD.to(self.device), labels, settings.train)
                 for name in here:
                     scores[name][file] = {"activations": found["activations"], name: found[name]}
@@ -253,12 +255,12 @@ class ModelSuites:
         )
         refused = {}
         for site, where in enumerate(self.source.sites):
-            here = [subject for subject in self.subjects if subject.site == site and subject.writes is None]
+            here = [subject for subject in self.subjects if subject.sites == (site,) and subject.is_plain]
             for subject in self.subjects:
-                if subject.site == site and subject.writes is not None:
+                if not subject.is_plain:
                     refused[subject.name] = (
-                        "absorption compares decoder rows with probes of what is read; a transcoder's predict another "
-                        "site"
+                        "absorption compares decoder rows with probes of what is read, at one site; a transcoder's "
+                        "predict another one, and a crosscoder reads several"
                     )
             if not here:
                 continue

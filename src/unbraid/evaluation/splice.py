@@ -2,7 +2,8 @@
 
 Cross-entropy and KL divergence of the spliced model beside those of the intact model and of one whose site is zeroed
 everywhere, under SAEBench's names. A transcoder's prediction takes the place of the site it predicts, made from what
-the same pass had at the site it reads. Positions that do not count (special tokens) keep their original activations and
+the same pass had at the site it reads; a dictionary of several sites is given those of the intact model, and all sites
+it predicts are replaced in one pass. Positions that do not count (special tokens) keep their original activations and
 are left out of the means, by input token. Log-probabilities come from one log-softmax; SAEBench's log of a softmax
 turns to NaN where a probability underflows. The intact pass is shared by all SAEs, the ablated one by those of a site.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.intervals import bootstrap_interval
 from unbraid.evaluation.protocols import Autoencoder, predicted
-from unbraid.sites import Route
+from unbraid.sites import Route, Site
 
 
 @runtime_checkable
@@ -84,32 +85,60 @@ def _one_context(
     targets, keep_1T = tokens_1T.to(intact.device)[:, 1:, None], keep_1T.to(intact.device)
     counts = keep_1T.numel(), keep_1T.sum(), keep_1T[:, :-1].sum()
 
-    def losses(replace: Callable[[Tensor], Tensor] | None, site: Any) -> tuple[Tensor, Tensor]:
-        """(KL divergence from the intact model, cross-entropy), summed over what counts."""
-        log_q = intact if replace is None else logits(tokens_1T, site, replace).float().log_softmax(-1)
-        kl = (probability * (intact - log_q)).sum(-1)[keep_1T]
-        ce = -log_q[:, :-1].gather(2, targets).squeeze(2)[keep_1T[:, :-1]]
+    def losses(found: Tensor) -> tuple[Tensor, Tensor]:
+        """(KL divergence from the intact model, cross-entropy) of log-probabilities, summed over what counts."""
+        kl = (probability * (intact - found)).sum(-1)[keep_1T]
+        ce = -found[:, :-1].gather(2, targets).squeeze(2)[keep_1T[:, :-1]]
         return kl.double().sum(), ce.double().sum()
+
+    def spliced(site: Any, replace: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        return losses(logits(tokens_1T, site, replace).float().log_softmax(-1))
+
+    def all_spliced(replace: Mapping[Site, Callable[[Tensor], Tensor]]) -> tuple[Tensor, Tensor]:
+        with model.visiting(replace):
+            return losses(logits(tokens_1T).float().log_softmax(-1))
+
+    def where_kept(y_hat_1TM: Tensor, y_1TM: Tensor) -> Tensor:
+        return torch.where(keep_1T.to(y_1TM.device).unsqueeze(2), y_hat_1TM.to(y_1TM.dtype), y_1TM)
 
     def reconstruction(sae: Autoencoder, seen: list[Tensor] | None) -> Callable[[Tensor], Tensor]:
         def replace(y_1TM: Tensor) -> Tensor:
             if seen is not None and not seen:
                 return torch.full_like(y_1TM, torch.nan)
             x_1TD = y_1TM if seen is None else seen.pop()
-            y_hat_1TM = predicted(sae, x_1TD, sae.encode(x_1TD)).to(y_1TM.dtype)
-            return torch.where(keep_1T.to(y_1TM.device).unsqueeze(2), y_hat_1TM, y_1TM)
+            return where_kept(predicted(sae, x_1TD, sae.encode(x_1TD)), y_1TM)
 
         return replace
 
-    _, ce_model = losses(None, None)
+    def reconstructions(route: Route, sae: Autoencoder, seen: dict[Site, Tensor]) -> dict[Site, Any]:
+        x_1TD = torch.cat([seen[site] for site in route.inputs], dim=-1)
+        y_hat_1TM = predicted(sae, x_1TD, sae.encode(x_1TD))
+        parts = y_hat_1TM.split([seen[site].shape[-1] for site in route.outputs], dim=-1)
+        return {site: partial(where_kept, part) for site, part in zip(route.outputs, parts, strict=True)}
+
+    _, ce_model = losses(intact)
     for place, here in saes.items():
-        site = place.writes if isinstance(place, Route) else place
-        kl_ablation, ce_ablation = losses(torch.zeros_like, site)
+        several = isinstance(place, Route) and place.has_several_sites
+        if several:
+            whole: dict[Site, Tensor] = {}
+            with model.visiting({site: partial(_keep, whole, site) for site in place.ends}):
+                logits(tokens_1T)
+            kl_ablation, ce_ablation = all_spliced(dict.fromkeys(place.outputs, torch.zeros_like))
+        else:
+            whole, site = {}, place.writes if isinstance(place, Route) else place
+            kl_ablation, ce_ablation = spliced(site, torch.zeros_like)
         for name, sae in here.items():
-            with _seen_at(model, place) as seen:
-                kl, ce = losses(reconstruction(sae, seen), site)
+            if several:
+                kl, ce = all_spliced(reconstructions(place, sae, whole))
+            else:
+                with _seen_at(model, place) as seen:
+                    kl, ce = spliced(site, reconstruction(sae, seen))
             sums = (*counts, kl, kl_ablation, ce, ce_model, ce_ablation)
             yield name, np.array([float(value) for value in sums])
+
+
+def _keep(found: dict[Site, Tensor], site: Site, x_1TD: Tensor) -> None:
+    found[site] = x_1TD.clone()
 
 
 @contextmanager

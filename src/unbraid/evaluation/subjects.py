@@ -26,29 +26,34 @@ class EvaluatedSAE:
 
     Attributes:
         name: folder name.
-        site: index of its site among the sites of the run.
+        sites: indices of what it reads among the sites of the run.
         sae: acting on raw activations.
         twin: name of the SAE trained alike at lambda2 = 0, if there is one.
         control: which control it is; None for an SAE.
         report: results by suite.
         codes: of held-out tokens, in chunks, for the correlation suite.
         features: `[N]` numbers by name.
-        writes: the site that a transcoder predicts; None for an SAE.
+        outputs: the sites that a transcoder predicts; none for an SAE, which reconstructs what it reads.
         centred: whether the SAE was made for activations without their mean over the width.
         unknown: why its activations cannot be had again; None where they can.
     """
 
     name: str
-    site: int
+    sites: tuple[int, ...]
     sae: Any
     twin: str | None = None
     control: str | None = None
     report: dict[str, Any] = field(default_factory=dict)
     codes: list[Codes] = field(default_factory=list)
     features: dict[str, Tensor] = field(default_factory=dict)
-    writes: Site | None = None
+    outputs: tuple[Site, ...] = ()
     centred: bool = False
     unknown: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it reconstructs the one site it reads."""
+        return len(self.sites) == 1 and not self.outputs
 
     @property
     def has_own_features(self) -> bool:
@@ -128,8 +133,9 @@ def _of_run(
             raise EvaluationError(
                 f"{path} holds no finished SAE {name!r}; expected saes/{name}; end the run with `unbraid resume {path}`"
             )
-        sae, writes = formats.load(path / "saes" / name).to(device), route.writes if route.is_transcoder else None
-        subjects.append(EvaluatedSAE(name, run.sites.index(route.reads), sae, twins.get(name), writes=writes))
+        sae, sites = formats.load(path / "saes" / name).to(device), tuple(map(run.sites.index, route.inputs))
+        outputs = route.outputs if route.is_transcoder else ()
+        subjects.append(EvaluatedSAE(name, sites, sae, twins.get(name), outputs=outputs))
     return subjects, run
 
 
@@ -142,12 +148,13 @@ def _of_folder(
         if isinstance(path, str):
             raise
         raise FormatError(f"nothing to evaluate: no run folder (config.json beside saes/), and {problem}") from None
-    subject = EvaluatedSAE(formats.folder_name(path), 0, found.sae.to(device))
+    subject = EvaluatedSAE(formats.folder_name(path), (0,), found.sae.to(device))
     try:
         run = origin(found.metadata, config, transcoders)
     except EvaluationError as problem:
         subject.unknown = str(problem)
         return [subject], None
-    subject.writes = output_site(found.metadata)
+    written = output_site(found.metadata)
+    subject.outputs = () if written is None else (written,)
     subject.centred = is_centred(found.metadata, run.sites[0])
     return [subject], run

@@ -27,7 +27,7 @@ from unbraid.evaluation.trained_controls import WIDEST
 from unbraid.formats import folder_name, path_or_name
 from unbraid.progress import Stages
 from unbraid.randomness import generator
-from unbraid.sites import ARROW
+from unbraid.sites import Route
 from unbraid.synthetic import build_world
 
 ON_TEXT, ON_PROMPTS = ("core", "correlation", "contexts"), ("probing", "absorption")
@@ -151,10 +151,12 @@ class _Evaluation:
     def _add_controls(self) -> None:
         """For each site, what has learned nothing, at the sparsity of the site's first SAE."""
         rows, to_train_on = self._reference_rows(), cache(lambda: self.model.control_rows())
-        first = {subject.site: subject for subject in reversed(self.subjects) if subject.writes is None}
+        first = {subject.sites[0]: subject for subject in reversed(self.subjects) if subject.is_plain}
         for subject in self.subjects:
-            if subject.writes is not None:
-                self.skipped[f"controls of {subject.name}"] = "they reconstruct what they read, a transcoder does not"
+            if not subject.is_plain:
+                self.skipped[f"controls of {subject.name}"] = (
+                    "they reconstruct the one site they read, a transcoder or crosscoder does not"
+                )
         for site, subject in sorted(first.items()):
             chance = generator(self.config.seed, "controls", site)
             if rows is None:  # nothing but directions is evaluated
@@ -166,7 +168,7 @@ class _Evaluation:
                     controls |= self.model.trained_controls(site, len(subject.sae.W_dec), l0, to_train_on)
             where = self._site_name(site) or subject.name
             self.subjects += [
-                EvaluatedSAE(f"{where}: {name}", site, sae, control=name) for name, sae in controls.items()
+                EvaluatedSAE(f"{where}: {name}", (site,), sae, control=name) for name, sae in controls.items()
             ]
 
     @property
@@ -186,8 +188,10 @@ class _Evaluation:
         return None if self.run_config is None else str(self.run_config.sites[site])
 
     def _entry(self, subject: EvaluatedSAE) -> Report:
-        site = self._site_name(subject.site)
-        return {"site": site if subject.writes is None else f"{site}{ARROW}{subject.writes}"} | subject.report
+        if self.run_config is None:
+            return {"site": None} | subject.report
+        inputs = tuple(self.run_config.sites[site] for site in subject.sites)
+        return {"site": str(Route(inputs, subject.outputs or inputs))} | subject.report
 
     def _absorption(self) -> None:
         refused = self.model.absorption()
@@ -229,5 +233,5 @@ class _Evaluation:
 
 def _comparable(subject: EvaluatedSAE, other: EvaluatedSAE) -> bool:
     widths = subject.sae.W_dec.shape[0], other.sae.W_dec.shape[0]
-    here = (subject.site, subject.writes) == (other.site, other.writes)
+    here = (subject.sites, subject.outputs) == (other.sites, other.outputs)
     return here and other.control is None and max(widths) <= WIDEST_AGREEMENT

@@ -75,7 +75,13 @@ def features(
         )
     source = LiveActivations(config, place)
     centre_where_needed(subjects, source.model.model)
-    ends = {one.name: [config.sites[one.site], *([] if one.writes is None else [one.writes])] for one in subjects}
+    for one in subjects:
+        if max(len(one.sites), len(one.outputs)) > 1:
+            raise FeatureError(
+                f"{one.name} stands on several sites; expected dictionaries that read one site and predict one here; "
+                "use its codes in Python, with unbraid.load, or look at `unbraid dashboard`"
+            )
+    ends = {one.name: [config.sites[one.sites[0]], *one.outputs] for one in subjects}
     sites = {name: ARROW.join(map(str, places)) for name, places in ends.items()}
     saes = {one.name: one.sae for one in subjects}
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
@@ -117,7 +123,7 @@ def _held_out(
     if kept is not None and (found := _load(kept, identity, widths)) is not None:
         return found
     sites = [str(site) for site in config.sites]
-    located = {name: (sites.index(one.site.partition(ARROW)[0]), one.sae) for name, one in fm.dictionaries.items()}
+    located = {name: ((sites.index(one.site.partition(ARROW)[0]),), one.sae) for name, one in fm.dictionaries.items()}
     with Progress(console, "held-out text for maxima, contexts and partners", tokens, "rows") as progress:
         told = lambda done, _: progress.update(done)  # noqa: E731
         seen = held_out_pass(config, source, located, tokens, device, told)  # pyright: ignore[reportArgumentType]

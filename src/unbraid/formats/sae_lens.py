@@ -27,6 +27,7 @@ from unbraid.formats.reading import (
     require_settings,
     require_widths,
     section,
+    shown,
     text,
     wanted,
 )
@@ -207,6 +208,8 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     weights = weights.folded(where, *steps)
     d_in, d_out = weights.tensors["W_enc"].shape[0], weights.tensors["W_dec"].shape[1]
     require_widths(config, {"d_in": d_in, "d_sae": weights.tensors["W_enc"].shape[1], "d_out": d_out}, where)
+    if (widths := metadata.get("widths_out")) is not None and sum(widths) != d_out:
+        raise FormatError(f"{where}: widths_out is {shown(widths)}; expected widths of sites that make up {d_out}")
     require_dtype(config, where)
     text(config, "device", where)
     checked_metadata(_flat_metadata(config), where)

@@ -130,15 +130,19 @@ def _marked(found: Excerpt, texts: Sequence[Sequence[str]]) -> Text:
     return line
 
 
-def next_commands(run: Path, feature: str) -> list[str]:
+def next_commands(run: Path, feature: str, several_sites: bool = False) -> list[str]:
     """What to type after a run; `feature` is one of its features' addresses."""
-    commands = {
-        f"unbraid dashboard {run} --serve": "its features and pairs in a browser",
-        f'unbraid read {run} "The capital of France is"': "which features fire on a prompt",
-        f"unbraid feature {run} {feature}": "where one of them fires, and its entangled partners",
-        f'unbraid steer {run} "I think that" {feature}=+2': "text with and without it",
-        f"unbraid eval {run}": "probing, absorption, contexts and geometry, beside controls",
-    }
+    commands = {f"unbraid dashboard {run} --serve": "its features and pairs in a browser"}
+    commands |= (
+        {}
+        if several_sites
+        else {
+            f'unbraid read {run} "The capital of France is"': "which features fire on a prompt",
+            f"unbraid feature {run} {feature}": "where one of them fires, and its entangled partners",
+            f'unbraid steer {run} "I think that" {feature}=+2': "text with and without it",
+            f"unbraid eval {run}": "probing, absorption, contexts and geometry, beside controls",
+        }
+    )
     width = max(map(len, commands))
     return [f"  {command:{width}}   # {what}" for command, what in commands.items()]
 
@@ -152,10 +156,10 @@ def ending(
     model = getattr(source, "model", None)
     if config.twins and isinstance(model, LanguageModel):
         name, twin = list(config.twins.items())[-1]
-        site = config.sites.index(config.dictionaries[name][0].reads)
+        sites = tuple(map(config.sites.index, config.dictionaries[name][0].inputs))
         folders = folder.finished_saes()
         saes = {which: formats.load(folders[which]).to(device) for which in (name, twin)}
-        placed = {which: (site, sae) for which, sae in saes.items()}
+        placed = {which: (sites, sae) for which, sae in saes.items()}
         held_out = held_out_pass(config, source, placed, PAIR_TOKENS, device)
         texts = [token_texts(model.tokenizer, tokens.tolist()) for tokens in held_out.tokens_CT]
         codes, rows = held_out.codes, {which: sae.W_dec.detach().cpu() for which, sae in saes.items()}
@@ -166,4 +170,5 @@ def ending(
         for pair in pairs:
             yield from pair_lines(name, pair, held_out, codes[name], texts)
     yield "\nnext:"
-    yield from next_commands(folder.path, f"{name}/{feature}")
+    several = any(route.has_several_sites for route in config.routes)
+    yield from next_commands(folder.path, f"{name}/{feature}", several)

@@ -9,6 +9,10 @@ as rows, one per feature, like the decoder, so that both gradients are built fea
 A transcoder is the same with another output: it predicts y, of width M, from x. Its b_dec belongs to y, so its encoder
 takes nothing off x (training has taken its mean off), and it may have an affine skip connection, x W_skip.
 
+A crosscoder is an SAE of activations that stand side by side, D = D1 + D2 + ...: its pre-activations are the sum of
+what an encoder makes of each site, and a decoder row is one of each site, of unit norm together. `by_site` takes them
+apart.
+
 In training an SAE may be split by features over ranks: each holds a slice and gets the same batch, the parts of the
 reconstruction and of the losses are summed, and every gradient but b_dec's is complete where its feature lives.
 """
@@ -116,6 +120,19 @@ class SAE(WithHostBuffers):
     def d_out(self) -> int:
         """Width M of what is predicted: D for an SAE."""
         return self.W_dec.shape[-1]
+
+    def by_site(self, y: Float[Tensor, "*rows M"]) -> list[Float[Tensor, "*rows _"]]:
+        """What belongs to each site that is predicted, of reconstructions, activations or decoder rows side by side.
+
+        Example:
+            >>> import torch, unbraid
+            >>> x = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
+            >>> topk = unbraid.SAEConfig(architecture="topk", n_features=64, k=4)
+            >>> crosscoder = unbraid.fit(topk, {"early + late": (x[:, :6], x[:, 6:])}, batch_tokens=256)["sae"]
+            >>> [tuple(rows.shape) for rows in crosscoder.by_site(crosscoder.W_dec)]
+            [(64, 6), (64, 10)]
+        """
+        return list(y.split(self.metadata.get("widths_out", [self.d_out]), dim=-1))
 
     @property
     def input_bias(self) -> Float[Tensor, " D"]:
@@ -363,15 +380,20 @@ class SAE(WithHostBuffers):
 
     @torch.no_grad()
     def fold(
-        self, mean_D: Tensor, scale: float, mean_out_M: Tensor | None = None, scale_out: float | None = None
+        self,
+        mean_D: Tensor,
+        scale: float | Tensor,
+        mean_out_M: Tensor | None = None,
+        scale_out: float | Tensor | None = None,
     ) -> None:
         """Turn an SAE that acts on `(x - mean) * scale` into one that acts on raw `x`, in place.
 
-        Decoder rows keep unit norm, so codes come out divided by the scale of what is predicted, and with them every
-        bias and threshold.
+        Codes come out divided by the scale of what is predicted, and with them every bias and threshold, so that
+        decoder rows keep unit norm. Where columns have scales of their own codes are divided by one number for all,
+        which keeps their order, and the rows' norms change.
 
         Args:
-            mean_D, scale: of what is read.
+            mean_D, scale: of what is read; a scale is one number, or `[D]`.
             mean_out_M, scale_out: of what a transcoder predicts; those of what is read without them.
         """
         device = self.b_dec.device
@@ -379,14 +401,19 @@ class SAE(WithHostBuffers):
         scale_out = scale if scale_out is None else scale_out
         mean_out_M = mean_D if mean_out_M is None else mean_out_M.to(device, torch.float64)
         b_dec = mean_out_M + self.b_dec.double() / scale_out
+        unit = float(scale_out.square().reciprocal().mean().rsqrt()) if isinstance(scale_out, Tensor) else scale_out
         for name in self.scaled_with_input:
-            getattr(self, name).div_(scale_out)
+            getattr(self, name).div_(unit)
+        if isinstance(scale_out, Tensor):
+            self.W_dec.mul_(unit / scale_out)
         if self.is_transcoder:
-            self.encoder_ND.mul_(scale / scale_out)
+            self.encoder_ND.mul_(scale / unit)
             self.shift_input(mean_D @ self.encoder_ND.double().T)
             if self.W_skip is not None:
-                self.W_skip.mul_(scale / scale_out)
+                self.W_skip.mul_((scale[:, None] if isinstance(scale, Tensor) else scale) / scale_out)
                 b_dec -= mean_D @ self.W_skip.double()
+        elif isinstance(scale, Tensor):
+            self.encoder_ND.mul_(scale / unit)
         self.b_dec.copy_(b_dec)
 
     def shift_input(self, shift_N: Tensor) -> None:

@@ -71,7 +71,7 @@ def train_on_world(
     normalise = Normalisation.of(x_BD, "the world's samples")
     trainers = [
         trainer_from_settings(
-            settings.sae.architecture, 0, settings, seed, normalise, world.device, None, penalty, steps, samples
+            settings.sae.architecture, (0,), settings, seed, normalise, world.device, None, penalty, steps, samples
         )
         for settings, penalty in zip(variants, penalties or [None] * len(variants), strict=True)
     ]

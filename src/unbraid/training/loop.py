@@ -60,7 +60,7 @@ def training_bytes(config: RunConfig, widths: Sequence[int], mesh: Mesh = SINGLE
     rows, total = config.training.batch_tokens, 0
     for number, (route, variant) in enumerate(itertools.product(config.routes, config.variants)):
         if mesh.trains(number):
-            d_in, d_out = (widths[config.sites.index(end)] for end in route)
+            d_in, d_out = (sum(widths[config.sites.index(site)] for site in end) for end in route)
             job = Job(rows, -(-(d_in + d_out) // 2), config.variant(variant).sae.n_features, 0)
             total += bytes_of_rank(job, mesh.shards.size)
     return total

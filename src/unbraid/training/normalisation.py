@@ -2,9 +2,11 @@
 
 Learning rates, lambda1 and first weights are for these units. A scale that counted the mean would leave next to nothing
 of activations whose mean is large against their spread. Mean and scale are taken once, from the rows of the first fill,
-and folded back into the SAE when it is exported.
+and folded back into the SAE when it is exported. Sites that stand side by side have a scale each, by which each gets
+the same share of that mean square: none is learnt for its size alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +25,11 @@ class Normalisation:
 
     Attributes:
         mean_D: float32; subtracting it in float32 loses nothing where it dominates.
-        scale: makes the mean squared norm 1.
+        scale: makes the mean squared norm 1; of several sites side by side `[D]` float64, one number a site.
     """
 
     mean_D: Tensor
-    scale: float
+    scale: float | Tensor
 
     @classmethod
     @torch.no_grad()
@@ -58,10 +60,26 @@ class Normalisation:
         """Of activations that have no mean and unit scale already."""
         return cls(torch.zeros(d_in), 1.0)
 
+    @classmethod
+    def side_by_side(cls, parts: Sequence["Normalisation"]) -> "Normalisation":
+        """Of the activations of several sites put together, each with the same share of the mean squared norm."""
+        if len(parts) == 1:
+            return parts[0]
+        scales = [torch.full_like(one.mean_D, 1.0, dtype=torch.float64) * one.scale for one in parts]
+        return cls(torch.cat([one.mean_D for one in parts]), torch.cat(scales) / len(parts) ** 0.5)
+
+    def scales(self, widths: Sequence[int]) -> list[float]:
+        """The scale of each site, of these widths, as plain numbers."""
+        if not isinstance(self.scale, Tensor):
+            return [self.scale]
+        return [float(part[0]) for part in self.scale.split(list(widths))]
+
     def __call__(self, x_BD: Tensor) -> Tensor:
         """Rows in training units."""
-        return (x_BD - self.mean_D) * self.scale
+        centred_BD = x_BD - self.mean_D
+        return centred_BD * (self.scale.to(centred_BD) if isinstance(self.scale, Tensor) else self.scale)
 
     def to(self, device: torch.device | str) -> "Normalisation":
         """The same on a device."""
-        return Normalisation(self.mean_D.to(device), self.scale)
+        scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
+        return Normalisation(self.mean_D.to(device), scale)

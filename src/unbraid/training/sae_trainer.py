@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unbraid.activations.rows import side_by_side
 from unbraid.config import RunConfig, VariantConfig
 from unbraid.decorrelation.base import Penalty
 from unbraid.decorrelation.build import build as build_decorrelation
@@ -37,11 +38,11 @@ class Target(NamedTuple):
     """What a transcoder predicts.
 
     Attributes:
-        site: index among the sites that batches hold.
-        normalise: from raw activations to training units, by statistics of this site's own.
+        sites: indices among the sites that batches hold.
+        normalise: from raw activations to training units, by statistics of these sites' own.
     """
 
-    site: int
+    sites: tuple[int, ...]
     normalise: Normalisation
 
 
@@ -51,7 +52,7 @@ class SAETrainer:
 
     Attributes:
         name: folder and metric name.
-        site: index of what it reads among the sites that batches hold.
+        sites: indices of what it reads among the sites that batches hold.
         normalise: from raw activations to training units.
         tokens_since_fired: [N] int64, of the features held here.
         steps: those planned, for schedules; 0 without any.
@@ -63,7 +64,7 @@ class SAETrainer:
     """
 
     name: str
-    site: int
+    sites: tuple[int, ...]
     config: VariantConfig
     normalise: Normalisation
     sae: SAE
@@ -85,8 +86,8 @@ class SAETrainer:
     def rows(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """What is read of a batch of raw activations, one tensor a site, and what a transcoder predicts, both in
         training units."""
-        x_BD = self.normalise(batch[self.site])
-        return x_BD, None if self.target is None else self.target.normalise(batch[self.target.site])
+        x_BD = self.normalise(side_by_side(batch, self.sites))
+        return x_BD, None if self.target is None else self.target.normalise(side_by_side(batch, self.target.sites))
 
     def fold(self) -> None:
         """Make the SAE act on raw activations instead of training units."""
@@ -108,14 +109,14 @@ class SAETrainer:
                 "generator": self.generator.get_state(),
                 "tokens_since_fired": self.tokens_since_fired,
                 "mean": self.normalise.mean_D,
-                "scale": torch.tensor(self.normalise.scale, dtype=torch.float64),
+                "scale": torch.as_tensor(self.normalise.scale, dtype=torch.float64),
                 "updates": torch.tensor(self.updates),
             },
         }
         if self.target is not None:
             groups["trainee"] |= {
                 "mean_out": self.target.normalise.mean_D,
-                "scale_out": torch.tensor(self.target.normalise.scale, dtype=torch.float64),
+                "scale_out": torch.as_tensor(self.target.normalise.scale, dtype=torch.float64),
             }
         return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
@@ -140,9 +141,9 @@ class SAETrainer:
         self.tokens_since_fired.copy_(own["tokens_since_fired"])
         self.updates, self.silence = int(own["updates"]), None
         device = self.tokens_since_fired.device
-        self.normalise = Normalisation(own["mean"].to(device), float(own["scale"]))
+        self.normalise = Normalisation(own["mean"], _scale(own["scale"])).to(device)
         if self.target is not None:
-            normalise = Normalisation(own["mean_out"].to(device), float(own["scale_out"]))
+            normalise = Normalisation(own["mean_out"], _scale(own["scale_out"])).to(device)
             self.target = self.target._replace(normalise=normalise)
 
     def require_finite(self) -> None:
@@ -170,6 +171,11 @@ class SAETrainer:
             if self.silence < self.dead_after:
                 return None
         return self.tokens_since_fired >= self.dead_after
+
+
+def _scale(stored: Tensor) -> float | Tensor:
+    """A scale as a checkpoint holds it: a number, or one for each column."""
+    return float(stored) if stored.ndim == 0 else stored
 
 
 def not_finite(name: str, what: str, step: int) -> str:
@@ -203,21 +209,24 @@ def new_trainer(
     settings, route = config.variant(variant), config.routes[place]
     name, seed = config.sae_name(route, variant), derive_seed(settings.seed, str(route))
     shard, tokens = mesh.shard(settings.sae.n_features), config.training.tokens
-    reads, target = ends(route, config.sites, normalise)
+    sites, units, target = ends(route, config.sites, normalise)
     return trainer_from_settings(
-        name, reads, settings, seed, normalise[reads], device, shard, penalty, config.steps, tokens, target
+        name, sites, settings, seed, units, device, shard, penalty, config.steps, tokens, target
     )
 
 
-def ends(route: Route, sites: Sequence[Site], normalise: Sequence[Normalisation]) -> tuple[int, Target | None]:
-    """Which of the sites a dictionary reads, and what it predicts if it is a transcoder."""
-    reads, writes = sites.index(route.reads), sites.index(route.writes)
-    return reads, Target(writes, normalise[writes]) if route.is_transcoder else None
+def ends(
+    route: Route, sites: Sequence[Site], normalise: Sequence[Normalisation]
+) -> tuple[tuple[int, ...], Normalisation, Target | None]:
+    """Which of the sites a dictionary reads, in which units, and what it predicts if it is a transcoder."""
+    inputs, outputs = (tuple(sites.index(site) for site in end) for end in route)
+    units = [Normalisation.side_by_side([normalise[site] for site in end]) for end in (inputs, outputs)]
+    return inputs, units[0], Target(outputs, units[1]) if route.is_transcoder else None
 
 
 def trainer_from_settings(
     name: str,
-    site: int,
+    sites: tuple[int, ...],
     settings: VariantConfig,
     seed: int,
     normalise: Normalisation,
@@ -242,7 +251,7 @@ def trainer_from_settings(
         penalty = copy.deepcopy(penalty)
     return SAETrainer(
         name=name,
-        site=site,
+        sites=sites,
         config=settings,
         normalise=normalise.to(device),
         sae=sae,

@@ -27,7 +27,7 @@ class Shown:
 
     Attributes:
         config: how the activations can be had again.
-        saes: name -> (index of its site, SAE on raw activations).
+        saes: name -> (indices of the sites it reads, SAE on raw activations).
         twins: name -> name of the twin, both among `saes`.
         title: what the first page is called.
         summary, log: of a run; nothing of an SAE from elsewhere.
@@ -37,7 +37,7 @@ class Shown:
     """
 
     config: RunConfig
-    saes: dict[str, tuple[int, Any]]
+    saes: dict[str, tuple[tuple[int, ...], Any]]
     twins: dict[str, str] = field(default_factory=dict)
     title: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Shown:
     def labels_of(self, name: str) -> tuple[str, str]:
         """Site and variant of an SAE."""
         if self.log is None:
-            return str(self.config.sites[self.saes[name][0]]), ""
+            return str(self.config.sites[self.saes[name][0][0]]), ""
         route, variant = self.config.dictionaries[name]
         return str(route), variant
 
@@ -66,7 +66,7 @@ class Shown:
         from unbraid.evaluation.subjects import centre_where_needed
 
         centre_where_needed(self.centred, model)
-        self.saes |= {one.name: (one.site, one.sae) for one in self.centred}
+        self.saes |= {one.name: (one.sites, one.sae) for one in self.centred}
 
 
 def is_a_run(source: Path | str) -> bool:
@@ -156,8 +156,8 @@ def _of_run(path: Path, given: dict[str, Any], device: torch.device, trust_remot
     config = folder.config
     found = {name: one.sae for name, one in open_source(path).items()}
     log = TrainingLog.read(folder.metrics)
-    sites = {name: config.sites.index(route.reads) for name, (route, _) in config.dictionaries.items()}
-    saes = {name: (sites[name], found[name].to(device)) for name in log.names if name in found and name in sites}
+    places = {name: tuple(map(config.sites.index, route.inputs)) for name, (route, _) in config.dictionaries.items()}
+    saes = {name: (places[name], found[name].to(device)) for name in log.names if name in found and name in places}
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
     return Shown(config, saes, twins, f"Run {config.name}", folder.read_summary(), log)
 
@@ -171,6 +171,6 @@ def _of_sae(source: Path | str, settings: EvaluationConfig, device: torch.device
             f"no dashboard of {str(source)!r}: {subjects[0].unknown}; expected an SAE whose model and site are known"
         )
     twins = {one.name: one.twin for one in subjects if one.twin is not None}
-    saes = {one.name: (one.site, one.sae) for one in subjects}
+    saes = {one.name: (one.sites, one.sae) for one in subjects}
     known = {name: twin for name, twin in twins.items() if twin in saes}
     return Shown(config, saes, known, f"SAE {folder_name(source)}", centred=subjects)

@@ -14,7 +14,7 @@ import scipy.sparse as sparse
 import torch
 from torch import Tensor
 
-from unbraid.activations.rows import ChunkSource, RowFilter
+from unbraid.activations.rows import ChunkSource, RowFilter, side_by_side
 from unbraid.config import RunConfig
 from unbraid.errors import EvaluationError
 from unbraid.sae import SAE
@@ -58,7 +58,7 @@ class HeldOutPass:
 def held_out_pass(
     config: RunConfig,
     source: ChunkSource,
-    saes: dict[str, tuple[int, SAE]],
+    saes: dict[str, tuple[tuple[int, ...], SAE]],
     tokens: int,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
@@ -68,7 +68,7 @@ def held_out_pass(
     Args:
         config: whose buffer settings say which rows count.
         source: a live model or a cache of the run's text.
-        saes: name -> (index of its site, SAE on raw activations).
+        saes: name -> (indices of the sites it reads, SAE on raw activations).
         tokens: kept rows to stop at, rounded up to whole model batches.
         device: where SAEs encode.
         progress: called with rows done and wanted.
@@ -87,8 +87,9 @@ def held_out_pass(
         token_parts.append(chunk.tokens_BT)
         places.append(keep_BT.nonzero() + torch.tensor([contexts, 0]))
         contexts += len(chunk.tokens_BT)
-        for name, (site, sae) in saes.items():
-            rows_RD = chunk.activations[site][keep_BT.to(chunk.activations[site].device)]
+        rows = [x_BTD[keep_BT.to(x_BTD.device)] for x_BTD in chunk.activations]
+        for name, (sites, sae) in saes.items():
+            rows_RD = side_by_side(rows, sites)
             for x_BD in rows_RD.split(ROWS_AT_ONCE):
                 norms[name].append(x_BD.float().norm(dim=1).cpu().numpy())
                 f_BN = sae.encode(x_BD.to(device, torch.float32)).cpu()
