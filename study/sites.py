@@ -96,8 +96,8 @@ class Halves:
 
     def __iter__(self) -> Iterator[str]:
         for number, document in enumerate(open_source(self.config.text).documents()):
-            if isinstance(document.content, str):
-                yield document.content.upper() if number % 2 else document.content
+            if isinstance(document.text, str):
+                yield document.text.upper() if number % 2 else document.text
 
 
 def tune(model: Any, tokenizer: Any, text: Halves) -> None:

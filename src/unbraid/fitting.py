@@ -28,6 +28,7 @@ from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.own_penalty import as_module
 from unbraid.training.sae_trainer import SAETrainer, ends, trainer_from_settings
+from unbraid.training.start import start_from
 
 MOST_CONTEXTS = 2048
 Dictionary = VariantConfig | SAEConfig
@@ -128,6 +129,7 @@ def fit(
             for name, settings in variants.items()
         ]
         for trainer in trainers[-len(variants) :]:
+            start_from(trainer)
             units_out = own_units if target is None else target.normalise
             trainer.sae.metadata |= by_site(widths_out, units_out.scales(widths_out))
     logged = (lambda step: step % log_every == 0 or step == steps) if callback is not None else (lambda step: False)

@@ -20,6 +20,7 @@ from unbraid.files import free_bytes
 from unbraid.progress import clock
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.sae_trainer import new_trainer, train_step
+from unbraid.training.start import check_starts
 
 WEIGHT_COPIES = 4
 """In memory: weights, their gradients, and Adam's two moments."""
@@ -132,6 +133,7 @@ def make_plan(
         UnbraidError: the run cannot be made; with what to change.
     """
     check_settings(config)
+    check_starts(config, source.widths)
     memory, disk = memory_bytes(config, source.widths), disk_bytes(config, source.widths)
     free = free_bytes(_existing(place))
     if disk > free:

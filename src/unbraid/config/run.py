@@ -268,9 +268,10 @@ class RunConfig(Section):
                 if path in unread_here:
                     raise wrong(f"variants.{name or repr(name)}: {path} {unread_here[path]}")
             penalty = settings.decorrelation
-            if settings.sae.frozen == "decoder" and penalty.weight > 0 and getattr(penalty, "space", "") == "decoder":
+            frozen, space = settings.sae.frozen, getattr(penalty, "space", "")
+            if frozen in ("decoder", "both") and penalty.weight > 0 and space == "decoder":
                 raise wrong(
-                    "sae.frozen = 'decoder' keeps every decoder row, and decorrelation.space = 'decoder' would move "
+                    f"sae.frozen = {frozen!r} keeps every decoder row, and decorrelation.space = 'decoder' would move "
                     "them; expected one or the other; set decorrelation.lambda2 to 0 or sae.frozen to 'none'"
                 )
             first = settings.decorrelation.first_penalised_step(settings.sae.n_features)

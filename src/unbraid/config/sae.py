@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from unbraid.sae.base import SAE
 
 MOST_FEATURES = 1 << 26
+DRAWN = Condition(lambda start: start is None, "none")
 A_TRANSCODER = Condition(lambda sites: any(map(is_transcoder, sites)), "a list with a transcoder, A -> B")
 
 
@@ -40,7 +41,7 @@ class SAEConfig(Kinds):
     dead_after_tokens: int | None = Field(default=None, ge=1)
     """A feature that has not fired for this many training tokens counts as dead; none takes 1,000,000, and with a k
     50 N / k, in which the mean feature fires 50 times, or a thousandth of the run if that is more."""
-    decoder_init_norm: float | None = Field(default=None, gt=0.0, le=1.0)
+    decoder_init_norm: Annotated[float | None, active_when(start_from=DRAWN)] = Field(default=None, gt=0.0, le=1.0)
     """Encoder columns start as this multiple of the unit decoder rows; none takes the one that reconstructs best.
     Those of a transcoder are drawn apart and start with this norm; none takes 0.1."""
     aux_weight: float | None = Field(default=None, ge=0.0)
@@ -48,9 +49,12 @@ class SAEConfig(Kinds):
     their threshold); none takes 1 for the topk family and 1/32 for the others, 0 turns it off."""
     skip: Annotated[bool, active_when(model__sites=A_TRANSCODER)] = False
     """Transcoders also predict by a matrix of their own, x W_skip, beside their features (arXiv 2501.18823)."""
-    frozen: Literal["none", "decoder", "near", "encoder"] = "none"
-    """What stays as it was drawn, for controls that have learned less (arXiv 2602.14111): decoder rows; near: decoder
-    rows but for a turn of at most 37 degrees (cosine 0.8); encoder: encoder rows."""
+    start_from: Annotated[str | None, Common] = None
+    """A folder or name of a dictionary, in any layout, whose weights are the first ones; none draws them."""
+    frozen: Literal["none", "decoder", "near", "encoder", "both"] = "none"
+    """What stays as it began, for controls that have learned less (arXiv 2602.14111) and for fine-tuning: decoder
+    rows; near: decoder rows but for a turn of at most 37 degrees (cosine 0.8); encoder: encoder rows; both: encoder
+    and decoder rows, so that biases and thresholds are learned."""
 
     @property
     def revival_weight(self) -> float:

@@ -165,16 +165,16 @@ def _with_k(settings: dict[str, Any]) -> dict[str, Any]:
 
 def subtract_input_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """From an encoder that reads x to one that reads x - b_dec: x W + b = (x - b_dec) W + (b + b_dec W)."""
-    return _shift_encoder(tensors, +1.0)
+    return shift_encoder(tensors, tensors["b_dec"].double() @ tensors["W_enc"].double())
 
 
 def add_input_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """From an encoder that reads x - b_dec to one that reads x; the inverse of `subtract_input_bias`."""
-    return _shift_encoder(tensors, -1.0)
+    return shift_encoder(tensors, -(tensors["b_dec"].double() @ tensors["W_enc"].double()))
 
 
-def _shift_encoder(tensors: dict[str, Tensor], sign: float) -> dict[str, Tensor]:
-    shift_N = sign * (tensors["b_dec"].double() @ tensors["W_enc"].double())
+def shift_encoder(tensors: dict[str, Tensor], shift_N: Tensor) -> dict[str, Tensor]:
+    """Pre-activations that are `shift_N` higher, whatever biases the architecture has."""
     shifted = dict(tensors)
     for name, scale in (("b_enc", None), ("b_gate", None), ("b_mag", "r_mag")):
         if name in tensors:

@@ -39,6 +39,7 @@ from unbraid.training.own_penalty import name_of
 from unbraid.training.run_folder import RunFolder
 from unbraid.training.sae_trainer import SAETrainer, new_trainer
 from unbraid.training.sharded_checkpoint import join, overlaps, piece_stem
+from unbraid.training.start import start_from
 from unbraid.training.stopping import TrainingInterrupted
 
 
@@ -257,7 +258,10 @@ class _Session:
     def started(self) -> list[SAETrainer]:
         """New trainers, with mean and scale taken from the rows of the first fill."""
         rows = zip(self.config.sites, self.buffer.rows(), strict=True)
-        return self._new([Normalisation.of(rows_RD, str(site)) for site, rows_RD in rows], self.mesh)
+        trainers = self._new([Normalisation.of(rows_RD, str(site)) for site, rows_RD in rows], self.mesh)
+        for trainer in trainers:
+            start_from(trainer)
+        return trainers
 
     def restored(self, path: Path, mesh: Mesh) -> list[SAETrainer]:
         """The trainers of a checkpoint; the buffer goes back to it as well."""

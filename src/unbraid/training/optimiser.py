@@ -21,6 +21,10 @@ NEAR = 0.8
 """Cosine that a decoder row of `sae.frozen = "near"` keeps with the row it began as."""
 
 
+HELD = {"decoder": ("W_dec",), "encoder": ("encoder_ND",), "both": ("W_dec", "encoder_ND")}
+"""Value of `sae.frozen` -> parameters that no step changes."""
+
+
 class SAEOptimiser:
     """Fused Adam over an SAE's parameters with unit decoder rows.
 
@@ -64,9 +68,8 @@ class SAEOptimiser:
         Raises:
             TrainingError: the gradient is not finite, on a CPU; no weight has been changed.
         """
-        held = {"decoder": "W_dec", "encoder": "encoder_ND"}.get(self.sae.config.frozen)
-        if held is not None:
-            self.parameters[held].grad = None
+        for name in HELD.get(self.sae.config.frozen, ()):
+            self.parameters[name].grad = None
         own, shared = self._gradient_norms()
         if host.reading_waits(own):
             return self._update_unseen(own, shared, lr, number, loss)
@@ -98,7 +101,7 @@ class SAEOptimiser:
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         W_dec = self.sae.W_dec
-        if self.sae.config.frozen != "decoder":
+        if "W_dec" not in HELD.get(self.sae.config.frozen, ()):
             norms_N1 = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
             W_dec.div_(norms_N1 if stopped is None else norms_N1.masked_fill_(stopped, 1.0))
         if self.sae.config.frozen == "near":
