@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         logit,
         match,
     )
+    from unbraid.finetuning import finetune
     from unbraid.fitting import fit
     from unbraid.formats import load
     from unbraid.run import Run, resume, train
@@ -49,6 +50,7 @@ __all__ = [
     "UnbraidError",
     "VariantConfig",
     "features",
+    "finetune",
     "fit",
     "load",
     "logit",
@@ -70,6 +72,7 @@ __getattr__ = imported_when_asked_for(
         "unbraid.feature_model": [
             *("Ablate", "Clamp", "FeatureModel", "Patch", "Scale", "Splice", "Steer", "features", "logit", "match"),
         ],
+        "unbraid.finetuning": ["finetune"],
         "unbraid.fitting": ["fit"],
         "unbraid.formats": ["load"],
         "unbraid.run": ["Run", "resume", "train"],

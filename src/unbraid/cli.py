@@ -68,6 +68,11 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
         "DIR|SAE_DIR|NAME [--suite core,geometry,...]",
         "measure SAEs beside control SAEs; writes evaluation.json",
     ),
+    "finetune": Command(
+        f"{_OWN}:finetune",
+        "SAE_DIR|NAME --out DIR [--loss kl|ce] [--tokens N]",
+        "fine-tune one SAE or transcoder for what the language model makes of it",
+    ),
     "figure": Command(
         f"{_OWN}:figure", "DIR [--paper]", "draw Figure 1 of a run from its metrics; --paper draws the paper's panels"
     ),

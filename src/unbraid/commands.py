@@ -9,7 +9,7 @@ import difflib
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -131,6 +131,50 @@ def resume(arguments: list[str]) -> None:
     from unbraid import run
 
     run.resume(options.run, changes=changes, trust_remote_code=options.trust_remote_code, console=console)
+
+
+@dataclasses.dataclass
+class _Finetune:
+    source: tyro.conf.Positional[str]
+    """The folder of one SAE or transcoder, in a run or in any known layout, or a published one's name."""
+    out: Path
+    """Folder to write."""
+    tokens: int = 131_072
+    """Training text, in whole contexts."""
+    loss: Literal["kl", "ce"] = "kl"
+    """At the end of the model: kl, the divergence from its own next-token distribution; ce, cross-entropy."""
+    mse: float = 1.0
+    """Share of the reconstruction error, relative to that loss; 0 leaves it out."""
+    lr: float = 1e-4
+    """Adam's learning rate at its highest."""
+    learned: Literal["all", "decoder", "biases"] = "all"
+    """What may change."""
+    batch_contexts: int = 4
+    """Contexts a step."""
+    held_out_contexts: int = 32
+    """Contexts on which it is measured before and after."""
+    model: str | None = None
+    """Language model, where the folder does not say (or under another name here)."""
+    site: str | None = None
+    """Site, where the folder does not say, such as resid_post.6."""
+    text: list[str] | None = None
+    """What an SAE from elsewhere is trained on: packaged (the default), files or folders, or hub:NAME."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    overwrite: bool = False
+    """Replace an SAE folder that unbraid wrote."""
+    trust_remote_code: Trust = False
+
+
+def finetune(arguments: list[str]) -> None:
+    """Fine-tune one SAE or transcoder end to end: for what the language model makes of its reconstructions."""
+    options = tyro.cli(_Finetune, args=arguments, prog="unbraid finetune")
+    from unbraid.finetuning import finetune, score_table
+
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    tuned = finetune(**given, console=console)
+    console.print(score_table(tuned))
+    console.print(str(tuned.path), highlight=False, markup=False)
 
 
 @dataclasses.dataclass

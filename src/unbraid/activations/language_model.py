@@ -213,6 +213,12 @@ class LanguageModel:
         parts = self._passes(tokens, given, lambda part, seen: self._spliced_logits(part, seen, site, replace))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    def differentiable_logits(
+        self, tokens: Int[Tensor, "C T"], positions: Int[Tensor, "C T"] | None = None
+    ) -> Float[Tensor, "C T V"]:
+        """Next-token logits of one pass, with a graph to whatever a visit puts in place of activations."""
+        return self._call(tokens, _given(None, positions)).logits
+
     def _capture(self, tokens: Tensor, given: Given) -> list[Tensor]:
         captured: dict[int, Tensor] = {}
 
@@ -264,9 +270,12 @@ class LanguageModel:
                 f"token id {int(tokens.max())} is beyond the {self.vocabulary} that {self.name} knows; expected ids "
                 "of the tokenizer the model was trained with; change the data or model.name"
             )
-        inputs = {"input_ids": tokens} | (given or {"attention_mask": torch.ones_like(tokens)})
         with torch.inference_mode():
-            return self.model(**{name: table.to(self.device) for name, table in inputs.items()}, use_cache=False)
+            return self._call(tokens, given)
+
+    def _call(self, tokens: Tensor, given: Given | None = None) -> Any:
+        inputs = {"input_ids": tokens} | (given or {"attention_mask": torch.ones_like(tokens)})
+        return self.model(**{name: table.to(self.device) for name, table in inputs.items()}, use_cache=False)
 
     def _passes(self, tokens: Tensor, given: Given, run: Callable[[Tensor, Given], ResultT]) -> list[ResultT]:
         """`run` on at most `pass_contexts` contexts at a time, in order."""
