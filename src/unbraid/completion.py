@@ -72,6 +72,7 @@ def command_words() -> dict[str, Words]:
         "resume": Words((), (*_options(commands._Resume), *changes)),
         "launch": Words(("train", "resume"), _options(commands.Launch)),
         "eval": Words(named, (Flag("--suite", _suites(), "Suites to run."), *_settings(EvaluationConfig))),
+        "finetune": Words(named, _options(commands._Finetune)),
         "figure": Words((), _options(commands._Figure)),
         "compare": Words(named, _options(reporting._Compare)),
         "export": Words(named, _options(reporting._Export, {"to": tuple(WRITABLE)})),
