@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unbraid.config import BufferConfig, EvaluationConfig, ModelConfig, RunConfig, TextConfig, validated
 from unbraid.errors import ConfigError, EvaluationError
-from unbraid.sites import Site
+from unbraid.sites import AND, Site
 
 LIMIT_OF_OTHERS = 10.0
 """Times the median norm: the rows that dictionary_learning leaves out, for SAEs whose folder says nothing."""
@@ -110,10 +110,19 @@ def output_site(metadata: dict[str, Any]) -> Site | None:
     out = metadata.get("hook_name_out")
     if out is None or out == metadata.get("hook_name"):
         return None
+    _require_one(str(out), "predicts")
     try:
         return Site.parse(str(out))
     except ConfigError as problem:
         raise EvaluationError(f"hook_name_out {out!r}: {problem}") from None
+
+
+def _require_one(hook: str, does: str) -> None:
+    if AND in hook:
+        raise EvaluationError(
+            f"the dictionary {does} several sites, {hook}; expected one site of a folder that has left its run; name "
+            "the run, or use unbraid.load in Python"
+        )
 
 
 def _site(metadata: dict[str, Any], config: EvaluationConfig, model: str) -> Site:
@@ -127,6 +136,7 @@ def _site(metadata: dict[str, Any], config: EvaluationConfig, model: str) -> Sit
         )
     if hook == "hook_embed" and "gemma" in model:
         return Site("resid_pre", 0)  # Gemma multiplies embeddings after looking them up; the hook stands behind that
+    _require_one(str(hook), "reads")
     try:
         return Site.parse(str(hook))
     except ConfigError as problem:

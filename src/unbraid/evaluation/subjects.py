@@ -53,7 +53,8 @@ class EvaluatedSAE:
     @property
     def is_plain(self) -> bool:
         """Whether it reconstructs the one site it reads."""
-        return len(self.sites) == 1 and not self.outputs
+        predicts_another = bool(self.outputs) or getattr(self.sae, "is_transcoder", False)
+        return len(self.sites) == 1 and not predicts_another
 
     @property
     def has_own_features(self) -> bool:
