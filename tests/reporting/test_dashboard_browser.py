@@ -104,7 +104,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saes = {name: make_sae("topk", seed=at, n_features=widths[name]) for at, name in enumerate(NAMES)}
     metrics = {name: {"r2": 0.9, "l0": 5.0, "correlation_reduction": None, "steps": {}} for name in NAMES}
     summary = {"steps": {"planned": 399, "executed": 399}, "saes": metrics}
-    placed = {name: (0, sae) for name, sae in saes.items()}
+    placed = {name: ((0,), sae) for name, sae in saes.items()}
     labels = Labels({f"{NAMES[0]}/7": {"label": HOSTILE[0], "note": HOSTILE[1]}}, {"<b>odd</b>": [f"{NAMES[0]}/7"]})
     commands = {"serve": "unbraid dashboard runs/x --serve", "live": "unbraid live runs/x"}
     shown = Shown(config, placed, {NAMES[0]: NAMES[1]}, f"Run {config.name}", summary, log, commands, labels=labels)
