@@ -66,7 +66,7 @@ def test_the_gradient_is_that_of_the_loss_at_the_end_of_the_model(architecture, 
         def step(self, closure=None):
             """Leave the weights, and the gradients, as they are."""
 
-    work.step(Still(work.parameters, lr=1.0), 1.0, tokens, keep, 1)
+    work.step(Still(work.parameters, lr=1.0), 1.0, (tokens, keep), 1)
     intact = source.model.logits(tokens).log_softmax(-1)
 
     def value() -> torch.Tensor:
@@ -182,4 +182,4 @@ def test_what_reads_after_it_writes_is_refused(tmp_path):
     work.learn(None)
     tokens, keep = next(work.batches(2))
     with pytest.raises(UnbraidError, match="expected one that reads first"):
-        work.step(torch.optim.SGD(work.parameters), 0.1, tokens, keep, 1)
+        work.step(torch.optim.SGD(work.parameters), 0.1, (tokens, keep), 1)

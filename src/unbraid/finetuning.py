@@ -154,15 +154,17 @@ def finetune(
     done = 0
     optimiser = torch.optim.Adam(work.parameters, lr=lr)
     with Progress(console, "fine-tuning", steps, "steps") as progress:
-        for tables in work.batches(batch_contexts):
+        for batch in work.batches(batch_contexts):
             rate = min((done + 1) / max(1.0, WARM_UP * steps), (steps - done) / steps)
-            work.step(optimiser, lr * rate, *tables, done + 1)
+            work.step(optimiser, lr * rate, batch, done + 1)
             done += 1
             progress.update(done)
             if done == steps:
                 break
     if done == 0:
         raise TrainingError(f"the text gave no {batch_contexts} contexts; give more text or lower batch_contexts")
+    if done < steps:
+        console.print(f"the text was used up after {done:,} of {steps:,} steps", highlight=False)
     sae = work.sae.requires_grad_(False)
     after = work.scores(contexts)
     used = done * batch_contexts * config.text.context_length
@@ -292,11 +294,9 @@ class _Work:
             else {self.reads: read, self.writes: write}
         )
 
-    def step(
-        self, optimiser: torch.optim.Optimizer, lr: float, tokens_CT: Tensor, keep_CT: Tensor, *apart_and_number: Any
-    ) -> None:
-        """One update on a few contexts."""
-        *apart, number = apart_and_number
+    def step(self, optimiser: torch.optim.Optimizer, lr: float, batch: tuple[Tensor, ...], number: int) -> None:
+        """One update, counted from 1, on a few contexts, as `batches` gives them."""
+        tokens_CT, keep_CT, *apart = batch
         model, positions = self.source.model, apart[0] if apart else None
         tokens_CT, keep_CT = tokens_CT.to(model.device), keep_CT.to(model.device)
         intact = model.logits(tokens_CT, positions=positions).float().log_softmax(-1) if self.loss == "kl" else None
