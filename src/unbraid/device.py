@@ -21,3 +21,9 @@ def pick_device(name: str) -> torch.device:
             f"training.device = {name!r} cannot be used ({str(error).splitlines()[0]}); expected auto, cpu or cuda[:N]"
         ) from None
     return device
+
+
+def is_out_of_memory(problem: RuntimeError) -> bool:
+    """Whether torch says that memory ran out, on a GPU or in main memory."""
+    said = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(problem, torch.OutOfMemoryError) or any(words in str(problem) for words in said)

@@ -27,11 +27,11 @@ from unbraid.device import pick_device
 from unbraid.errors import ConfigError, EvaluationError, TrainingError
 from unbraid.evaluation.explained import ExplainedVariance
 from unbraid.evaluation.protocols import predicted
+from unbraid.evaluation.said import said_by_hand
 from unbraid.evaluation.splice import preservation
 from unbraid.evaluation.subjects import EvaluatedSAE, open_subjects
 from unbraid.formats.folder import check_sae_folder
 from unbraid.progress import Progress, default_console
-from unbraid.reporting.dashboard.opening import text_settings
 from unbraid.sae import SAE
 from unbraid.sites import Route
 
@@ -189,10 +189,7 @@ def _subject(
     device: torch.device,
     trust_remote_code: bool,
 ) -> tuple[EvaluatedSAE, RunConfig]:
-    given: dict[str, Any] = {name: value for name, value in (("model", model), ("site", site)) if value is not None}
-    if text is not None:
-        given |= {f"text.{name}": value for name, value in text_settings(text).items()}
-    settings = overridden(EvaluationConfig(), given, "finetune")[0]
+    settings = overridden(EvaluationConfig(), said_by_hand(model, site, text), "finetune")[0]
     subjects, config = open_subjects(source, settings, device, trust_remote_code, transcoders=True)
     if len(subjects) != 1:
         names = ", ".join(subject.name for subject in subjects)
@@ -201,8 +198,7 @@ def _subject(
     if config is None or subject.centred:
         why = subject.unknown or "it was made for activations without their mean, which its own model does not give"
         raise EvaluationError(f"{str(source)!r} cannot be placed in a model: {why}")
-    if max(len(subject.sites), len(subject.outputs)) > 1:
-        raise ConfigError(f"{subject.name} stands on several sites; expected one that reads one and predicts one")
+    subject.require_one_site()
     return subject, config
 
 

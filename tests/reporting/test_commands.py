@@ -11,8 +11,8 @@ import pytest
 from unbraid import formats
 from unbraid.cli import main
 from unbraid.errors import ConfigError
+from unbraid.evaluation.said import text_settings
 from unbraid.recipes import tiny
-from unbraid.reporting.dashboard.opening import text_settings
 from unbraid.run import train
 
 

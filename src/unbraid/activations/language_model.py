@@ -21,6 +21,7 @@ from unbraid.activations.hooks import Place, Visit, place_outside_blocks, visite
 from unbraid.activations.load import is_placed, load_model_and_tokenizer
 from unbraid.activations.suitability import check_causal, check_vocabulary, trial_tokens
 from unbraid.config import ModelConfig
+from unbraid.device import is_out_of_memory
 from unbraid.errors import ModelError
 from unbraid.sites import KINDS, Site
 
@@ -189,9 +190,7 @@ class LanguageModel:
             ModelError: a site did not fire or gave another shape than [C, T, W]; memory ran out for one context.
         """
         parts = self._passes(tokens, _given(mask, positions), self._capture)
-        if len(parts) == 1:
-            return parts[0]
-        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+        return parts[0] if len(parts) == 1 else [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
     def logits(
         self,
@@ -217,7 +216,7 @@ class LanguageModel:
         self, tokens: Int[Tensor, "C T"], positions: Int[Tensor, "C T"] | None = None
     ) -> Float[Tensor, "C T V"]:
         """Next-token logits of one pass, with a graph to whatever a visit puts in place of activations."""
-        return self._call(tokens, _given(None, positions)).logits
+        return self._forward(tokens, _given(None, positions), differentiable=True).logits
 
     def _capture(self, tokens: Tensor, given: Given) -> list[Tensor]:
         captured: dict[int, Tensor] = {}
@@ -264,18 +263,15 @@ class LanguageModel:
             )
         return found.clone()
 
-    def _forward(self, tokens: Tensor, given: Given | None = None) -> Any:
+    def _forward(self, tokens: Tensor, given: Given | None = None, differentiable: bool = False) -> Any:
         if int(tokens.max()) >= self.vocabulary:
             raise ModelError(
                 f"token id {int(tokens.max())} is beyond the {self.vocabulary} that {self.name} knows; expected ids "
                 "of the tokenizer the model was trained with; change the data or model.name"
             )
-        with torch.inference_mode():
-            return self._call(tokens, given)
-
-    def _call(self, tokens: Tensor, given: Given | None = None) -> Any:
         inputs = {"input_ids": tokens} | (given or {"attention_mask": torch.ones_like(tokens)})
-        return self.model(**{name: table.to(self.device) for name, table in inputs.items()}, use_cache=False)
+        with torch.inference_mode(not differentiable):
+            return self.model(**{name: table.to(self.device) for name, table in inputs.items()}, use_cache=False)
 
     def _passes(self, tokens: Tensor, given: Given, run: Callable[[Tensor, Given], ResultT]) -> list[ResultT]:
         """`run` on at most `pass_contexts` contexts at a time, in order."""
@@ -297,7 +293,7 @@ class LanguageModel:
                 done += len(part)
                 continue
             except RuntimeError as problem:
-                if not _is_out_of_memory(problem):
+                if not is_out_of_memory(problem):
                     raise
             self._halve(len(part))  # outside the handler, whose traceback keeps the failed pass's tensors alive
         return parts
@@ -377,11 +373,6 @@ class LanguageModel:
 def _given(mask: Tensor | None, positions: Tensor | None) -> Given:
     """Positions that start anew are seen only without a mask: transformers then stops attention where they do."""
     return {"attention_mask": mask} if mask is not None else {} if positions is None else {"position_ids": positions}
-
-
-def _is_out_of_memory(problem: RuntimeError) -> bool:
-    said = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(problem, torch.OutOfMemoryError) or any(words in str(problem) for words in said)
 
 
 def load_language_model(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> LanguageModel:

@@ -56,6 +56,18 @@ class EvaluatedSAE:
         predicts_another = bool(self.outputs) or getattr(self.sae, "is_transcoder", False)
         return len(self.sites) == 1 and not predicts_another
 
+    def require_one_site(self) -> None:
+        """Refuse a dictionary of several sites.
+
+        Raises:
+            EvaluationError: naming it.
+        """
+        if max(len(self.sites), len(self.outputs)) > 1:
+            raise EvaluationError(
+                f"{self.name} stands on several sites; expected dictionaries that read one site and predict one here; "
+                "use its codes in Python, with unbraid.load, or look at `unbraid dashboard`"
+            )
+
     @property
     def has_own_features(self) -> bool:
         """Not so a permuted decoder: it has the codes and the directions of its SAE, differently combined."""

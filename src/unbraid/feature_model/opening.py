@@ -76,11 +76,7 @@ def features(
     source = LiveActivations(config, place)
     centre_where_needed(subjects, source.model.model)
     for one in subjects:
-        if max(len(one.sites), len(one.outputs)) > 1:
-            raise FeatureError(
-                f"{one.name} stands on several sites; expected dictionaries that read one site and predict one here; "
-                "use its codes in Python, with unbraid.load, or look at `unbraid dashboard`"
-            )
+        one.require_one_site()
     ends = {one.name: [config.sites[one.sites[0]], *one.outputs] for one in subjects}
     sites = {name: ARROW.join(map(str, places)) for name, places in ends.items()}
     saes = {one.name: one.sae for one in subjects}

@@ -17,7 +17,6 @@ In training an SAE may be split by features over ranks: each holds a slice and g
 reconstruction and of the losses are summed, and every gradient but b_dec's is complete where its feature lives.
 """
 
-from statistics import NormalDist
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,15 +34,12 @@ from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, dense_autoencode
 from unbraid.kernels.host import WithHostBuffers
 from unbraid.sae.dead import pull_to_threshold
-from unbraid.sae.first_weights import random_unit_rows
+from unbraid.sae.first_weights import TRANSCODER_START, closest_norm, random_unit_rows
+from unbraid.sae.folding import fold_into
 from unbraid.sae.forward import Encoded, Forward, squared_error
 
 SPARSE_BELOW = {"cpu": 0.05, "cuda": 0.01}
 """Share of active entries below which the sparse path is faster: measured on a CPU, an estimate for GPUs."""
-TRANSCODER_START = 0.1
-"""Norm of a transcoder's first encoder rows: what random features predict is noise, so it should be little. On an MLP
-of SmolLM2, R^2 after 120,000 tokens is .27 from .1, .26 from .3, .19 from the norm an SAE starts with, and .25 and .16
-with rows that start as the decoder's, at .3 and at an SAE's norm."""
 
 
 class SAE(WithHostBuffers):
@@ -105,16 +101,8 @@ class SAE(WithHostBuffers):
         return 0.5
 
     def initial_encoder_norm(self) -> float:
-        """The multiple c of random unit rows with which c * sum_n f_n w_n comes closest to x.
-
-        With f from unit rows, E<x, x_hat> = s ||x||^2 and E||x_hat||^2 = (s + s^2) ||x||^2 for s = E||f||^2 / ||x||^2,
-        so c = 1 / (1 + s). On random rows pre-activations are normal with variance ||x||^2 / D, and a share p of N, the
-        largest, is active: E[z^2 | z > t] = 1 + t pdf(t) / p with P(z > t) = p.
-        """
-        share, normal = self.initial_share(), NormalDist()
-        cut = normal.inv_cdf(1 - share)
-        s = self.config.n_features * (share + cut * normal.pdf(cut)) / self.d_in
-        return 1 / (1 + s)
+        """Norm of the first encoder rows with which the first reconstructions are the closest."""
+        return closest_norm(self.initial_share(), self.config.n_features, self.d_in)
 
     @property
     def d_out(self) -> int:
@@ -397,25 +385,7 @@ class SAE(WithHostBuffers):
             mean_D, scale: of what is read; a scale is one number, or `[D]`.
             mean_out_M, scale_out: of what a transcoder predicts; those of what is read without them.
         """
-        device = self.b_dec.device
-        mean_D = mean_D.to(device, torch.float64)
-        scale_out = scale if scale_out is None else scale_out
-        mean_out_M = mean_D if mean_out_M is None else mean_out_M.to(device, torch.float64)
-        b_dec = mean_out_M + self.b_dec.double() / scale_out
-        unit = float(scale_out.square().reciprocal().mean().rsqrt()) if isinstance(scale_out, Tensor) else scale_out
-        for name in self.scaled_with_input:
-            getattr(self, name).div_(unit)
-        if isinstance(scale_out, Tensor):
-            self.W_dec.mul_(unit / scale_out)
-        if self.is_transcoder:
-            self.encoder_ND.mul_(scale / unit)
-            self.shift_input(mean_D @ self.encoder_ND.double().T)
-            if self.W_skip is not None:
-                self.W_skip.mul_((scale[:, None] if isinstance(scale, Tensor) else scale) / scale_out)
-                b_dec -= mean_D @ self.W_skip.double()
-        elif isinstance(scale, Tensor):
-            self.encoder_ND.mul_(scale / unit)
-        self.b_dec.copy_(b_dec)
+        fold_into(self, mean_D, scale, mean_out_M, scale_out)
 
     def shift_input(self, shift_N: Tensor) -> None:
         """Take into the biases that the input's mean is not taken off: `shift_N` is its product with the encoder."""

@@ -116,9 +116,10 @@ def _in_training_units(start: _Start, read: Normalisation, out: Normalisation, s
         tensors = add_input_bias(tensors)
     mean_D, mean_out_M = read.mean_D.double(), out.mean_D.double()
     scale_out = out.scale
+    scale_in = read.scale[:, None] if isinstance(read.scale, Tensor) else read.scale
     unit = float(scale_out.mean()) if isinstance(scale_out, Tensor) else scale_out
     tensors = shift_encoder(tensors, mean_D @ tensors["W_enc"])
-    tensors["W_enc"] = tensors["W_enc"] * unit / (read.scale[:, None] if isinstance(read.scale, Tensor) else read.scale)
+    tensors["W_enc"] = tensors["W_enc"] * unit / scale_in
     for name in ("b_enc", "threshold", "b_gate", "b_mag"):
         if name in tensors:
             tensors[name] = tensors[name] * unit
@@ -126,7 +127,6 @@ def _in_training_units(start: _Start, read: Normalisation, out: Normalisation, s
     constant = tensors["b_dec"] - mean_out_M
     if "W_skip" in tensors:
         constant = constant + mean_D @ tensors["W_skip"]
-        scale_in = read.scale[:, None] if isinstance(read.scale, Tensor) else read.scale
         tensors["W_skip"] = tensors["W_skip"] / scale_in * scale_out
     tensors["b_dec"] = constant * scale_out
     tensors = fold_decoder_norms(tensors)

@@ -1,7 +1,6 @@
 """What a dashboard is about: the SAEs of a run, or one SAE from anywhere, with the settings of its model and text."""
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from unbraid.config import EvaluationConfig, RunConfig, TextConfig, overridden
 from unbraid.errors import ConfigError, UnbraidError
+from unbraid.evaluation.said import said_by_hand
 from unbraid.formats import folder_name
 from unbraid.formats.export import open_source
 from unbraid.reporting.dashboard.labels import Labels
@@ -17,7 +17,6 @@ from unbraid.reporting.training_log import TrainingLog
 from unbraid.training.run_folder import RunFolder, is_run
 
 LABELS = "labels.json"
-HUB = "hub:"
 FOLDERS = Path("dashboards")
 
 
@@ -84,30 +83,6 @@ def labels_place(source: Path | str, final: Path) -> Path:
     return Path(source) / LABELS if is_a_run(source) else final.parent / f"{final.name}.{LABELS}"
 
 
-def text_settings(text: str | Sequence[str]) -> dict[str, Any]:
-    """Settings of a text from how it is named: "packaged", files or folders, or "hub:NAME".
-
-    Example:
-        >>> text_settings("hub:roneneldan/TinyStories")["dataset"]
-        'roneneldan/TinyStories'
-
-    Raises:
-        ConfigError: nothing is named, or several that are not all files.
-    """
-    names = [text] if isinstance(text, str) else list(text)
-    special = [name for name in names if name == "packaged" or name.startswith(HUB)]
-    if not names or "" in names or (special and len(names) > 1):
-        raise ConfigError(
-            f"text is {names}; expected packaged, hub:NAME, or files and folders; give one of these kinds"
-        )
-    if names == ["packaged"]:
-        return {"source": "packaged"}
-    if special:
-        return {"source": "hub", "dataset": names[0].removeprefix(HUB)}
-    # Nothing here was trained on, so half of a small text may be read, where 2 % might be no document.
-    return {"source": "files", "paths": names, "held_out_fraction": 0.5}
-
-
 def describe_text(text: TextConfig) -> str:
     """Where contexts come from, in a few words."""
     named = text.dataset if text.source == "hub" else ", ".join(text.paths) if text.source == "files" else ""
@@ -125,9 +100,7 @@ def open_shown(
     trust_remote_code: bool = False,
 ) -> Shown:
     """What a dashboard of `source` shows; see `write_dashboard`."""
-    given: dict[str, Any] = {name: value for name, value in (("model", model), ("site", site)) if value is not None}
-    if text is not None:
-        given |= {f"text.{name}": value for name, value in text_settings(text).items()}
+    given = said_by_hand(model, site, text)
     settings = overridden(EvaluationConfig(), given, "dashboard")[0]
     shown = (
         _of_run(Path(source), given, device, trust_remote_code)
