@@ -2,6 +2,7 @@
 
     python study/recipe.py small        # results/recipe.jsonl, test seeds 40 to 47
     python study/recipe.py medium
+    python study/recipe.py small --findings     # every penalty of the study once more, on the recipe
     python study/recipe.py small --revival      # results/revival.jsonl: dead features as in version 0.1, and as now
 
 The recipe's constants are those its authors published for the full SynthSAEBench world (k from 3.2 times its end, five
@@ -12,41 +13,54 @@ or six widths, inner levels at weight .5), scaled to the width of the SAE; nothi
 import argparse
 from typing import Any
 
-from trials import NONE, SHAPES, Trial, run
+from meta_sae import MetaSAEPenalty
+from torch import nn
+from trials import NONE, SHAPES, STEPS, Trial, run
 from worlds import FORMS
+
+from unbraid.presets import recipe_of
 
 TEST_SEEDS = list(range(40, 48))
 DEVELOPMENT_SEEDS = list(range(30, 34))
-WIDTHS = {"small": [4, 16, 32, 64, 128], "medium": [4, 16, 64, 128, 256, 512]}
 RARER_FLOOR = {"small": 0.2, "medium": 0.14}
 """Six tenths of what random rows reach, sqrt(2 ln N / D)."""
+META_WEIGHT = 0.03
+"""Of the rival's penalty: the best of .03, .1, .3 and 1 on seeds 30 and 31."""
 
 
-def recipe_of(n_features: int, k: int, widths: list[int], reorder: tuple[int, int] = (200, 100)) -> dict[str, Any]:
-    """Settings of an SAE: `reorder` is the step of the first ordering and the steps between orderings."""
-    assert widths[-1] == n_features
-    return {
-        "k_start": round(3.2 * k),
-        "matryoshka_widths": widths,
-        "matryoshka_order": "frequency",
-        "reorder_from": reorder[0],
-        "reorder_every": reorder[1],
-        "matryoshka_detach": True,
-        "matryoshka_weights": 0.5,
-    }
+def sae_of_recipe(n_features: int, k: int, steps: int) -> dict[str, Any]:
+    """The recipe of the preset `best`, as settings of an SAE."""
+    return {name.removeprefix("sae."): value for name, value in recipe_of(n_features, k, steps).items()}
 
 
 def trials(world: str, seed: int) -> list[Trial]:
-    """Today's Matryoshka without and with decoder rows apart; the recipe without and with the rarer row moving."""
+    """Plain Matryoshka without and with decoder rows apart; the recipe, the rarer row moving, robust rows, and both."""
     rarer = FORMS["rarer"] | {"floor": RARER_FLOOR[world]}
-    recipe = recipe_of(*SHAPES[world], WIDTHS[world], (100, 50))
+    recipe = sae_of_recipe(*SHAPES[world], STEPS)
     methods = [
         ("none", NONE, {}),
         ("apart", FORMS["decoder"], {}),
         ("recipe", NONE, recipe),
         ("recipe + rarer", rarer, recipe),
+        ("recipe + robust", NONE, recipe | {"robust": 1.0}),
+        ("recipe + rarer + robust", rarer, recipe | {"robust": 1.0}),
     ]
     return [Trial("matryoshka", name, form, seed, world=world, sae=sae) for name, form, sae in methods]
+
+
+def findings(world: str, seed: int) -> list[Trial]:
+    """The penalties that earlier tables judged on plainer SAEs, and a rival, each on the recipe."""
+    recipe = sae_of_recipe(*SHAPES[world], STEPS)
+    forms = {name: FORMS[name] for name in ("codes", "window", "decoder", "ortsae", "co-active", "random")}
+    forms["meta-SAE"] = {"lambda2": META_WEIGHT, "space": "decoder"}
+    return [
+        Trial("matryoshka", f"recipe + {name}", form, seed, world=world, sae=recipe) for name, form in forms.items()
+    ]
+
+
+def penalty_of(trial: Trial) -> nn.Module | None:
+    """The rival's penalty; the library's for the others."""
+    return MetaSAEPenalty(trial.seed) if trial.method.endswith("meta-SAE") else None
 
 
 def revivals(world: str, seed: int) -> list[Trial]:
@@ -64,11 +78,12 @@ def main() -> None:
     parser.add_argument("world", choices=SHAPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=TEST_SEEDS)
     parser.add_argument("--revival", action="store_true")
+    parser.add_argument("--findings", action="store_true")
     parser.add_argument("--into", default=None, help="another file of results, for development")
     asked = parser.parse_args()
-    table, chosen = ("revival", revivals) if asked.revival else ("recipe", trials)
+    table, chosen = ("revival", revivals) if asked.revival else ("recipe", findings if asked.findings else trials)
     for seed in asked.seeds:
-        run(chosen(asked.world, seed), asked.into or table)
+        run(chosen(asked.world, seed), asked.into or table, penalty_of)
 
 
 if __name__ == "__main__":

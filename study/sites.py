@@ -4,6 +4,8 @@
     python study/sites.py transcoder    # an MLP's transcoder beside eai-sparsify's (`make peers` first)
     python study/sites.py crosscoder    # three layers, beside a plain autograd version of the published formulas
     python study/sites.py diffing       # a crosscoder over two models: the same one twice, and a fine-tuned copy
+    python study/sites.py warm          # SAEs that start from the layer below's, at four lengths of training
+    python study/sites.py finetune      # the packaged dictionary, fine-tuned at the end of the model
 
 Results are JSON lines in `results/sites.jsonl`; what is there already is not made again. Rows are kept in `--rows`.
 """
@@ -22,17 +24,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbraid import recipes
+from unbraid import formats, recipes
 from unbraid.activations.live import LiveActivations
 from unbraid.activations.load import load_model_and_tokenizer
 from unbraid.activations.rows import RowFilter
 from unbraid.config import OptimiserConfig, RunConfig, SAEConfig, VariantConfig, overridden
 from unbraid.config.decorrelation import DecorrelationConfig
+from unbraid.finetuning import finetune
 from unbraid.sae.crosscoder import by_site, exclusive_features, relative_norms
 from unbraid.sites import Route
 from unbraid.text import open_source
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.sae_trainer import SAETrainer, ends, train_step, trainer_from_settings
+from unbraid.training.start import start_from
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "sites.jsonl"
@@ -46,6 +50,10 @@ RATES = (5e-4, 1e-3, 2e-3)
 PLAIN_ROWS, PLAIN_RATE = HELD_OUT + 80 * BATCH, 1e-3
 """Of the crosscoder: the plain formulas take minutes."""
 WARM_UP, DECAY = 20, 0.2
+NEIGHBOURS = ["resid_post.4", "resid_post.5", "resid_post.6", "resid_post.7"]
+LENGTHS = (70, 140, 210, 280)
+"""Steps of training, each with a schedule of its own."""
+FINETUNED_TOKENS = 49_152
 TUNED_STEPS, TUNED_BATCH, TUNED_RATE = 60, 8, 5e-5
 CPU = torch.device("cpu")
 
@@ -66,6 +74,8 @@ def harvest(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "one_pass.safetensors").is_file():
         save_file(rows_of(settings_of(ONE_PASS)), folder / "one_pass.safetensors")
+    if not (folder / "neighbours.safetensors").is_file():
+        save_file(rows_of(settings_of(NEIGHBOURS)), folder / "neighbours.safetensors")
     if not (folder / "tuned.safetensors").is_file():
         config = settings_of([DIFFED])
         model, tokenizer = load_model_and_tokenizer(config.model, CPU)
@@ -288,10 +298,57 @@ def diffing(folder: Path) -> None:
         note(common, made)
 
 
+def warm(folder: Path) -> None:
+    """What starting from the SAE of the layer below saves: held-out loss after several lengths of training."""
+    rows = load_file(folder / "neighbours.safetensors")
+    for below, site in itertools.pairwise(NEIGHBOURS):
+        start = folder / f"sae-{below}"
+        if not start.is_dir():
+            source = trained(trainer_of(below, {below: rows[below]}, "topk", 1e-3, N), [rows[below]], 1e-3)
+            source.fold()
+            formats.save(source.sae, start)
+        for steps, begins in itertools.product(LENGTHS, ("drawn", below)):
+            common = {"what": "warm", "route": site, "n": N, "k": K, "steps": steps, "lr": 1e-3, "start": begins}
+
+            def made(steps: int = steps, begins: str = begins, site: str = site, start: Path = start) -> dict[str, Any]:
+                some = rows[site][: HELD_OUT + steps * BATCH]
+                given = {} if begins == "drawn" else {"start_from": str(start)}
+                trainer = trainer_of(site, {site: some}, "topk", 1e-3, N, **given)
+                start_from(trainer)
+                first = held_out_fvu(trainer, [some])
+                return {"fvu": held_out_fvu(trained(trainer, [some], 1e-3), [some]), "fvu_before": first}
+
+            note(common, made)
+
+
+def finetuned(folder: Path) -> None:
+    """Cross-entropy score and L0 before and after; the decoder alone keeps every code as it was."""
+    for learned, mse in itertools.product(("decoder", "all"), (0.0, 1.0)):
+        common = {"what": "finetune", "sae": "smollm2-demo", "tokens": FINETUNED_TOKENS, "learned": learned, "mse": mse}
+
+        def made(learned: Any = learned, mse: float = mse) -> dict[str, Any]:
+            out = folder / f"finetuned-{learned}-{mse:g}"
+            found = finetune(
+                "smollm2-demo",
+                out,
+                tokens=FINETUNED_TOKENS,
+                learned=learned,
+                mse=mse,
+                held_out_contexts=64,
+                overwrite=True,
+            )
+            return {"before": found.before._asdict(), "after": found.after._asdict()}
+
+        note(common, made)
+
+
+PARTS = {"crosscoder": crosscoder, "diffing": diffing, "warm": warm, "finetune": finetuned}
+
+
 def main() -> None:
     """One part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["harvest", "transcoder", "crosscoder", "diffing"])
+    parser.add_argument("what", choices=["harvest", "transcoder", *PARTS])
     parser.add_argument("--rows", type=Path, default=ROOT / "runs" / "sites")
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"))
     asked = parser.parse_args()
@@ -301,7 +358,7 @@ def main() -> None:
     elif asked.what == "transcoder":
         transcoder(asked.rows, asked.peers_python)
     else:
-        {"crosscoder": crosscoder, "diffing": diffing}[asked.what](asked.rows)
+        PARTS[asked.what](asked.rows)
 
 
 if __name__ == "__main__":

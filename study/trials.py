@@ -26,7 +26,7 @@ from unbraid.synthetic.learning import train_on_world
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"small": (128, 5), "medium": (512, 11)}
 """World -> width and k of its SAEs."""
-BATCH = 1024
+BATCH, STEPS = 1024, 2500
 FIRST_REVIVAL = {"dead_after_tokens": 100 * BATCH, "aux_weight": 1 / 32}
 """Of every table before `recipe`, which has the library's: the one that lets features die."""
 JUDGED_SAMPLES, CODE_SAMPLES = 65_536, 16_384
@@ -43,7 +43,7 @@ class Trial:
     method: str
     decorrelation: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    steps: int = 2500
+    steps: int = STEPS
     lr: float = 2e-3
     lambda1: float = 0.0
     world: str = "small"

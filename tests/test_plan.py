@@ -145,6 +145,13 @@ def test_a_plan_prints_itself_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["demo", "transcoder-demo", "smollm2"])
+def test_the_packaged_text_is_enough_for_a_recipe(tmp_path, capsys, recipe):
+    main(["train", recipe, "--run", str(tmp_path / "run"), "--dry-run"])
+    assert "rows found, enough" in capsys.readouterr().out
+
+
 def test_values_that_were_dropped_are_listed():
     plan = run.plan(small(), "runs/never", dropped=["sae.k = 64: the architecture is relu"])
     assert "left out, because it does not apply: sae.k = 64: the architecture is relu" in str(plan)

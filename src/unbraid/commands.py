@@ -74,7 +74,8 @@ def _run_settings(command: str, arguments: list[str], own: type[Section]) -> tup
     if recipe.endswith(".json"):
         require_trust(merged(RunConfig, base, by_hand, recipe)[0], TRUST.removeprefix("--") in given.settings, recipe)
     if given.own.get("preset") is not None:
-        base = with_preset(merged(RunConfig, base, {}, recipe)[0], given.own["preset"]).model_dump(exclude_unset=True)
+        chosen = with_preset(merged(RunConfig, base, {}, recipe)[0], given.own["preset"], by_hand | given.settings)
+        base = chosen.model_dump(exclude_unset=True)
     config, dropped = merged(RunConfig, base, by_hand | given.settings, f"{command} {recipe}")
     if given.wants_help:
         print(

@@ -55,10 +55,11 @@ class Plan:
 
     def __str__(self) -> str:
         config, training = self.config, self.config.training
+        saes = "SAE" if len(config.sae_names) == 1 else "SAEs"
         found = "cannot be counted beforehand" if self.rows is None else f"{self.rows:,} rows found, enough"
         lines = [
             f"plan: {config.steps:,} steps of {training.batch_tokens:,} tokens "
-            f"({config.steps * training.batch_tokens:,} tokens) for {len(config.sae_names)} SAEs: "
+            f"({config.steps * training.batch_tokens:,} tokens) for {len(config.sae_names)} {saes}: "
             f"{', '.join(config.sae_names)}",
             f"  activations: {self.source}",
             f"  training text: {found}; held-out text: found",

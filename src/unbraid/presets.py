@@ -4,7 +4,7 @@ A recipe says which model, text and size; a preset says the method, so any recip
 --preset best`). The table changes when docs/study.md does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unbraid.errors import ConfigError
@@ -31,11 +31,43 @@ ROWS_APART = {
 }
 
 
+LEVELS = (128, 32, 8, 4, 2, 1)
+"""The strongest recipe's levels hold N over each of these: 32, 128, 512, 1024, 2048 and 4096 of 4,096 features, as its
+authors published them for the full SynthSAEBench world."""
+SMALLEST_LEVEL = 4
+K_START = 3.2
+"""k begins at this multiple of itself and falls linearly: 80 to 25, as published."""
+INNER_WEIGHT = 0.5
+REORDERED_FROM, REORDERED_EVERY = 25, 50
+"""Features are first ordered after a 25th of the steps and then every 50th."""
+
+
+def recipe_of(n_features: int, k: int, steps: int) -> dict[str, Any]:
+    """Settings of the strongest recipe known, of a Matryoshka SAE of this width and k: what `best` trains with.
+
+    Levels hold the most frequent features and are detached, so that no feature is bent by rarer ones, and k falls.
+
+        >>> recipe_of(512, 11, 2500)["sae.matryoshka_widths"]
+        [4, 16, 64, 128, 256, 512]
+    """
+    widths = sorted({n_features // share for share in LEVELS if n_features // share >= SMALLEST_LEVEL or share == 1})
+    return {
+        "sae.k_start": max(k, min(n_features, round(K_START * k))),
+        "sae.matryoshka_widths": widths,
+        "sae.matryoshka_order": "frequency",
+        "sae.reorder_from": max(1, steps // REORDERED_FROM),
+        "sae.reorder_every": max(1, steps // REORDERED_EVERY),
+        "sae.matryoshka_detach": True,
+        "sae.matryoshka_weights": INNER_WEIGHT,
+    }
+
+
 class Preset(NamedTuple):
-    """A method."""
+    """A method: its settings, and those that follow from the width, k and the number of steps."""
 
     summary: str
     settings: Mapping[str, Any]
+    scaled: Callable[[int, int, int], Mapping[str, Any]] | None = None
 
 
 PRESETS: dict[str, Preset] = {
@@ -45,35 +77,51 @@ PRESETS: dict[str, Preset] = {
     ),
     "apart": Preset(
         "BatchTopK, the rarer decoder row of the most overlapping 0.1 % of pairs pushed away, down to 0.6 of chance",
-        {"sae.architecture": "batch_topk", "sae.k": PRESET_K, "decorrelation.method": "selective", **ROWS_APART},
+        {"sae.architecture": "batch_topk", "decorrelation.method": "selective", **ROWS_APART},
     ),
     "best": Preset(
-        "Matryoshka with the penalty of apart: what the study recommends so far",
-        {"sae.architecture": "matryoshka", "sae.k": PRESET_K, "decorrelation.method": "selective", **ROWS_APART},
+        "the strongest recipe: Matryoshka, levels by firing frequency and detached, falling k; no penalty adds to it",
+        {"sae.architecture": "matryoshka", "decorrelation.method": "none"},
+        recipe_of,
     ),
 }
+SIZES = ("sae.n_features", "sae.k", "training.tokens", "training.batch_tokens")
+"""Settings that a preset's own follow from."""
 
 
-def with_preset(config: "RunConfig", name: str) -> "RunConfig":
+def with_preset(config: "RunConfig", name: str, given: Mapping[str, Any] | None = None) -> "RunConfig":
     """`config` with the method of a preset; what the method does not read is gone.
 
         >>> from unbraid import recipes
         >>> with_preset(recipes.tiny(), "best").sae.architecture
         'matryoshka'
 
+    Args:
+        config: a recipe.
+        name: of the preset.
+        given: settings that will be given by hand over the preset's, by their dotted paths; those among `SIZES` decide
+            others of the preset.
+
     Raises:
         ConfigError: there is no such preset.
     """
-    from unbraid.config import overridden  # `unbraid --help` lists presets without loading settings
+    from unbraid.config import SAEConfig, WithKConfig, overridden  # `unbraid --help` lists presets without settings
     from unbraid.recipes import WITH_TWIN
 
     if name not in PRESETS:
         raise ConfigError(f"preset = {name[:80]!r} is unknown; expected one of {', '.join(PRESETS)}")
-    settings = dict(PRESETS[name].settings)
-    if "sae.k" in settings:
-        settings["sae.k"] = max(1, min(PRESET_K, config.sae.n_features // FEATURES_PER_K))
-    # Variants of a recipe compare methods; a preset is one method, beside its twin.
-    return overridden(config, settings | {"variants": WITH_TWIN}, f"preset {name}")[0]
+    preset, where = PRESETS[name], f"preset {name}"
+    settings = {path: value for path, value in (given or {}).items() if path in SIZES} | dict(preset.settings)
+    # Variants of a recipe compare methods; a preset is one method, beside its twin where it has a penalty.
+    settings["variants"] = {"": {}} if settings["decorrelation.method"] == "none" else WITH_TWIN
+    if issubclass(SAEConfig.kinds()[settings["sae.architecture"]], WithKConfig):
+        n_features = settings.get("sae.n_features", config.sae.n_features)
+        settings.setdefault("sae.k", max(1, min(PRESET_K, n_features // FEATURES_PER_K)))
+    config = overridden(config, settings, where)[0]
+    if preset.scaled is not None:
+        assert isinstance(config.sae, WithKConfig)
+        config = overridden(config, preset.scaled(config.sae.n_features, config.sae.k, config.steps), where)[0]
+    return config
 
 
 def listed() -> str:

@@ -102,7 +102,7 @@ def smollm2() -> RunConfig:
         model=ModelConfig(sites=["resid_post.6", "resid_post.14", "resid_post.22"]),
         sae=SAEConfig(n_features=4608),
         optimiser=OptimiserConfig(sparsity_warmup_steps=1000),
-        training=TrainingConfig(tokens=5_000_000),
+        training=TrainingConfig(tokens=4_000_000),
         variants=WITH_TWIN,
     )
 
@@ -117,7 +117,7 @@ def gemma_3_270m() -> RunConfig:
         model=ModelConfig(name="packaged:gemma3", sites=["resid_post.3", "resid_post.8", "resid_post.13"]),
         sae=SAEConfig(n_features=5120),
         optimiser=OptimiserConfig(sparsity_warmup_steps=1000),
-        training=TrainingConfig(tokens=5_000_000),
+        training=TrainingConfig(tokens=4_000_000),
         variants=WITH_TWIN,
     )
 

@@ -25,6 +25,9 @@ BY_FREQUENCY = {
 }
 
 
+ROBUST = {"robust": 1.0, "robust_from": 0.0, "robust_until": 0.5}
+
+
 def assert_close(found: dict, expected: dict, tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name in expected:
@@ -46,6 +49,7 @@ def test_a_split_sae_learns_the_weights_of_a_whole_one_on_every_path_in_float64(
             ("gated", {}),
             ("matryoshka", {"matryoshka_widths": [4, 13, N]}),
             ("matryoshka", {"matryoshka_widths": [4, 13, N], **BY_FREQUENCY}),
+            ("matryoshka", {"matryoshka_widths": [4, 13, N], **BY_FREQUENCY, **ROBUST}),
             ("denoising", {}),
         ]
         for path in ("sparse", "dense")

@@ -62,6 +62,11 @@ def test_ordering_levels_by_frequency_reads_nothing(waiting):
     assert counted(make("matryoshka", n_features=32, **order)).places == {}
 
 
+@pytest.mark.parametrize("sae", [{}, {"n_features": 32}], ids=["sparse", "dense"])
+def test_robust_rows_read_nothing(waiting, sae):
+    assert counted(make("topk", robust=1.0, robust_from=0.0, robust_until=0.0, **sae)).places == {}
+
+
 @pytest.mark.parametrize("architecture", THRESHOLDED)
 def test_a_step_of_the_others_reads_how_many_features_are_active(waiting, architecture):
     dense = counted(make(architecture))

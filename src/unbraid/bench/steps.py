@@ -96,7 +96,7 @@ def settings_of(architecture: str, n_features: int, k: int, penalty: str, precis
     sae |= {"k": k} if issubclass(kind, WithKConfig) else {"lambda1": 0.05}
     decorrelation: Any = {"method": "none"}
     if penalty != "none":
-        decorrelation = with_preset(RunConfig(), penalty).variant("decorrelated").decorrelation
+        decorrelation = with_preset(RunConfig(), penalty).decorrelation
     return VariantConfig.model_validate(
         {
             "seed": 0,

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from unbraid.config.checks import GIVEN, Common, Condition, active_when, wrong
+from unbraid.config.checks import GIVEN, Common, Condition, above, active_when, wrong
 from unbraid.config.kinds import Kinds, Registry
 from unbraid.sites import is_transcoder
 
@@ -55,6 +55,22 @@ class SAEConfig(Kinds):
     """What stays as it began, for controls that have learned less (arXiv 2602.14111) and for fine-tuning: decoder
     rows; near: decoder rows but for a turn of at most 37 degrees (cosine 0.8); encoder: encoder rows; both: encoder
     and decoder rows, so that biases and thresholds are learned."""
+
+    robust: Annotated[float, active_when(frozen=("none", "near", "encoder"))] = Field(default=0.0, ge=0.0, le=4.0)
+    """Power with which tokens of large error teach decoder rows less; 0 counts all alike."""
+    robust_from: Annotated[float, active_when(robust=above(0))] = Field(default=0.4, ge=0.0, le=1.0)
+    """Share of the steps after which that power begins to rise."""
+    robust_until: Annotated[float, active_when(robust=above(0))] = Field(default=0.8, ge=0.0, le=1.0)
+    """Share of the steps at which it is whole; not before `robust_from`."""
+
+    @model_validator(mode="after")
+    def _robust_in_order(self) -> "SAEConfig":
+        if self.robust_until < self.robust_from:
+            raise wrong(
+                f"sae.robust_until is {self.robust_until} but sae.robust_from {self.robust_from}; expected at least as "
+                "much, because the power rises from one to the other; change one of them"
+            )
+        return self
 
     @property
     def revival_weight(self) -> float:

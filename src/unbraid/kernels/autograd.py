@@ -6,6 +6,7 @@ only, and `decode` does the same for the decoder. The decoder bias, subtracted b
 from the [N] sums that b_enc's gradient is anyway: sum_b g_b W = (sum_b g_b) W, instead of another big product.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.products import entry_dots, sums_by_feature, weighted_columns, weighted_rows
+
+EntryWeights = Callable[[Codes], Tensor]
+"""Codes -> a number for each of their entries."""
 
 
 class _ActiveEntries(torch.autograd.Function):
@@ -64,9 +68,11 @@ def active_entries(
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, codes: Codes) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, values: Tensor, W_dec: Tensor, codes: Codes, weights: EntryWeights | None
+    ) -> Tensor:
         ctx.save_for_backward(values, W_dec)
-        ctx.codes = codes
+        ctx.codes, ctx.weights = codes, weights
         return weighted_rows(codes.with_values(values), W_dec)
 
     @staticmethod
@@ -74,10 +80,18 @@ class _Decode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         g_BD = g_BD.contiguous()
         g_values = entry_dots(ctx.codes, g_BD, W_dec) if ctx.needs_input_grad[0] else None
-        g_W_dec = weighted_columns(ctx.codes.with_values(values), g_BD) if ctx.needs_input_grad[1] else None
-        return g_values, g_W_dec, None
+        if not ctx.needs_input_grad[1]:
+            return g_values, None, None, None
+        values = values if ctx.weights is None else values * ctx.weights(ctx.codes.with_values(values))
+        return g_values, weighted_columns(ctx.codes.with_values(values), g_BD), None, None
 
 
-def decode(codes: Codes, W_dec: Float[Tensor, "N D"]) -> Float[Tensor, "rows D"]:
-    """The sparse code times W_dec, differentiable in both."""
-    return _Decode.apply(codes.values, W_dec, codes.detach())  # pyright: ignore
+def decode(codes: Codes, W_dec: Float[Tensor, "N D"], weights: EntryWeights | None = None) -> Float[Tensor, "rows D"]:
+    """The sparse code times W_dec, differentiable in both.
+
+    Args:
+        codes: the sparse code.
+        W_dec: the decoder.
+        weights: called in the backward pass: how much each entry counts in the gradient of its decoder row.
+    """
+    return _Decode.apply(codes.values, W_dec, codes.detach(), weights)  # pyright: ignore

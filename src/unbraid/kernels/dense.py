@@ -19,6 +19,10 @@ SlabGradient = Callable[[Tensor, slice], Tensor]
 """(a slab of codes [B, n], which features) -> a loss's gradient in them, a new tensor that broadcasts to the slab."""
 
 
+FeatureWeights = Callable[[slice | Tensor], Tensor]
+"""Features -> [B, n], a number for each token."""
+
+
 def slabs(widths: list[int]) -> Iterator[tuple[int, slice]]:
     """(group, features) covering all features; no slab crosses from one group into the next."""
     start = 0
@@ -31,6 +35,11 @@ def slabs(widths: list[int]) -> Iterator[tuple[int, slice]]:
 def where_positive_(g: Tensor, f: Tensor) -> None:
     """Put zeros into `g` wherever `f` is not positive: the gradient of a ReLU, in one pass."""
     torch.ops.aten.threshold_backward.grad_input(g, f, 0.0, grad_input=g)
+
+
+def weighed(f_BN: Tensor, part: slice, weights: FeatureWeights | None) -> Tensor:
+    """A slab of codes as the gradient of its decoder rows counts it."""
+    return f_BN[:, part] if weights is None else f_BN[:, part] * weights(part)
 
 
 class _DenseAutoencode(torch.autograd.Function):
@@ -50,9 +59,10 @@ class _DenseAutoencode(torch.autograd.Function):
         bandwidth: float,
         penalty: Tensor | None,
         penalty_gradient: SlabGradient | None,
+        weights: FeatureWeights | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.widths, ctx.bandwidth, ctx.penalty_gradient = widths, bandwidth, penalty_gradient
+        ctx.widths, ctx.bandwidth, ctx.penalty_gradient, ctx.weights = widths, bandwidth, penalty_gradient, weights
         starts = [0, *widths[:-1]]
         parts = [f_BN[:, a:b] @ W_dec[a:b] for a, b in zip(starts, widths, strict=True)]
         ctx.save_for_backward(encoder_ND, W_dec, threshold_N, centred_BD, f_BN, window_BN)
@@ -77,7 +87,7 @@ class _DenseAutoencode(torch.autograd.Function):
             if g_penalty is not None and ctx.penalty_gradient is not None:
                 g += ctx.penalty_gradient(f_BN[:, part], part).mul_(g_penalty)
             if g_out is not None:
-                torch.mm(f_BN[:, part].T, g_out, out=g_W_dec[part])
+                torch.mm(weighed(f_BN, part, ctx.weights).T, g_out, out=g_W_dec[part])
             if g_threshold is not None:
                 g_threshold[part] = (g * window_BN[:, part]).sum(0) * -(threshold_N[part] / ctx.bandwidth)
             where_positive_(g, f_BN[:, part])
@@ -86,7 +96,7 @@ class _DenseAutoencode(torch.autograd.Function):
             if g_x is not None:
                 g_x.addmm_(g, encoder_ND[part])
         g_b_dec = -(sums_N @ encoder_ND) if ctx.needs_input_grad[1] else None
-        return g_x, g_b_dec, g_encoder, sums_N, g_W_dec, g_threshold, *[None] * 7
+        return g_x, g_b_dec, g_encoder, sums_N, g_W_dec, g_threshold, *[None] * 8
 
 
 def dense_autoencode(
@@ -104,6 +114,7 @@ def dense_autoencode(
     bandwidth: float = 1.0,
     penalty: Float[Tensor, ""] | None = None,
     penalty_gradient: SlabGradient | None = None,
+    weights: FeatureWeights | None = None,
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B groups M"], Float[Tensor, ""]]:
     """Codes and their partial reconstructions, differentiable in everything the codes were made of.
 
@@ -118,6 +129,7 @@ def dense_autoencode(
         threshold_N: JumpReLU thresholds; `window_BN` marks |pre - threshold| < bandwidth / 2, where
             df/dthreshold = -threshold / bandwidth (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11).
         penalty: a loss on the codes, made without a graph; `penalty_gradient` gives its gradient slab by slab.
+        weights: called in the backward pass: how much each token counts in the gradient of these decoder rows.
 
     Returns:
         f_BN with a graph; for each group of features its share of the reconstruction (without b_dec); the penalty.
@@ -125,7 +137,10 @@ def dense_autoencode(
     if order_N is not None:
         assert threshold_N is None and penalty_gradient is None
         rows = (encoder_ND[order_N], b_enc[order_N], W_dec[order_N])
-        f_BN, parts_BGD, nothing = dense_autoencode(x_BD, b_dec, *rows, centred_BD, f_BN[:, order_N], widths)
+        ordered = None if weights is None else (lambda part: weights(order_N[part]))
+        f_BN, parts_BGD, nothing = dense_autoencode(
+            x_BD, b_dec, *rows, centred_BD, f_BN[:, order_N], widths, weights=ordered
+        )
         return f_BN[:, order_N.argsort()], parts_BGD, nothing
     return _DenseAutoencode.apply(  # pyright: ignore
         x_BD,
@@ -141,4 +156,5 @@ def dense_autoencode(
         bandwidth,
         penalty,
         penalty_gradient,
+        weights,
     )

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unbraid.kernels.dense import slabs
+from unbraid.kernels.dense import FeatureWeights, slabs, weighed
 
 
 class _DenseGated(torch.autograd.Function):
@@ -26,8 +26,10 @@ class _DenseGated(torch.autograd.Function):
         W_dec: Tensor,
         centred_BD: Tensor,
         u_BN: Tensor,
+        weights: FeatureWeights | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.weights = weights
         gate_hat_BD = centred_BD.new_zeros(len(centred_BD), W_dec.shape[1])
         gate_l1 = centred_BD.new_zeros(())
         for _, part in slabs([len(W_dec)]):
@@ -59,7 +61,7 @@ class _DenseGated(torch.autograd.Function):
                 g_mag += g_f_BN[:, part]
             g_mag *= f_BN[:, part] > 0
             if g_out is not None:
-                torch.mm(f_BN[:, part].T, g_out, out=g_W_dec[part])
+                torch.mm(weighed(f_BN, part, ctx.weights).T, g_out, out=g_W_dec[part])
             scale = r_mag[part].exp()
             g_b_gate[part], g_b_mag[part] = g_pi.sum(0), g_mag.sum(0)
             g_r_mag[part] = (g_mag * u).sum(0) * scale
@@ -69,7 +71,7 @@ class _DenseGated(torch.autograd.Function):
             if g_x is not None:
                 g_x.addmm_(g_u, encoder_ND[part])
         g_b_dec = -(sums_N @ encoder_ND) if ctx.needs_input_grad[1] else None
-        return g_x, g_b_dec, g_encoder, g_b_gate, g_b_mag, g_r_mag, g_W_dec, None, None
+        return g_x, g_b_dec, g_encoder, g_b_gate, g_b_mag, g_r_mag, g_W_dec, None, None, None
 
 
 def dense_gated(
@@ -82,11 +84,14 @@ def dense_gated(
     W_dec: Float[Tensor, "N M"],
     centred_BD: Float[Tensor, "B D"],
     u_BN: Float[Tensor, "B N"],
+    weights: FeatureWeights | None = None,
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B M"], Float[Tensor, "B M"], Float[Tensor, ""]]:
     """Gated codes from u = (x - b_dec) W_enc, made without a graph and taken over.
+
+    For `weights` see `dense_autoencode`.
 
     Returns:
         The codes 1[u + b_gate > 0] * relu(exp(r_mag) u + b_mag), what they decode to, what the open gates
         relu(u + b_gate) decode to through a frozen W_dec, and the sum of the open gates.
     """
-    return _DenseGated.apply(x_BD, b_dec, encoder_ND, b_gate, b_mag, r_mag, W_dec, centred_BD, u_BN)  # pyright: ignore
+    return _DenseGated.apply(x_BD, b_dec, encoder_ND, b_gate, b_mag, r_mag, W_dec, centred_BD, u_BN, weights)  # pyright: ignore

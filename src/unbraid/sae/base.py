@@ -31,12 +31,13 @@ from unbraid.errors import ActivationError, CodesError
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
-from unbraid.kernels.dense import SlabGradient, dense_autoencode
+from unbraid.kernels.dense import FeatureWeights, SlabGradient, dense_autoencode
 from unbraid.kernels.host import WithHostBuffers
 from unbraid.sae.dead import pull_to_threshold
 from unbraid.sae.first_weights import TRANSCODER_START, closest_norm, random_unit_rows
 from unbraid.sae.folding import fold_into
 from unbraid.sae.forward import Encoded, Forward, squared_error
+from unbraid.sae.robust import RobustRows, power_at
 
 SPARSE_BELOW = {"cpu": 0.05, "cuda": 0.01}
 """Share of active entries below which the sparse path is faster: measured on a CPU, an estimate for GPUs."""
@@ -67,8 +68,6 @@ class SAE(WithHostBuffers):
     """Layout -> the architecture of that layout which has this one's inference form; others cannot hold it."""
     shared: ClassVar[tuple[str, ...]] = ("b_dec", "W_skip")
     """Parameters every rank of a split SAE holds; their gradients are summed over the ranks."""
-    training_buffers: ClassVar[tuple[str, ...]] = ()
-    """Buffers that training goes on from and a trained SAE has no use for; `state_dict` leaves them out."""
     scaled_with_input: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers in units of pre-activations, which `fold` divides."""
     W_skip: Tensor | None
@@ -93,8 +92,19 @@ class SAE(WithHostBuffers):
         self.b_dec = nn.Parameter(torch.zeros(width_out))
         has_skip = self.is_transcoder and config.skip
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(d_in, width_out)) if has_skip else None)
+        self.robust = RobustRows(self.n_features) if config.robust > 0 else None
         self.register_buffer("no_input_bias", torch.zeros(d_in) if self.is_transcoder else None, persistent=False)
         self.add_biases()
+
+    @property
+    def robust_now(self) -> RobustRows | None:
+        """What makes decoder rows robust, in a step in which it does."""
+        return self.robust if self.robust is not None and self.robust.power > 0 else None
+
+    @property
+    def training_buffers(self) -> tuple[str, ...]:
+        """Buffers that training goes on from and a trained SAE has no use for; `state_dict` leaves them out."""
+        return () if self.robust is None else tuple(f"robust.{name}" for name, _ in self.robust.named_buffers())
 
     def initial_share(self) -> float:
         """Share of the features that are active on a row before the first step: those with a positive product."""
@@ -251,6 +261,8 @@ class SAE(WithHostBuffers):
             constant = constant if skip_BM is None else constant + skip_BM
             x_hat_BD, inner = self.reconstructions(parts_BGD, constant)
             reconstruction = squared_error(y_BM, x_hat_BD)
+            if (robust := self.robust_now) is not None:
+                robust.note(encoded.codes, (y_BM - x_hat_BD).detach().square().sum(1))
             inner_losses = [weight * squared_error(y_BM, inner_BD) for weight, inner_BD in inner]
         auxiliary = encoded.extra + sum(inner_losses)
         revived = 0
@@ -295,7 +307,10 @@ class SAE(WithHostBuffers):
         raise TypeError(f"{type(self).__name__} is not an architecture; build one with unbraid.sae.build")
 
     def begin_step(self, step: int, steps: int) -> None:
-        """Take up what changes over training: nothing. Called before a step, counted from 0, of `steps` in all."""
+        """Take up what changes over training. Called before a step, counted from 0, of `steps` in all."""
+        if self.robust is not None:
+            share = step / steps if steps else 1.0
+            self.robust.power = power_at(share, self.config.robust_from, self.config.robust_until, self.config.robust)
 
     def reconstructions(self, parts_BGD: Tensor, constant: Tensor) -> tuple[Tensor, list[tuple[float, Tensor]]]:
         """The reconstruction, and those of inner levels with the weights of their losses: none but for Matryoshka.
@@ -323,7 +338,17 @@ class SAE(WithHostBuffers):
 
     def parts_of(self, codes: Codes) -> Tensor:
         """`[B, G, D]`, each feature group's share of the reconstruction: one group of all features."""
-        return decode(codes, self.W_dec).unsqueeze(1)
+        return self.decoded(codes).unsqueeze(1)
+
+    def decoded(self, codes: Codes) -> Tensor:
+        """The codes times W_dec; rows may learn more from some tokens than from others."""
+        robust = self.robust_now
+        return decode(codes, self.W_dec, None if robust is None else robust.of_entries)
+
+    def feature_weights(self) -> FeatureWeights | None:
+        """The same of the dense path."""
+        robust = self.robust_now
+        return None if robust is None else robust.of_features
 
     def encode_dense(self, target_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """The same from whole matrices."""
@@ -340,6 +365,7 @@ class SAE(WithHostBuffers):
             *self.feature_groups(),
             penalty=penalty,
             penalty_gradient=penalty_gradient,
+            weights=self.feature_weights(),
         )
         return Encoded(f_BN, parts_BGD, sparsity, seen_BD.new_zeros(()))
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from unbraid.config import active_when
 from unbraid.config.checks import wrong
-from unbraid.kernels.autograd import decode
 from unbraid.kernels.codes import Codes
 from unbraid.sae.batch_topk import BatchTopKSAE, SharedThresholdConfig
 from unbraid.sae.registry import register
@@ -81,7 +80,6 @@ class MatryoshkaSAE(BatchTopKSAE):
     config: MatryoshkaConfig
     threshold_kind = "shared"
     written_as = {"sae_lens": "jumprelu", "dictionary_learning": "MatryoshkaBatchTopKSAE"}  # noqa: RUF012
-    training_buffers = ("frequency_N", "position_N", "batches")
     on_host = ("batches",)
 
     def add_biases(self) -> None:
@@ -93,6 +91,11 @@ class MatryoshkaSAE(BatchTopKSAE):
         self.register_buffer("frequency_N", torch.zeros(self.n_features), persistent=False)
         self.register_buffer("position_N", torch.arange(self.shard.start, self.shard.end), persistent=False)
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    @property
+    def training_buffers(self) -> tuple[str, ...]:
+        """Also the order of the features."""
+        return (*super().training_buffers, "frequency_N", "position_N", "batches")
 
     @property
     def by_frequency(self) -> bool:
@@ -128,7 +131,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             split = codes.split(self.prefix_widths(), self.position_N)
         else:
             split = codes.split(self.feature_groups()[0])
-        return decode(split, self.W_dec).view(codes.n_rows, -1, self.d_out)
+        return self.decoded(split).view(codes.n_rows, -1, self.d_out)
 
     def feature_groups(self) -> tuple[list[int], Tensor | None]:
         """Ends of the levels among the features here, and these in the order of their places."""

@@ -52,6 +52,7 @@ class TopKSAE(SAE):
 
     def begin_step(self, step: int, steps: int) -> None:
         """k falls from `k_start` to `k` over the first `k_fall` of the steps, and stays there."""
+        super().begin_step(step, steps)
         if self.config.k_start is not None:
             falling = self.config.k_fall * steps
             share = min(1.0, step / falling) if falling > 0 else 1.0

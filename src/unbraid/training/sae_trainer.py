@@ -102,7 +102,7 @@ class SAETrainer:
         """
         self.require_finite()
         groups = {
-            "sae": self.sae.state_dict() | {name: getattr(self.sae, name) for name in self.sae.training_buffers},
+            "sae": self.sae.state_dict() | {name: self.sae.get_buffer(name) for name in self.sae.training_buffers},
             "optimiser": self.optimiser.state_tensors(),
             "decorrelate": dict(self.decorrelate.state_dict()),
             "trainee": {
@@ -132,7 +132,7 @@ class SAETrainer:
 
         sae = group("sae")
         for name in self.sae.training_buffers:
-            getattr(self.sae, name).copy_(sae.pop(name))
+            self.sae.get_buffer(name).copy_(sae.pop(name))
         self.sae.load_state_dict(sae)
         self.optimiser.load_state_tensors(group("optimiser"))
         self.decorrelate.load_state_dict(group("decorrelate"))
