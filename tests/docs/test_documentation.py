@@ -169,3 +169,11 @@ def test_the_site_builds_with_every_link_leading_somewhere(tmp_path: Path):
     assert 'class="arithmatex"' not in method, "no formula is left to a script"
     api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert all(f'id="unbraid.{name}"' in api for name in unbraid.__all__ if not name.endswith("Config"))
+
+
+def test_scripts_that_pages_name_exist():
+    """A table on a page says which script made it; the script must come with it."""
+    pages = [*PAGES, *(ROOT / "study").glob("*.md"), *(ROOT / "study").glob("*.py"), *(ROOT / "src").rglob("*.py")]
+    named = re.compile(r"\b(?:study|benchmarks|docs|tests)/[\w/]+\.py\b")
+    missing = {name for page in pages for name in named.findall(page.read_text("utf-8")) if not (ROOT / name).is_file()}
+    assert not missing
