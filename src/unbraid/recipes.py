@@ -53,19 +53,20 @@ def demo() -> RunConfig:
     Matryoshka SAEs with k = 32 on the residual stream after block 3: the form the study recommends, the paper's
     penalty, and no penalty. A top-k architecture holds L0 equal, so that what differs is the penalty. One shallow site
     instead of several deep ones, because what makes features readable is tokens, and the model gives 4,000 of them a
-    second here. The buffer is small so that the first step comes soon.
+    second here. The buffer is small so that the first step comes soon. As many dead features as there are live ones per
+    token explain the residual: at this learning rate, with more of them, features die faster than they are revived.
     """
     return RunConfig(
         name="demo",
         model=ModelConfig(sites=["resid_post.3"]),
         buffer=BufferConfig(contexts=256),
-        sae=SAEConfig(architecture="matryoshka", n_features=2304, k=32),
+        sae=SAEConfig(architecture="matryoshka", n_features=4608, k=32, aux_k=32, dead_after_tokens=10_240),
         decorrelation=DecorrelationConfig(
             space="decoder", fraction=1e-3, push="rarer", floor="0.6 chance", scan_rows=128
         ),
-        optimiser=OptimiserConfig(lr=1e-3, warmup_steps=50),
+        optimiser=OptimiserConfig(lr=2e-3, warmup_steps=50),
         training=TrainingConfig(
-            tokens=800_000, batch_tokens=1024, log_every=10, checkpoint_every=200, held_out_tokens=16_384
+            tokens=700_000, batch_tokens=1024, log_every=10, checkpoint_every=200, held_out_tokens=16_384
         ),
         variants={
             "decorrelated": {},

@@ -165,7 +165,7 @@ def test_the_site_builds_with_every_link_leading_somewhere(tmp_path: Path):
     built = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
     assert {Path(name).stem for page in pages for name in page.values()} - {"index"} <= built
     method = (tmp_path / "site" / "method" / "index.html").read_text(encoding="utf-8")
-    assert method.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 3
+    assert method.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 4
     assert 'class="arithmatex"' not in method, "no formula is left to a script"
     api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert all(f'id="unbraid.{name}"' in api for name in unbraid.__all__ if not name.endswith("Config"))
