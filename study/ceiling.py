@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from full import BATCH, FORMS, RUNS, variant
-from recipe import sae_of_recipe
+from recipe import published
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix, diags
@@ -64,7 +64,7 @@ def trained(name: str, samples: int) -> list[SAE]:
         steps, label = samples // BATCH, "-".join([*METHODS, str(samples), "1"])
         variants = [variant(method, steps, 1) for method in METHODS]
         return train_on_world(world, variants, samples, BATCH, checkpoints=RUNS / f"full-{label}", checkpoint_every=100)
-    recipe = sae_of_recipe(*SHAPES[name], STEPS)
+    recipe = published(*SHAPES[name], STEPS)
     trials = [
         Trial("batch_topk", "none", NONE, SEED, world=name, sae={}),
         Trial("matryoshka", "recipe", NONE, SEED, world=name, sae=recipe),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from recipe import sae_of_recipe
+from recipe import best_of, published
 from trials import RESULTS, append, read
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
@@ -36,7 +36,8 @@ RARER = {
     "refresh": 16,
 }
 """The rarer row moves, of pairs above .6 of what random rows reach; chosen and pushed on some steps only."""
-RECIPE = {"architecture": "matryoshka", **sae_of_recipe(4096, 25, 5000)}
+RECIPE = {"architecture": "matryoshka", **published(4096, 25, 5000)}
+BEST = best_of(4096, 25, 5000)
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "batch_topk": ({"architecture": "batch_topk"}, {}),
     "batch_topk + rarer": ({"architecture": "batch_topk"}, RARER),
@@ -44,7 +45,9 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "matryoshka + rarer": ({"architecture": "matryoshka"}, RARER),
     "recipe": (RECIPE, {}),
     "recipe + rarer": (RECIPE, RARER),
-    "recipe + rarer + robust": (RECIPE | {"robust": 1.0}, RARER),
+    "recipe, k falls sooner": (RECIPE | {"k_fall": BEST["k_fall"]}, {}),
+    "best": (RECIPE | BEST, {}),
+    "best + rarer": (RECIPE | BEST, RARER),
 }
 """Label -> settings of the SAE, settings of the penalty (none without any)."""
 MILESTONES = (500_000, 1_000_000, 2_000_000, 2_500_000, 5_000_000, 10_000_000, 20_000_000)

@@ -35,17 +35,21 @@ LEVELS = (128, 32, 8, 4, 2, 1)
 """The strongest recipe's levels hold N over each of these: 32, 128, 512, 1024, 2048 and 4096 of 4,096 features, as its
 authors published them for the full SynthSAEBench world."""
 SMALLEST_LEVEL = 4
-K_START = 3.2
-"""k begins at this multiple of itself and falls linearly: 80 to 25, as published."""
+K_START, K_FALL = 3.2, 0.5
+"""k begins at this multiple of itself, 80 for 25, as published. It falls linearly over this share of the steps; over all
+of them, as published, few are left for the codes that are used in the end."""
 INNER_WEIGHT = 0.5
 REORDERED_FROM, REORDERED_EVERY = 25, 50
 """Features are first ordered after a 25th of the steps and then every 50th."""
+ROBUST = 1.0
+"""Badly reconstructed tokens teach decoder rows less (docs/method.md)."""
 
 
 def recipe_of(n_features: int, k: int, steps: int) -> dict[str, Any]:
     """Settings of the strongest recipe known, of a Matryoshka SAE of this width and k: what `best` trains with.
 
-    Levels hold the most frequent features and are detached, so that no feature is bent by rarer ones, and k falls.
+    Levels hold the most frequent features and are detached, so that no feature is bent by rarer ones; k falls; decoder
+    rows are robust.
 
         >>> recipe_of(512, 11, 2500)["sae.matryoshka_widths"]
         [4, 16, 64, 128, 256, 512]
@@ -53,12 +57,14 @@ def recipe_of(n_features: int, k: int, steps: int) -> dict[str, Any]:
     widths = sorted({n_features // share for share in LEVELS if n_features // share >= SMALLEST_LEVEL or share == 1})
     return {
         "sae.k_start": max(k, min(n_features, round(K_START * k))),
+        "sae.k_fall": K_FALL,
         "sae.matryoshka_widths": widths,
         "sae.matryoshka_order": "frequency",
         "sae.reorder_from": max(1, steps // REORDERED_FROM),
         "sae.reorder_every": max(1, steps // REORDERED_EVERY),
         "sae.matryoshka_detach": True,
         "sae.matryoshka_weights": INNER_WEIGHT,
+        "sae.robust": ROBUST,
     }
 
 
@@ -80,7 +86,7 @@ PRESETS: dict[str, Preset] = {
         {"sae.architecture": "batch_topk", "decorrelation.method": "selective", **ROWS_APART},
     ),
     "best": Preset(
-        "the strongest recipe: Matryoshka, levels by firing frequency and detached, falling k; no penalty adds to it",
+        "Matryoshka, levels by firing frequency and detached, falling k, robust decoder rows: no penalty adds to it",
         {"sae.architecture": "matryoshka", "decorrelation.method": "none"},
         recipe_of,
     ),
