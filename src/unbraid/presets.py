@@ -36,8 +36,8 @@ LEVELS = (128, 32, 8, 4, 2, 1)
 authors published them for the full SynthSAEBench world."""
 SMALLEST_LEVEL = 4
 K_START, K_FALL = 3.2, 0.5
-"""k begins at this multiple of itself, 80 for 25, as published. It falls linearly over this share of the steps; over all
-of them, as published, few are left for the codes that are used in the end."""
+"""k begins at this multiple of itself, 80 for 25, as published, and falls linearly over this share of the steps. Over
+all of them, as published, few are left for the codes that are used in the end."""
 INNER_WEIGHT = 0.5
 REORDERED_FROM, REORDERED_EVERY = 25, 50
 """Features are first ordered after a 25th of the steps and then every 50th."""

@@ -57,7 +57,7 @@ def end_table(saes: Mapping[str, Mapping[str, Any]], twins: Mapping[str, str]) -
     shown = {title: key for title, key in COLUMNS.items() if any(row.get(key) is not None for row in saes.values())}
     if max(row.get("dead_fraction") or 0.0 for row in saes.values()) < WORTH_SAYING:
         shown.pop("dead", None)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("SAE", overflow="fold")
     for title in shown:
         table.add_column(title, justify="right", no_wrap=True)

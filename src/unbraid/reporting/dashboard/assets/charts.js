@@ -91,7 +91,7 @@ unbraid.charts = (() => {
     const svg = h("svg", {viewBox: "0 0 300 120", role: "img", "aria-label": "how often each strength of this feature occurs"});
     const top = Math.max(...counts, 1), wide = 290 / counts.length;
     counts.forEach((count, bin) => {
-      const tall = count ? Math.max(1, (count / top) * 88) : 0;
+      const tall = count ? Math.max(1, (count / top) * 78) : 0;
       const bar = h("rect", {x: 5 + bin * wide, y: 96 - tall, width: wide - 1, height: tall, fill: "rgb(var(--one))"},
         h("title", {}, `${number(largest * bin / counts.length)} to ${number(largest * (bin + 1) / counts.length)}: ${number(count)} tokens`));
       svg.append(bar);
