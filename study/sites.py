@@ -53,7 +53,7 @@ WARM_UP, DECAY = 20, 0.2
 NEIGHBOURS = ["resid_post.4", "resid_post.5", "resid_post.6", "resid_post.7"]
 LENGTHS = (70, 140, 210, 280)
 """Steps of training, each with a schedule of its own."""
-FINETUNED_TOKENS = 49_152
+FINETUNED_TOKENS, FINETUNED_SHARE = 24_576, 1.0
 TUNED_STEPS, TUNED_BATCH, TUNED_RATE = 60, 8, 5e-5
 CPU = torch.device("cpu")
 
@@ -323,11 +323,12 @@ def warm(folder: Path) -> None:
 
 def finetuned(folder: Path) -> None:
     """Cross-entropy score and L0 before and after; the decoder alone keeps every code as it was."""
-    for learned, mse in itertools.product(("decoder", "all"), (0.0, 1.0)):
+    mse = FINETUNED_SHARE
+    for learned in ("decoder", "all"):
         common = {"what": "finetune", "sae": "smollm2-demo", "tokens": FINETUNED_TOKENS, "learned": learned, "mse": mse}
 
-        def made(learned: Any = learned, mse: float = mse) -> dict[str, Any]:
-            out = folder / f"finetuned-{learned}-{mse:g}"
+        def made(learned: Any = learned) -> dict[str, Any]:
+            out = folder / f"finetuned-{learned}"
             found = finetune(
                 "smollm2-demo",
                 out,
