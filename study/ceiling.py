@@ -2,7 +2,7 @@
 
     python study/ceiling.py small          # results/ceiling.jsonl
     python study/ceiling.py medium
-    python study/ceiling.py full --samples 5000000     # the SAEs of `full.py --only batch_topk recipe`, once trained
+    python study/ceiling.py full           # SAEs of `full.py --only best "recipe, k falls sooner"`, once trained
 
 With the true codes of N features given, no encoder can be at fault. *Least squares* still mixes into their rows what
 fires with them and has no row of its own: hedging. A *robust* fit, which weighs tokens with large errors less, mixes in
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from full import BATCH, FORMS, RUNS, variant
-from recipe import published
+from full import BATCH, RUNS, variant
+from recipe import best_of, published
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix, diags
@@ -29,8 +29,12 @@ from unbraid.sae import SAE
 from unbraid.synthetic import World, build_world
 from unbraid.synthetic.learning import train_on_world
 
-METHODS = ("batch_topk", "recipe")
-SAMPLES = {"small": 131_072, "medium": 131_072, "full": 131_072}
+METHODS = {
+    "small": ("batch_topk", "recipe", "best"),
+    "medium": ("batch_topk", "recipe", "best"),
+    "full": ("best", "recipe, k falls sooner"),
+}
+SAMPLES, TRAINED_SAMPLES = 131_072, 5_000_000
 ROUNDS, FLOOR, POWER = 10, 0.3, 2.0
 """Of the robust fit: repetitions, and a token's weight (error / mean error + FLOOR) ** -POWER."""
 SEED = 40
@@ -57,28 +61,24 @@ def match(rows: np.ndarray | Tensor, world: World) -> tuple[np.ndarray, np.ndarr
     return features, cosines[np.arange(len(cosines)), features]
 
 
-def trained(name: str, samples: int) -> list[SAE]:
-    """BatchTopK and the recipe, without a penalty, on one seed."""
-    world = build_world(name)
+def trained(name: str, world: World) -> list[SAE]:
+    """Each method on one seed, without a penalty."""
     if name == "full":
-        steps, label = samples // BATCH, "-".join([*METHODS, str(samples), "1"])
-        variants = [variant(method, steps, 1) for method in METHODS]
-        return train_on_world(world, variants, samples, BATCH, checkpoints=RUNS / f"full-{label}", checkpoint_every=100)
-    recipe = published(*SHAPES[name], STEPS)
-    trials = [
-        Trial("batch_topk", "none", NONE, SEED, world=name, sae={}),
-        Trial("matryoshka", "recipe", NONE, SEED, world=name, sae=recipe),
-    ]
+        steps, label = TRAINED_SAMPLES // BATCH, "-".join([*METHODS[name], str(TRAINED_SAMPLES), "1"])
+        variants = [variant(method, steps, 1) for method in METHODS[name]]
+        run = RUNS / f"full-{label}"
+        return train_on_world(world, variants, TRAINED_SAMPLES, BATCH, checkpoints=run, checkpoint_every=100)
+    forms = {"recipe": published(*SHAPES[name], STEPS), "best": best_of(*SHAPES[name], STEPS)}
+    trials = [Trial("batch_topk", "batch_topk", NONE, SEED, world=name, sae={})]
+    trials += [Trial("matryoshka", method, NONE, SEED, world=name, sae=sae) for method, sae in forms.items()]
     return train_on_world(world, [trial.settings for trial in trials], STEPS * BATCH, BATCH)
 
 
 def main() -> None:
     """Add the lines of a world."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", choices=SAMPLES)
-    parser.add_argument("--samples", type=int, default=5_000_000, help="of the full world's trainings")
+    parser.add_argument("world", choices=METHODS)
     asked = parser.parse_args()
-    assert set(METHODS) <= set(FORMS)
     world = build_world(asked.world)
     known = [line["trial"] for line in read("ceiling")]
 
@@ -88,19 +88,19 @@ def main() -> None:
             append(RESULTS / "ceiling.jsonl", {"trial": trial, "metrics": metrics})
             print(trial, metrics, flush=True)
 
-    x_TD, truth = world.sample(SAMPLES[asked.world], generator(SEED, "ceiling"))
+    x_TD, truth = world.sample(SAMPLES, generator(SEED, "ceiling"))
     shape = (len(x_TD), world.n_features)
     codes = csr_matrix((truth.values.numpy(), truth.indices.numpy(), truth.offsets.numpy()), shape)
     x = (x_TD - world.bias).numpy()
     energy = np.asarray(codes.multiply(codes).sum(0)).ravel()
-    saes = trained(asked.world, asked.samples)
+    saes = trained(asked.world, world)
     n = saes[0].n_features
     best = np.argsort(-energy)[:n]
     for rung, rounds in (("least squares", 0), ("robust", ROUNDS)):
         _, cosines = match(fitted(codes[:, best], x, rounds), world)
         note("the N strongest features", rung, {"mcc": float(cosines.mean())})
     parents = world.is_parent.numpy()
-    for method, sae in zip(METHODS, saes, strict=True):
+    for method, sae in zip(METHODS[asked.world], saes, strict=True):
         features, cosines = match(sae.W_dec, world)
         strong = np.isin(features, best)
         kinds = {"parents": parents[features], "leaves": ~parents[features]}
