@@ -12,7 +12,7 @@ import numpy as np
 from estimates import difference, estimate
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from page import RESULTS, by_seed, lines, rows
+from page import RESULTS, RUNGS, STRONGEST, by_seed, ceilings, lines, rows
 
 from unbraid.reporting.figures import COLOURS, DASHES, MARKERS, STYLE, WIDTH_INCHES, save_figure
 
@@ -156,12 +156,37 @@ def heat_map() -> Figure:
     return figure
 
 
+def ladder() -> Figure:
+    """MCC of each SAE as trained, and of decoders fitted to its own codes and to the true ones, in each world."""
+    found = ceilings()
+    figure = Figure(figsize=(WIDTH_INCHES, 2.4))
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (world, methods) in zip(panels, found.items(), strict=True):
+        named = [method for method in methods if method != STRONGEST]
+        for place, method in enumerate(named):
+            marks = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 4.2, "linewidth": 1.0}
+            axes.plot(range(len(RUNGS)), [methods[method][rung]["mcc"] for rung in RUNGS], **marks, label=method)
+        limits = [methods[STRONGEST][fit]["mcc"] for fit in ("least squares", "robust")]
+        axes.plot([2, 3], limits, linestyle="--", color="0.4", linewidth=1.0, label=STRONGEST)
+        axes.set_title(f"{world} world")
+        axes.set_xticks(range(len(RUNGS)), ["trained", "own codes,\nLS", "true codes,\nLS", "true codes,\nrobust"])
+    panels[0].set_ylabel("MCC")
+    shown: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(list(shown.values()), list(shown), loc="upper center", ncol=len(shown))
+    figure.subplots_adjust(left=0.08, right=0.985, bottom=0.2, top=0.78, wspace=0.08)
+    return figure
+
+
 FIGURES = {
     "study-frontier": frontier,
     "study-effects": effects,
     "study-distributions": distributions,
     "study-weights": weights,
     "study-pairs": heat_map,
+    "study-ceiling": ladder,
 }
 
 

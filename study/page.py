@@ -3,8 +3,9 @@
     python study/page.py            # rewrites docs/study.md
     python study/page.py --check    # fails when it is out of date
 
-In study/page.md stand `{{table|TABLE|WHERE}}`, `{{mean|TABLE|WHERE/LABEL|METRIC}}` and, for the paired difference to
-`none` with its interval, `{{gap|TABLE|WHERE/LABEL|METRIC}}` (to another row: `{{gap|TABLE|WHERE/LABEL|METRIC|LABEL}}`).
+In study/page.md stand `{{ceiling}}`, `{{table|TABLE|WHERE}}`, `{{mean|TABLE|WHERE/LABEL|METRIC}}` and, for the
+paired difference to `none` with its interval, `{{gap|TABLE|WHERE/LABEL|METRIC}}` (to another row:
+`{{gap|TABLE|WHERE/LABEL|METRIC|LABEL}}`).
 """
 
 import json
@@ -123,7 +124,9 @@ def of_noise(line: dict[str, Any]) -> tuple[str, str, int]:
 def of_full(line: dict[str, Any]) -> tuple[str, str, int]:
     """How far a training on the full world is."""
     trial = line["trial"]
-    return f"{trial['samples'] / 1e6:.1f} M", trial["method"], trial["seed"]
+    seen, planned = trial["samples"], trial["planned"]
+    on_the_way = f" of {planned / 1e6:.0f} M" if seen < planned and planned > FULL_LENGTH else ""
+    return f"{seen / 1e6:.1f} M{on_the_way}", trial["method"], trial["seed"]
 
 
 READERS = {
@@ -138,6 +141,8 @@ READERS = {
     "noise": of_noise,
     "real-cost": lambda line: (line["architecture"], line["method"], 0),
 }
+FULL_LENGTH = 5_000_000
+"""Samples of the full world's shorter trainings."""
 FULL = {
     "F1": "f1",
     "MCC": "mcc",
@@ -199,8 +204,41 @@ def again(cell_name: str) -> str:
     return f"{which}: {pairs}; {same} of {len(other)} numbers are the same to six decimals"
 
 
+RUNGS = ["as trained", "own codes, least squares", "true codes, least squares", "true codes, robust"]
+STRONGEST = "the N strongest features"
+LOST = {"parents": "lost_to_parents", "leaves": "lost_to_leaves", "cosines below .5": "lost_to_unmatched"}
+
+
+def ceilings() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """World -> method -> rung -> metrics."""
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for line in lines("ceiling"):
+        trial = line["trial"]
+        found.setdefault(trial["world"], {}).setdefault(trial["method"], {})[trial["rung"]] = line["metrics"]
+    return found
+
+
+def ceiling() -> str:
+    """MCC of each rung, and what of 1 - MCC is lost where."""
+    out = [f"| world | | {' | '.join(RUNGS)} | {' | '.join(f'lost: {name}' for name in LOST)} |"]
+    out.append("|---|---|" + "---|" * (len(RUNGS) + len(LOST)))
+    for world, methods in ceilings().items():
+        best = methods[STRONGEST]
+        cells = ["-", "-", short(best["least squares"]["mcc"]), short(best["robust"]["mcc"]), *["-"] * len(LOST)]
+        out.append(f"| {world} | {STRONGEST} | {' | '.join(cells)} |")
+        for method, rungs in methods.items():
+            if method == STRONGEST:
+                continue
+            cells = [short(rungs[rung]["mcc"]) for rung in RUNGS]
+            cells += [short(rungs["as trained"][key]) for key in LOST.values()]
+            out.append(f"| {world} | {method} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
 def fill(directive: str) -> str:
     """What a directive stands for."""
+    if directive == "ceiling":
+        return ceiling()
     kind, name, *rest = directive.split("|")
     if kind == "again":
         return again(name)
