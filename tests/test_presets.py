@@ -50,5 +50,5 @@ def test_what_does_not_fit_is_refused_in_one_message():
 
 def test_flags_reach_the_preset(capsys, tmp_path):
     words = ["train", "tiny", "--preset", "best", "--sae.n-features", "100", "--sae.k", "12", "--dry-run"]
-    main([*words, "--run", str(tmp_path / "run")])
+    main([*words, "--training.threads", "1", "--run", str(tmp_path / "run")])
     assert "100 steps" in capsys.readouterr().out
