@@ -2,7 +2,7 @@
 
     python study/ceiling.py small          # results/ceiling.jsonl
     python study/ceiling.py medium
-    python study/ceiling.py full           # SAEs of `full.py --only best "recipe, k falls sooner"`, once trained
+    python study/ceiling.py full           # SAEs of `full.py --only best batch_topk recipe`, once trained
 
 With the true codes of N features given, no encoder can be at fault. *Least squares* still mixes into their rows what
 fires with them and has no row of its own: hedging. A *robust* fit, which weighs tokens with large errors less, mixes in
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from full import BATCH, RUNS, variant
-from recipe import best_of, published
+from recipe import trials
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix, diags
 from torch import Tensor
-from trials import NONE, RESULTS, SHAPES, STEPS, Trial, append, read
+from trials import NONE, RESULTS, STEPS, Trial, append, read
 
 from unbraid.evaluation.ground_truth import absolute_cosines
 from unbraid.randomness import generator
@@ -32,7 +32,7 @@ from unbraid.synthetic.learning import train_on_world
 METHODS = {
     "small": ("batch_topk", "recipe", "best"),
     "medium": ("batch_topk", "recipe", "best"),
-    "full": ("best", "recipe, k falls sooner"),
+    "full": ("best", "batch_topk", "recipe"),
 }
 SAMPLES, TRAINED_SAMPLES = 131_072, 5_000_000
 ROUNDS, FLOOR, POWER = 10, 0.3, 2.0
@@ -62,16 +62,15 @@ def match(rows: np.ndarray | Tensor, world: World) -> tuple[np.ndarray, np.ndarr
 
 
 def trained(name: str, world: World) -> list[SAE]:
-    """Each method on one seed, without a penalty."""
+    """Each method on one seed."""
     if name == "full":
         steps, label = TRAINED_SAMPLES // BATCH, "-".join([*METHODS[name], str(TRAINED_SAMPLES), "1"])
         variants = [variant(method, steps, 1) for method in METHODS[name]]
         run = RUNS / f"full-{label}"
         return train_on_world(world, variants, TRAINED_SAMPLES, BATCH, checkpoints=run, checkpoint_every=100)
-    forms = {"recipe": published(*SHAPES[name], STEPS), "best": best_of(*SHAPES[name], STEPS)}
-    trials = [Trial("batch_topk", "batch_topk", NONE, SEED, world=name, sae={})]
-    trials += [Trial("matryoshka", method, NONE, SEED, world=name, sae=sae) for method, sae in forms.items()]
-    return train_on_world(world, [trial.settings for trial in trials], STEPS * BATCH, BATCH)
+    given = {trial.method: trial for trial in trials(name, SEED)}
+    chosen = [Trial("batch_topk", "batch_topk", NONE, SEED, world=name, sae={}), given["recipe"], given["best"]]
+    return train_on_world(world, [trial.settings for trial in chosen], STEPS * BATCH, BATCH)
 
 
 def main() -> None:

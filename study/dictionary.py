@@ -61,7 +61,8 @@ MEASURED: dict[str, Any] = {"tokens": 32_768, "splice_contexts": 48}
 def settings(cache: Path) -> RunConfig:
     """Of the run: the demo's text, model and site."""
     config = recipes.demo().model_copy(update={"variants": {"": {}}, "name": NAME})
-    return overridden(config, ROWS_APART | SETTINGS, NAME)[0].model_copy(update={"cache": str(cache)})
+    penalty = ROWS_APART | {"decorrelation.fraction": 1e-3}
+    return overridden(config, penalty | SETTINGS, NAME)[0].model_copy(update={"cache": str(cache)})
 
 
 def train(work: Path) -> unbraid.Run:

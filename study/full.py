@@ -46,8 +46,8 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recipe": (RECIPE, {}),
     "recipe + rarer": (RECIPE, RARER),
     "recipe, k falls sooner": (RECIPE | {"k_fall": BEST["k_fall"]}, {}),
-    "best": (RECIPE | BEST, {}),
-    "best + rarer": (RECIPE | BEST, RARER),
+    "recipe, k falls sooner, robust": (RECIPE | BEST, {}),
+    "best": (RECIPE | BEST, RARER),
 }
 """Label -> settings of the SAE, settings of the penalty (none without any)."""
 MILESTONES = (500_000, 1_000_000, 2_000_000, 2_500_000, 5_000_000, 10_000_000, 20_000_000)

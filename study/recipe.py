@@ -29,11 +29,11 @@ META_WEIGHT = 0.03
 
 
 OURS = ("k_fall", "robust")
-"""What the preset `best` adds to the recipe as published."""
+"""What the preset `best` adds to the recipe as published, beside the penalty."""
 
 
 def best_of(n_features: int, k: int, steps: int) -> dict[str, Any]:
-    """The preset `best`, as settings of an SAE."""
+    """The SAE of the preset `best`; its penalty is `rarer`."""
     return {name.removeprefix("sae."): value for name, value in recipe_of(n_features, k, steps).items()}
 
 
@@ -54,8 +54,8 @@ def trials(world: str, seed: int) -> list[Trial]:
         ("recipe + robust", NONE, recipe | {"robust": best["robust"]}),
         ("recipe + rarer + robust", rarer, recipe | {"robust": best["robust"]}),
         ("recipe, k falls sooner", NONE, recipe | {"k_fall": best["k_fall"]}),
-        ("best", NONE, best),
-        ("best + rarer", rarer, best),
+        ("recipe, k falls sooner, robust", NONE, best),
+        ("best", rarer, best),
     ]
     return [Trial("matryoshka", name, form, seed, world=world, sae=sae) for name, form, sae in methods]
 

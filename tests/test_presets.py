@@ -21,9 +21,8 @@ def asked(recipe: str, preset: str, given: dict[str, Any]) -> RunConfig:
 def test_every_recipe_takes_every_preset(recipe, preset):
     config = with_preset(RECIPES[recipe](), preset)
     assert config.sae.architecture == {"paper": "relu", "apart": "batch_topk", "best": "matryoshka"}[preset]
-    assert list(config.variants) == ([""] if preset == "best" else ["decorrelated", "twin"])
-    penalised = [config.variant(name).decorrelation.weight > 0 for name in config.variants]
-    assert penalised == [False] if preset == "best" else penalised == [True, False]
+    assert list(config.variants) == ["decorrelated", "twin"]
+    assert [config.variant(name).decorrelation.weight > 0 for name in config.variants] == [True, False]
 
 
 def test_the_strongest_recipe_follows_what_is_given_by_hand():
@@ -32,6 +31,8 @@ def test_the_strongest_recipe_follows_what_is_given_by_hand():
     assert (sae.k, sae.k_start) == (25, 80)
     assert sae.matryoshka_widths == [32, 128, 512, 1024, 2048, 4096]
     assert (sae.reorder_from, sae.reorder_every) == (200, 100)
+    assert asked("demo", "best", given).decorrelation.fraction == 0.000977
+    assert asked("tiny", "apart", {"sae.n_features": 100}).decorrelation.fraction == 0.01
     assert asked("tiny", "best", {"sae.n_features": 100}).sae.matryoshka_widths == [12, 25, 50, 100]
     assert asked("tiny", "best", {"sae.k": 100}).sae.k_start == 128, "k cannot begin above the width"
 

@@ -4,7 +4,7 @@ A recipe says which model, text and size; a preset says the method, so any recip
 --preset best`). The table changes when docs/study.md does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unbraid.errors import ConfigError
@@ -20,8 +20,6 @@ most tokens and nothing is sparse."""
 ROWS_APART = {
     # Overlap of decoder rows is what a user meets; the code space of the paper hurts (docs/study.md).
     "decorrelation.space": "decoder",
-    # Half of the pilots' pairs overlap no more than chance would have it; the top 0.1 % are the ones that stand out.
-    "decorrelation.fraction": 1e-3,
     # The common feature of a pair must not be bent by the rare one; both rows moving lost features on the full world.
     "decorrelation.push": "rarer",
     # Below this, random directions overlap as much: 0.2 on the study's world.
@@ -29,6 +27,8 @@ ROWS_APART = {
     # The study's weight.
     "decorrelation.lambda2": 0.1,
 }
+PAIRS_PER_FEATURE, MOST_PAIRS = 2.0, 0.01
+"""How many pairs stand out from the others; in a small dictionary this share of them at most."""
 
 
 LEVELS = (128, 32, 8, 4, 2, 1)
@@ -68,12 +68,22 @@ def recipe_of(n_features: int, k: int, steps: int) -> dict[str, Any]:
     }
 
 
+def pairs_of(n_features: int, k: int, steps: int) -> dict[str, Any]:
+    """How many pairs are pushed apart, of a dictionary of this width.
+
+    >>> pairs_of(4096, 25, 5000)
+    {'decorrelation.fraction': 0.000977}
+    """
+    share = 2 * PAIRS_PER_FEATURE / (n_features - 1)
+    return {"decorrelation.fraction": float(f"{min(MOST_PAIRS, share):.3g}")}
+
+
 class Preset(NamedTuple):
     """A method: its settings, and those that follow from the width, k and the number of steps."""
 
     summary: str
     settings: Mapping[str, Any]
-    scaled: Callable[[int, int, int], Mapping[str, Any]] | None = None
+    scaled: Sequence[Callable[[int, int, int], Mapping[str, Any]]] = ()
 
 
 PRESETS: dict[str, Preset] = {
@@ -82,13 +92,14 @@ PRESETS: dict[str, Preset] = {
         {"sae.architecture": "relu", "decorrelation.method": "selective", "decorrelation.space": "codes"},
     ),
     "apart": Preset(
-        "BatchTopK, the rarer decoder row of the most overlapping 0.1 % of pairs pushed away, down to 0.6 of chance",
+        "BatchTopK, the rarer decoder row of the most overlapping pairs pushed away, down to 0.6 of chance",
         {"sae.architecture": "batch_topk", "decorrelation.method": "selective", **ROWS_APART},
+        [pairs_of],
     ),
     "best": Preset(
-        "Matryoshka, levels by firing frequency and detached, falling k, robust decoder rows: no penalty adds to it",
-        {"sae.architecture": "matryoshka", "decorrelation.method": "none"},
-        recipe_of,
+        "Matryoshka with levels by firing frequency, falling k, robust decoder rows, and the penalty of apart",
+        {"sae.architecture": "matryoshka", "decorrelation.method": "selective", **ROWS_APART},
+        [recipe_of, pairs_of],
     ),
 }
 SIZES = ("sae.n_features", "sae.k", "training.tokens", "training.batch_tokens")
@@ -118,15 +129,14 @@ def with_preset(config: "RunConfig", name: str, given: Mapping[str, Any] | None 
         raise ConfigError(f"preset = {name[:80]!r} is unknown; expected one of {', '.join(PRESETS)}")
     preset, where = PRESETS[name], f"preset {name}"
     settings = {path: value for path, value in (given or {}).items() if path in SIZES} | dict(preset.settings)
-    # Variants of a recipe compare methods; a preset is one method, beside its twin where it has a penalty.
-    settings["variants"] = {"": {}} if settings["decorrelation.method"] == "none" else WITH_TWIN
+    settings["variants"] = WITH_TWIN  # Variants of a recipe compare methods; a preset is one method, beside its twin.
     if issubclass(SAEConfig.kinds()[settings["sae.architecture"]], WithKConfig):
         n_features = settings.get("sae.n_features", config.sae.n_features)
         settings.setdefault("sae.k", max(1, min(PRESET_K, n_features // FEATURES_PER_K)))
     config = overridden(config, settings, where)[0]
-    if preset.scaled is not None:
+    for scaled in preset.scaled:
         assert isinstance(config.sae, WithKConfig)
-        config = overridden(config, preset.scaled(config.sae.n_features, config.sae.k, config.steps), where)[0]
+        config = overridden(config, scaled(config.sae.n_features, config.sae.k, config.steps), where)[0]
     return config
 
 
