@@ -176,7 +176,7 @@ def ladder() -> Figure:
         handles, labels = axes.get_legend_handles_labels()
         shown |= dict(zip(labels, handles, strict=True))
     figure.legend(list(shown.values()), list(shown), loc="upper center", ncol=len(shown))
-    figure.subplots_adjust(left=0.08, right=0.985, bottom=0.2, top=0.78, wspace=0.08)
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.2, top=0.78, wspace=0.08)
     return figure
 
 

@@ -3,9 +3,9 @@
     python study/page.py            # rewrites docs/study.md
     python study/page.py --check    # fails when it is out of date
 
-In study/page.md stand `{{ceiling}}`, `{{table|TABLE|WHERE}}`, `{{mean|TABLE|WHERE/LABEL|METRIC}}` and, for the
-paired difference to `none` with its interval, `{{gap|TABLE|WHERE/LABEL|METRIC}}` (to another row:
-`{{gap|TABLE|WHERE/LABEL|METRIC|LABEL}}`).
+In study/page.md stand `{{ceiling}}`, `{{rung|WORLD|METHOD|RUNG}}`, `{{table|TABLE|WHERE}}`,
+`{{mean|TABLE|WHERE/LABEL|METRIC}}` and, for the paired difference to `none` with its interval,
+`{{gap|TABLE|WHERE/LABEL|METRIC}}` (to another row: `{{gap|TABLE|WHERE/LABEL|METRIC|LABEL}}`).
 """
 
 import json
@@ -239,6 +239,9 @@ def fill(directive: str) -> str:
     """What a directive stands for."""
     if directive == "ceiling":
         return ceiling()
+    if directive.startswith("rung|"):
+        _, world, method, rung = directive.split("|")
+        return short(ceilings()[world][method][rung]["mcc"])
     kind, name, *rest = directive.split("|")
     if kind == "again":
         return again(name)

@@ -161,7 +161,7 @@ def test_the_command_answers_and_says_what_it_will_not_do(run, tmp_path, monkeyp
         ([sae, "--out", "other", "--tokens", "0"], "expected at least 1"),
         ([sae, "--out", "other", "--lr", "nan"], "expected mse"),
         ([sae, "--out", "other", "--site", "resid_post.1"], "belongs to a run"),
-        (["nowhere", "--out", "other"], "nothing to evaluate"),
+        (["nowhere", "--out", "other"], "there is no 'nowhere'"),
     ):
         with pytest.raises(SystemExit):
             main(["finetune", *words])

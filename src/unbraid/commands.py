@@ -23,7 +23,7 @@ from unbraid.presets import with_preset
 from unbraid.recipes import RECIPES
 from unbraid.training.changes import MAY_CHANGE, words_of_resume
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, emoji=False)
 
 
 class _TrainOptions(Section):
@@ -42,7 +42,13 @@ def train(arguments: list[str]) -> None:
 
     path = _path_given(own.get("run"), "--run")
     if own.get("dry_run"):
+        from unbraid.training.run_folder import default_run_folder
+
         console.print(str(run.plan(config, path)), highlight=False, markup=False)
+        if path is None and default_run_folder(config).exists():
+            console.print(
+                f"{str(default_run_folder(config))!r} exists already: a run needs another --run", markup=False
+            )
         return
     run.train(config, path, console=console)
 
@@ -84,8 +90,9 @@ def _run_settings(command: str, arguments: list[str], own: type[Section]) -> tup
             )
         )
         sys.exit(0)
+    origin = recipe if given.own.get("preset") is None else f"{recipe} with the preset {given.own['preset']}"
     for setting in dropped:
-        console.print(f"dropped from {recipe}: {setting}", highlight=False, markup=False)
+        console.print(f"dropped from {origin}: {setting}", highlight=False, markup=False)
     return config, given.own
 
 

@@ -26,7 +26,7 @@ def quiet_console() -> Console:
 
 def default_console() -> Console:
     """Where progress is shown when nobody says: on a terminal or in a notebook, nowhere else."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, emoji=False)
     return console if console.is_terminal or console.is_jupyter else quiet_console()
 
 
@@ -128,7 +128,7 @@ class Progress:
     def _speak(self, text: str, always: bool = False) -> None:
         if self._live is None and (always or time.monotonic() - self._spoke >= LINE_EVERY_SECONDS):
             self._spoke = time.monotonic()
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True, emoji=False)
 
     def _render(self) -> RenderableType:
         return Group(self._bar, self.below()) if self.below is not None else self._bar

@@ -66,7 +66,7 @@ def demo() -> RunConfig:
         ),
         optimiser=OptimiserConfig(lr=2e-3, warmup_steps=50),
         training=TrainingConfig(
-            tokens=700_000, batch_tokens=1024, log_every=10, checkpoint_every=200, held_out_tokens=16_384
+            tokens=700_000, batch_tokens=1024, log_every=10, checkpoint_every=50, held_out_tokens=16_384
         ),
         variants={
             "decorrelated": {},

@@ -172,13 +172,15 @@ def plan(
     config, unread = inputs.settings(config)
     dropped = [*dropped, *unread]
     check_settings(config)
-    path = Path(path) if path is not None else default_run_folder(config)
-    RunFolder.require_free(path)
+    if path is None:
+        path = default_run_folder(config)
+    else:
+        RunFolder.require_free(Path(path))
     check_loggers(config)
     check_machine(config, pick_device(config.training.device), ALONE.size)
     with process_as_found(config.training.threads):
         source, device = _opened(config, inputs, ALONE, quiet_console())
-        return make_plan(config, source, device, path, dropped=dropped, timed=True)
+        return make_plan(config, source, device, Path(path), dropped=dropped, timed=True)
 
 
 def resume(
@@ -274,6 +276,7 @@ def _go_on(folder: RunFolder, inputs: Inputs, console: Console, everyone: Ranks,
     if done == 0:
         plan = make_plan(config, source, device, folder.path, first=everyone.first)
         if everyone.first:
+            _say(console, f"{str(folder.path)!r} was stopped before its first checkpoint: starting again")
             _say(console, str(plan))
     elif everyone.first:
         _say(console, f"going on after step {done:,} of {config.steps:,}")

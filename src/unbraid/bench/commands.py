@@ -29,7 +29,7 @@ READ_BY = {
 }
 """Options that not every kind reads."""
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, emoji=False)
 
 
 @dataclasses.dataclass

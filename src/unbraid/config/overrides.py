@@ -33,7 +33,7 @@ class Dropped(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        return f"{self.path} = {self.value}: {self.why}"
+        return f"{self.path} = {self.value}: {self.why.split('; ')[0]}"  # what would make it be read was not asked for
 
 
 def overridden(config: SectionT, given: Mapping[str, Any], where: str = "settings") -> tuple[SectionT, list[Dropped]]:

@@ -158,9 +158,9 @@ def _of_folder(
     try:
         found = formats.open_folder(path)
     except FormatError as problem:
-        if isinstance(path, str):
+        if isinstance(path, str) or not path.exists():
             raise
-        raise FormatError(f"nothing to evaluate: no run folder (config.json beside saes/), and {problem}") from None
+        raise FormatError(f"{str(path)!r} is no run folder (config.json beside saes/), and {problem}") from None
     subject = EvaluatedSAE(formats.folder_name(path), (0,), found.sae.to(device))
     try:
         run = origin(found.metadata, config, transcoders)

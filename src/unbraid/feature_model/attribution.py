@@ -22,7 +22,7 @@ from unbraid.feature_model.logit_metric import bound_metric
 from unbraid.feature_model.passes import TOKENS_AT_ONCE, Recorded
 from unbraid.feature_model.prompts import Prompt
 from unbraid.feature_model.reading import ReadingHook
-from unbraid.feature_model.tables import Result, Table
+from unbraid.feature_model.tables import Result, Table, require_rows
 
 ENTRIES_AT_ONCE = 4096
 FIRST_STEPS, MOST_STEPS, CLOSE = 8, 256, 0.01
@@ -99,6 +99,7 @@ class Attribution(Result):
 
     def top(self, k: int = 10) -> Table:
         """The largest contributions, of either sign."""
+        require_rows(k)
         table = self._largest(k)
         rows = [row | {"words": self.fm.words(*split_address(row["feature"]))} for row in table.rows]
         return Table([*table.columns, "words"], rows, table.caption, table.notes)

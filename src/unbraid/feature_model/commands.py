@@ -14,7 +14,7 @@ from unbraid.feature_model.tables import visible
 from unbraid.flags import Trust
 from unbraid.owned_files import json_text
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, emoji=False)
 
 
 @dataclasses.dataclass

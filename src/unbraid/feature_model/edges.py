@@ -24,7 +24,7 @@ from unbraid.feature_model.dictionaries import Dictionary
 from unbraid.feature_model.logit_metric import bound_metric
 from unbraid.feature_model.passes import Recorded
 from unbraid.feature_model.positions import check_positions
-from unbraid.feature_model.tables import Result, Table, needed
+from unbraid.feature_model.tables import Result, Table, needed, require_rows
 
 Target = tuple[int, int]
 """Position and feature."""
@@ -59,6 +59,7 @@ class Edges(Result):
 
     def top(self, k: int = 20) -> Table:
         """The strongest edges of either sign."""
+        require_rows(k)
         which, positions, features = self.values.indices()
         values = self.values.values()
         rows = []

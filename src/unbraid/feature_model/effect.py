@@ -13,7 +13,7 @@ from unbraid.feature_model.edits import Edit, Splice
 from unbraid.feature_model.positions import chosen
 from unbraid.feature_model.prompts import Prompt
 from unbraid.feature_model.reading import Reading
-from unbraid.feature_model.tables import Result, Table
+from unbraid.feature_model.tables import Result, Table, require_rows
 
 
 def edited_mask(batch: Prompt, edits: Sequence[Edit]) -> Tensor:
@@ -61,6 +61,7 @@ class Effect(Result):
 
     def moved(self, k: int = 10) -> Table:
         """The codes that changed most, those of the edited features aside."""
+        require_rows(k)
         found: list[dict[str, Any]] = []
         for name in self.after.codes:
             change = (self.after.codes[name] - self.before.codes[name]).coalesce()
@@ -143,6 +144,7 @@ class Effect(Result):
 
     def to_table(self, k: int = 10) -> Table:
         """The codes that moved, with the divergence and the re-encoded codes below."""
+        require_rows(k)
         kl = float(self.kl.sum()) / int(self.batch.real_BT.sum())
         notes = [f"KL divergence {kl:.4g} per token"]
         for address, code_BT in self.readback.items():

@@ -25,7 +25,7 @@ from unbraid.feature_model.pairs import PairTable, entangled_with
 from unbraid.feature_model.positions import check_positions
 from unbraid.feature_model.prompts import Prompt, PromptReader
 from unbraid.feature_model.reading import Reading, reading_hooks
-from unbraid.feature_model.tables import Table
+from unbraid.feature_model.tables import Table, require_rows
 
 
 class FeatureModel:
@@ -114,19 +114,23 @@ class FeatureModel:
         k: int = 20,
     ) -> Table:
         """The features that a prompt (or several) makes fire most; with `contrast`, those that one does not."""
+        require_rows(k)
         return asking.search(self, prompt, contrast, by, at, k)
 
     def contexts(self, feature: Any, k: int = 8, *, alone_from: Any = None) -> Contexts:
         """Where a feature fires most on held-out text; with `alone_from`, only where that feature is silent."""
+        require_rows(k)
         other = None if alone_from is None else self.feature(alone_from)
         return self.held_out.contexts(self, self.feature(feature), k, other)
 
     def lens(self, feature: Any, k: int = 10) -> Table:
         """The tokens that a feature's decoder row raises and lowers most, read through the final norm."""
+        require_rows(k)
         return asking.lens(self, self.feature(feature), k)
 
     def pairs(self, feature: Any, k: int = 8) -> PairTable:
         """The features most entangled with one: its partners, and what became of each pair in the twin."""
+        require_rows(k)
         return entangled_with(self, self.feature(feature), k)
 
     # What changing them does.

@@ -82,7 +82,7 @@ def features(
     saes = {one.name: one.sae for one in subjects}
     twins = {name: twin for name, twin in config.twins.items() if name in saes and twin in saes}
     kept = path / FILE if isinstance(path, Path) and is_run(path) else None
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
 
     def held_out(fm: FeatureModel) -> HeldOut:
         if is_bundled(path) and tokens == TOKENS:

@@ -104,6 +104,8 @@ def check_positions(at: Any, span: Span) -> Tensor:
             )
     mask_BT = chosen(at, span)
     if not bool(mask_BT.any()):
+        if at == "content":
+            raise FeatureError("the prompt is empty; expected some text")
         raise FeatureError(f"at={at!r} names no token of the prompt ({shortest} tokens); expected at least one")
     return mask_BT
 

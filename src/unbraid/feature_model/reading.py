@@ -12,7 +12,7 @@ from torch import Tensor
 from unbraid.feature_model.dictionaries import ROWS_AT_ONCE, Dictionary, split_address
 from unbraid.feature_model.hooks import StopPass
 from unbraid.feature_model.positions import Span, chosen
-from unbraid.feature_model.tables import Result, Table, limited, shown, visible
+from unbraid.feature_model.tables import Result, Table, limited, require_rows, shown, visible
 
 NOTE = (
     "features: index, tokens it fires on (or raises: ↑), code in % of its largest on held-out text if that is known; "
@@ -63,6 +63,7 @@ class Reading(Result):
 
     def top(self, k: int = 10, at: Any = "all") -> Table:
         """The k largest codes, and what share of each feature's maximum they are where that is known."""
+        require_rows(k)
         table = self._largest(k, at)
         rows = [row | {"words": self.words(*split_address(row["feature"]))} for row in table.rows]
         return Table([*table.columns, "words"], rows)
@@ -101,6 +102,7 @@ class Reading(Result):
 
     def to_table(self, k: int = 3) -> Table:
         """One row per token and dictionary: its strongest features and the error."""
+        require_rows(k)
         lines = []
         for row, texts in enumerate(self.tokens):
             for token, text in enumerate(texts):

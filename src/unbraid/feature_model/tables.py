@@ -124,6 +124,16 @@ class Table(Result):
         return html_table(self.columns, self.rows, self.caption, self.notes)
 
 
+def require_rows(k: int) -> None:
+    """How many of something are asked for.
+
+    Raises:
+        FeatureError: fewer than one.
+    """
+    if k < 1:
+        raise FeatureError(f"k is {k}; expected at least 1, the number of rows to show")
+
+
 def shown(value: Any) -> str:
     """A cell's text: four significant digits, nothing for None."""
     if value is None:

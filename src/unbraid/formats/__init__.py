@@ -196,7 +196,9 @@ def _recognised(path: Path) -> tuple[Path, ModuleType]:
     if files:
         names = ", ".join(file.name for file, _ in files[:8]) + (", ..." if len(files) > 8 else "")
         raise FormatError(f"{str(folder)!r} holds {len(files)} dictionaries, one per file: {names}; name one of them")
-    raise FormatError(f"{str(path)!r} is no SAE folder unbraid reads; {_what_is_there(folder)}")
+    if not path.exists():
+        raise FormatError(f"there is no {str(path)!r}; expected a run folder or an SAE folder")
+    raise FormatError(f"{str(path)!r} is no SAE folder unbraid reads; {_what_is_there(path)}")
 
 
 def _dictionaries_in(folder: Path) -> list[tuple[Path, ModuleType]]:
@@ -274,8 +276,8 @@ def _what_is_there(folder: Path) -> str:
         "ae.pt (dictionary_learning), params.npz or params.safetensors (Gemma Scope), or another layout "
         "that docs/formats.md lists"
     )
-    if not folder.is_dir():
-        return f"there is no such folder; {layouts}"
+    if folder.is_file():
+        return f"it is a file in none of the known layouts; {layouts}"
     files = (file for depth in ("*/*", "*/*/*") for file in folder.glob(depth) if file.is_file())
     below = {file.parent for file in islice(files, 10 * MOST_FILES)}
     inside = sorted(path for path in below if any(layout.recognises(path) for layout in FOLDERS.values()))

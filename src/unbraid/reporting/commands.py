@@ -16,7 +16,7 @@ from rich.table import Table
 from unbraid.errors import ConfigError
 from unbraid.flags import TRUST, Trust
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, emoji=False)
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ def _exported(options: _Export) -> list[Path]:
             set_name=options.set_name,
             tokens=TOKENS if options.tokens is None else options.tokens,
             overwrite=options.overwrite,
-            console=Console(stderr=True, soft_wrap=True),
+            console=Console(stderr=True, soft_wrap=True, emoji=False),
             trust_remote_code=options.trust_remote_code,
         )
     given = {"--set-name": options.set_name, "--tokens": options.tokens, TRUST: options.trust_remote_code or None}
@@ -107,9 +107,9 @@ class _Compare:
     """Finished run folders, where SAEs alike in all but their seed become one point with an interval; or two SAEs:
     folders in any known layout, or names that `unbraid.load` takes."""
     out: Path | None = None
-    """For runs: folder for frontier.png and frontier.svg; comparison by default."""
+    """For runs: folder for frontier.png and frontier.svg; by default `comparison`, where an earlier one is replaced."""
     overwrite: bool = False
-    """For runs: replace an earlier comparison in that folder."""
+    """For runs: replace an earlier comparison in the folder that --out names."""
     json: bool = False
     """Print JSON; for runs no figure is drawn unless --out names its folder."""
 
@@ -165,7 +165,8 @@ def _compare_runs(options: _Compare) -> None:
         console.print("± is half of the 95 % interval of the mean over seeds (Student's t)")
     if options.json and options.out is None:
         return
-    for path in write_comparison(points, options.out or Path("comparison"), overwrite=options.overwrite):
+    out = options.out or Path("comparison")
+    for path in write_comparison(points, out, overwrite=options.overwrite or options.out is None):
         if not options.json:
             console.print(str(path), highlight=False, markup=False)
 

@@ -6,6 +6,7 @@ making another run of it are given to `resume` by hand and kept in `changes.json
 began with.
 """
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +79,9 @@ def changed(config: RunConfig, changes: Mapping[str, Any], where: str = "resume"
     """
     for path in changes:
         if path not in MAY_CHANGE:
+            close = difflib.get_close_matches(path, MAY_CHANGE, n=1, cutoff=0.8)
+            if close:
+                raise ConfigError(f"{where}: unknown setting {path!r}; did you mean {close[0]!r}?")
             raise ConfigError(
                 f"{where}: {path} cannot change in a run that goes on; expected one of {', '.join(MAY_CHANGE)}; train "
                 "again into a new run folder for anything else"
