@@ -1,11 +1,13 @@
 """A run is refused before it begins, or it ends with SAEs; what it is going to do can be printed."""
 
+import io
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import unbraid
 from unbraid import plan as planning
@@ -15,6 +17,7 @@ from unbraid.cli import main
 from unbraid.config import RunConfig, validated
 from unbraid.errors import ActivationError, ConfigError, TextError, TrainingError
 from unbraid.training.checkpoint import list_checkpoints
+from unbraid.training.run_folder import RunFolder
 
 
 def small(**groups) -> RunConfig:
@@ -143,6 +146,23 @@ def test_a_plan_prints_itself_and_writes_nothing(tmp_path, capsys):
     ):
         assert part in told
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_beside_its_own_folder_says_that_it_is_taken(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "kept").touch()
+    main(["train", "tiny", "--dry-run", "--training.threads", "1"])
+    told = capsys.readouterr().out
+    assert "plan: 100 steps" in told
+    assert "'runs/tiny' exists already" in told
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_that_it_starts_again(tmp_path):
+    RunFolder.create(tmp_path / "run", small())
+    console = Console(file=io.StringIO(), width=200)
+    unbraid.resume(tmp_path / "run", console=console)
+    assert "stopped before its first checkpoint: starting again" in console.file.getvalue()
 
 
 @pytest.mark.slow

@@ -97,6 +97,8 @@ def test_what_are_no_positions_is_refused(text):
     "words",
     [
         ["read", "nowhere", "text"],
+        ["read", "RUN", "text", "--k", "-3"],
+        ["read", "RUN", ""],
         ["feature", "RUN", "nowhere/1"],
         ["steer", "RUN", "text", "nowhere/1=+2"],
         ["attribute", "RUN", "text", "--method", "guess"],
