@@ -54,6 +54,8 @@ def fails(capsys, *arguments: str) -> str:
         (["eval", ".", "--world", "huge"], "no world named 'huge'; expected one of unit"),
         (["doctor", "tiny"], "doctor takes nothing; found 'tiny'"),
         (["presets", "best"], "presets takes nothing; found 'best'"),
+        (["search", "gemma", "--limit", "0"], "--limit = 0; expected at least 1"),
+        (["dashboard", "nowhere", "--tokens", "-5"], "tokens = -5; expected at least 1"),
         (["compare", "nowhere"], "'nowhere' holds no run"),
         (["compare", "nowhere", "elsewhere"], "there is no 'nowhere'"),
         (["synth", "huge"], "no world named 'huge'; expected one of unit"),

@@ -65,6 +65,8 @@ def features(
     """
     from unbraid.evaluation.subjects import centre_where_needed, open_subjects
 
+    if tokens < 1:
+        raise FeatureError(f"tokens = {tokens}; expected at least 1")
     path = path_or_name(getattr(run, "path", run))
     place = pick_device(device)
     subjects, config = open_subjects(path, EvaluationConfig(), place, trust_remote_code, transcoders=True)

@@ -82,10 +82,12 @@ class _Search:
 def search(arguments: list[str]) -> None:
     """List published dictionaries whose name has every word, for `unbraid.load(name)`."""
     options = tyro.cli(_Search, args=arguments, prog="unbraid search")
-    from unbraid.errors import FormatError
+    from unbraid.errors import ConfigError, FormatError
     from unbraid.formats.registry import download
     from unbraid.formats.registry import search as find
 
+    if options.limit < 1:
+        raise ConfigError(f"--limit = {options.limit}; expected at least 1")
     if options.refresh:
         download()
     found = find(options.query)

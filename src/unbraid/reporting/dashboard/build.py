@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from unbraid.activations.rows import ChunkSource
+from unbraid.errors import ConfigError
 from unbraid.formats import path_or_name
 from unbraid.owned_folders import check_replaceable, written_folder
 from unbraid.progress import Stages, default_console
@@ -74,6 +75,8 @@ def write_dashboard(
     """
     from unbraid.activations.live import LiveActivations
 
+    if tokens < 1:
+        raise ConfigError(f"tokens = {tokens}; expected at least 1")
     source = path_or_name(source)
     final = Path(out) if out is not None else default_place(source)
     replacing = {"overwrite": overwrite or (out is None and is_a_run(source)), "recognise": is_of_version_0_1}
