@@ -25,7 +25,7 @@ RUN ?= demo
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup browser gemma demo dictionary docs test test-slow test-gpu test-peers test-saebench gpu-report bench peers format clean
+.PHONY: help setup browser gemma demo pictures dictionary docs test test-slow test-gpu test-peers test-saebench gpu-report bench peers format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
@@ -79,6 +79,11 @@ demo: setup
 	else \
 		$(BIN)/unbraid train demo --run runs/$(RUN); \
 	fi
+
+# The pictures of the documentation, from the demo's run.
+pictures: demo browser
+	$(BIN)/unbraid dashboard runs/$(RUN)
+	$(BIN)/python docs/screenshots.py runs/$(RUN)
 
 # On request only: 238 MB under terms of their own, uploaded by a third party; its checksum is verified when it is read.
 gemma: setup

@@ -42,7 +42,7 @@ class Hybrid(nn.Module):
     Args:
         steps: length of the training.
         firing_together: only pairs whose codes correlate by more (or, if false, less) than `TOGETHER`; none: all pairs.
-        moves: both rows, or the one whose feature fires more seldom or more often.
+        moves: both rows, or the one of the less or the more frequent feature.
         floor: tau never falls below it.
         acts: share of the training done -> weight of the penalty.
     """
