@@ -48,7 +48,6 @@ def test_a_split_sae_learns_the_weights_of_a_whole_one_on_every_path_in_float64(
             ("jumprelu", {"jumprelu_sparsity": "tanh"}),
             ("gated", {}),
             ("matryoshka", {"matryoshka_widths": [4, 13, N]}),
-            ("matryoshka", {"matryoshka_widths": [4, 13, N], **BY_FREQUENCY}),
             ("matryoshka", {"matryoshka_widths": [4, 13, N], **BY_FREQUENCY, **ROBUST}),
             ("denoising", {}),
         ]
