@@ -136,7 +136,7 @@ def test_kill_at_random_instants(tmp_path):
     """SIGKILL at any instant, checkpoint writes included | nothing, then `unbraid resume` goes on | final weights,
     metrics and figures are those of an uninterrupted run, byte for byte"""
     settings = write_settings(tmp_path / "settings.json", recipes.tiny(), tokens=10_240)
-    assert assert_killed_runs_end_equal(tmp_path, settings, most=4, most_per_run=4).inside_a_write > 0
+    assert assert_killed_runs_end_equal(tmp_path, settings, most=3, most_per_run=3).inside_a_write > 0
 
 
 @pytest.mark.slow
