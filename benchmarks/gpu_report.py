@@ -78,7 +78,7 @@ def decorrelation(sizes: Sizes, device: torch.device) -> Iterator[Rows]:
     how = sizes.k, device, sizes.rounds, sizes.steps
     for width in sizes.widths[:2]:
         shape = Shape(sizes.d_in, width, sizes.batch)
-        for preset in ("apart", "paper"):
+        for preset in ("best", "paper"):
             asked = shape, ["batch_topk"], ["none", preset]
             yield each(f"{preset}, {width}", lambda asked=asked: measure_steps(*asked, *how))
 

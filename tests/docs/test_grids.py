@@ -40,8 +40,8 @@ def test_trials_of_the_synthetic_tables(script, table):
 def test_trials_of_hybrids_and_recipes(script):
     hybrids, recipe = script("study", "hybrids"), script("study", "recipe")
     trials = hybrids.trials(20)
-    for world in recipe.WIDTHS:
-        trials += recipe.trials(world, 40) + recipe.revivals(world, 40)
+    for world in recipe.RARER_FLOOR:
+        trials += recipe.trials(world, 40) + recipe.revivals(world, 40) + recipe.findings(world, 40)
     assert all(isinstance(trial.settings, VariantConfig) for trial in trials)
 
 
