@@ -6,13 +6,10 @@ product, the pre-activations, without a graph, and then goes one of two ways to 
 active entries only, or *dense*, which is faster while a large share of the features is active. The encoder is stored
 as rows, one per feature, like the decoder, so that both gradients are built feature by feature by the same code.
 
-A transcoder is the same with another output: it predicts y, of width M, from x. Its b_dec belongs to y, so its encoder
-takes nothing off x (training has taken its mean off), and it may have an affine skip connection, x W_skip.
-
-A crosscoder is an SAE of activations that stand side by side, D = D1 + D2 + ...: its pre-activations are the sum of
-what an encoder makes of each site, and a decoder row is one of each site, of unit norm together. `by_site` takes them
-apart.
-
+A transcoder predicts y, of width M, from x. Its b_dec belongs to y, so its encoder takes nothing off x, and it may have
+an affine skip connection, x W_skip.
+A crosscoder is an SAE of activations that stand side by side, D = D1 + D2 + ...: a decoder row is one of each site, of
+unit norm together, and `by_site` takes them apart.
 In training an SAE may be split by features over ranks: each holds a slice and gets the same batch, the parts of the
 reconstruction and of the losses are summed, and every gradient but b_dec's is complete where its feature lives.
 """
@@ -31,13 +28,13 @@ from unbraid.errors import ActivationError, CodesError
 from unbraid.kernels import workspace
 from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
-from unbraid.kernels.dense import FeatureWeights, SlabGradient, dense_autoencode
+from unbraid.kernels.dense import SlabGradient, dense_autoencode
 from unbraid.kernels.host import WithHostBuffers
 from unbraid.sae.dead import pull_to_threshold
 from unbraid.sae.first_weights import TRANSCODER_START, closest_norm, random_unit_rows
 from unbraid.sae.folding import fold_into
 from unbraid.sae.forward import Encoded, Forward, squared_error
-from unbraid.sae.robust import RobustRows, power_at
+from unbraid.sae.robust import RobustRows
 
 SPARSE_BELOW = {"cpu": 0.05, "cuda": 0.01}
 """Share of active entries below which the sparse path is faster: measured on a CPU, an estimate for GPUs."""
@@ -92,19 +89,14 @@ class SAE(WithHostBuffers):
         self.b_dec = nn.Parameter(torch.zeros(width_out))
         has_skip = self.is_transcoder and config.skip
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(d_in, width_out)) if has_skip else None)
-        self.robust = RobustRows(self.n_features) if config.robust > 0 else None
+        self.robust = RobustRows(config, self.n_features)
         self.register_buffer("no_input_bias", torch.zeros(d_in) if self.is_transcoder else None, persistent=False)
         self.add_biases()
 
     @property
-    def robust_now(self) -> RobustRows | None:
-        """What makes decoder rows robust, in a step in which it does."""
-        return self.robust if self.robust is not None and self.robust.power > 0 else None
-
-    @property
     def training_buffers(self) -> tuple[str, ...]:
         """Buffers that training goes on from and a trained SAE has no use for; `state_dict` leaves them out."""
-        return () if self.robust is None else tuple(f"robust.{name}" for name, _ in self.robust.named_buffers())
+        return tuple(f"robust.{name}" for name, _ in self.robust.named_buffers())
 
     def initial_share(self) -> float:
         """Share of the features that are active on a row before the first step: those with a positive product."""
@@ -127,9 +119,8 @@ class SAE(WithHostBuffers):
             >>> x = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
             >>> topk = unbraid.SAEConfig(architecture="topk", n_features=64, k=4)
             >>> crosscoder = unbraid.fit(topk, {"early + late": (x[:, :6], x[:, 6:])}, batch_tokens=256)["sae"]
-            >>> early, late = crosscoder.by_site(crosscoder.W_dec)
-            >>> early.shape, late.shape
-            (torch.Size([64, 6]), torch.Size([64, 10]))
+            >>> [tuple(rows.shape) for rows in crosscoder.by_site(crosscoder.W_dec)]
+            [(64, 6), (64, 10)]
         """
         return list(y.split(self.metadata.get("widths_out", [self.d_out]), dim=-1))
 
@@ -261,8 +252,7 @@ class SAE(WithHostBuffers):
             constant = constant if skip_BM is None else constant + skip_BM
             x_hat_BD, inner = self.reconstructions(parts_BGD, constant)
             reconstruction = squared_error(y_BM, x_hat_BD)
-            if (robust := self.robust_now) is not None:
-                robust.note(encoded.codes, (y_BM - x_hat_BD).detach().square().sum(1))
+            self.robust.note(encoded.codes, y_BM, x_hat_BD)
             inner_losses = [weight * squared_error(y_BM, inner_BD) for weight, inner_BD in inner]
         auxiliary = encoded.extra + sum(inner_losses)
         revived = 0
@@ -308,9 +298,7 @@ class SAE(WithHostBuffers):
 
     def begin_step(self, step: int, steps: int) -> None:
         """Take up what changes over training. Called before a step, counted from 0, of `steps` in all."""
-        if self.robust is not None:
-            share = step / steps if steps else 1.0
-            self.robust.power = power_at(share, self.config.robust_from, self.config.robust_until, self.config.robust)
+        self.robust.begin_step(step, steps)
 
     def reconstructions(self, parts_BGD: Tensor, constant: Tensor) -> tuple[Tensor, list[tuple[float, Tensor]]]:
         """The reconstruction, and those of inner levels with the weights of their losses: none but for Matryoshka.
@@ -338,17 +326,7 @@ class SAE(WithHostBuffers):
 
     def parts_of(self, codes: Codes) -> Tensor:
         """`[B, G, D]`, each feature group's share of the reconstruction: one group of all features."""
-        return self.decoded(codes).unsqueeze(1)
-
-    def decoded(self, codes: Codes) -> Tensor:
-        """The codes times W_dec; rows may learn more from some tokens than from others."""
-        robust = self.robust_now
-        return decode(codes, self.W_dec, None if robust is None else robust.of_entries)
-
-    def feature_weights(self) -> FeatureWeights | None:
-        """The same of the dense path."""
-        robust = self.robust_now
-        return None if robust is None else robust.of_features
+        return decode(codes, self.W_dec, self.robust.entry_weights).unsqueeze(1)
 
     def encode_dense(self, target_BD: Tensor, seen_BD: Tensor, centred_BD: Tensor, pre_BN: Tensor) -> Encoded:
         """The same from whole matrices."""
@@ -365,7 +343,7 @@ class SAE(WithHostBuffers):
             *self.feature_groups(),
             penalty=penalty,
             penalty_gradient=penalty_gradient,
-            weights=self.feature_weights(),
+            weights=self.robust.feature_weights,
         )
         return Encoded(f_BN, parts_BGD, sparsity, seen_BD.new_zeros(()))
 

@@ -80,7 +80,7 @@ class GatedSAE(SAE):
         codes = open_gates.with_values((u * r_mag.exp() + b_mag).relu())
         waits = host.reading_waits(u)
         codes = codes.with_padding(codes.values) if waits else codes
-        parts_BD = self.decoded(codes)
+        parts_BD = decode(codes, self.W_dec, self.robust.entry_weights)
         gate_hat_BD = decode(open_gates.with_values(gate), self.W_dec.detach())
         active = codes.values.detach() > 0
         if not waits and not active.all():
@@ -100,7 +100,7 @@ class GatedSAE(SAE):
             self.W_dec,
             centred_BD,
             pre_BN.to(self.W_dec.dtype),
-            self.feature_weights(),
+            self.robust.feature_weights,
         )
         detection = squared_error(target_BD, summed(gate_hat_BD, self.shard.ranks) + self.b_dec.detach())
         return Encoded(f_BN, parts_BD.unsqueeze(1), gate_l1 / len(seen_BD), detection)

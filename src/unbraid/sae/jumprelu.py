@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unbraid.config import WeightedSAEConfig, above, active_when
 from unbraid.kernels import host, workspace
-from unbraid.kernels.autograd import active_entries
+from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, dense_autoencode, slabs
 from unbraid.kernels.selection import density_above, entries_above
@@ -102,7 +102,7 @@ class JumpReLUSAE(SAE):
         f: Any = _Jump.apply(pre, threshold, self.config.bandwidth)
         waits = host.reading_waits(f)
         codes = near.with_padding(f) if waits else near.with_values(f)
-        parts_BD = self.decoded(codes)
+        parts_BD = decode(codes, self.W_dec, self.robust.entry_weights)
         active = f.detach() > 0
         codes = codes if waits else codes.where(active)
         if self.config.jumprelu_sparsity == "tanh":
@@ -139,7 +139,7 @@ class JumpReLUSAE(SAE):
             self.config.bandwidth,
             penalty,
             penalty_gradient,
-            self.feature_weights(),
+            self.robust.feature_weights,
         )
         if self.config.jumprelu_sparsity == "l0":
             active = f_BN.detach().count_nonzero()

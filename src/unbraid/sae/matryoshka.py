@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unbraid.config import active_when
 from unbraid.config.checks import wrong
+from unbraid.kernels.autograd import decode
 from unbraid.kernels.codes import Codes
 from unbraid.sae.batch_topk import BatchTopKSAE, SharedThresholdConfig
 from unbraid.sae.registry import register
@@ -131,7 +132,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             split = codes.split(self.prefix_widths(), self.position_N)
         else:
             split = codes.split(self.feature_groups()[0])
-        return self.decoded(split).view(codes.n_rows, -1, self.d_out)
+        return decode(split, self.W_dec, self.robust.entry_weights).view(codes.n_rows, -1, self.d_out)
 
     def feature_groups(self) -> tuple[list[int], Tensor | None]:
         """Ends of the levels among the features here, and these in the order of their places."""

@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from unbraid.config import SAEConfig
+from unbraid.kernels.autograd import EntryWeights
 from unbraid.kernels.codes import Codes
-from unbraid.kernels.dense import slabs
+from unbraid.kernels.dense import FeatureWeights, slabs
 from unbraid.kernels.products import sums_by_feature
 
 FLOOR = 0.3
@@ -30,7 +32,7 @@ class RobustRows(nn.Module):
     """What the weights of one SAE are made of; `note` fills it in the forward pass, the backward pass reads weights.
 
     Attributes:
-        power: p, now; 0 leaves every gradient plain.
+        power: p, now; 0 leaves every gradient plain, and nothing is kept where it stays 0.
         fired_N: decaying sum of the tokens on which each feature fires.
         error_N, weight_N: of these tokens' errors, and of their weights.
     """
@@ -39,17 +41,34 @@ class RobustRows(nn.Module):
     error_N: Tensor
     weight_N: Tensor
 
-    def __init__(self, n_features: int):
+    def __init__(self, config: SAEConfig, n_features: int):
         super().__init__()
-        self.power = 0.0
-        for name in ("fired_N", "error_N", "weight_N"):
+        self.config, self.power = config, 0.0
+        for name in ("fired_N", "error_N", "weight_N") if config.robust > 0 else ():
             self.register_buffer(name, torch.zeros(n_features), persistent=False)
         self.error_B = torch.zeros(0)
 
+    def begin_step(self, step: int, steps: int) -> None:
+        """Take up the power of a step, counted from 0, of `steps` in all."""
+        share = step / steps if steps else 1.0
+        self.power = power_at(share, self.config.robust_from, self.config.robust_until, self.config.robust)
+
+    @property
+    def entry_weights(self) -> EntryWeights | None:
+        """v at the entries of sparse codes, once the batch is noted; none while all tokens count alike."""
+        return self.of_entries if self.power > 0 else None
+
+    @property
+    def feature_weights(self) -> FeatureWeights | None:
+        """v of all tokens for some features, likewise."""
+        return self.of_features if self.power > 0 else None
+
     @torch.no_grad()
-    def note(self, codes: Codes | Tensor, error_B: Float[Tensor, " B"]) -> None:
-        """Take up a batch: its codes, and the squared error of each token."""
-        self.error_B = error_B
+    def note(self, codes: Codes | Tensor, y_BM: Float[Tensor, "B M"], y_hat_BM: Float[Tensor, "B M"]) -> None:
+        """Take up a batch: its codes, what was to be predicted, and the prediction."""
+        if self.power == 0:
+            return
+        self.error_B = error_B = (y_BM - y_hat_BM).square().sum(1)
         if isinstance(codes, Codes):
             fires = (codes.values > 0).to(error_B.dtype)
             self._add(self.fired_N, sums_by_feature(codes.with_values(fires)))
