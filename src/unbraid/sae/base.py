@@ -119,8 +119,8 @@ class SAE(WithHostBuffers):
             >>> x = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
             >>> topk = unbraid.SAEConfig(architecture="topk", n_features=64, k=4)
             >>> crosscoder = unbraid.fit(topk, {"early + late": (x[:, :6], x[:, 6:])}, batch_tokens=256)["sae"]
-            >>> [tuple(rows.shape) for rows in crosscoder.by_site(crosscoder.W_dec)]
-            [(64, 6), (64, 10)]
+            >>> tuple(rows.shape[-1] for rows in crosscoder.by_site(crosscoder.W_dec))
+            (6, 10)
         """
         return list(y.split(self.metadata.get("widths_out", [self.d_out]), dim=-1))
 
