@@ -24,6 +24,7 @@ from unbraid.errors import ActivationError, ConfigError, TrainingError
 from unbraid.randomness import derive_seed
 from unbraid.sae import SAE
 from unbraid.sae.crosscoder import by_site
+from unbraid.sites import has_layers
 from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.own_penalty import as_module
@@ -95,6 +96,11 @@ def fit(
         raise ConfigError(
             "sae.skip connects what a transcoder reads with what it predicts, and these activations are for SAEs; "
             "expected false; drop it, or give activations as {'x -> y': (x, y)}"
+        )
+    if any(one.sae.cross_layer for one in variants.values()) and not any(has_layers(str(route)) for route in places):
+        raise ConfigError(
+            "sae.cross_layer gives every layer features of its own, and these activations are not of several layers; "
+            "expected false; drop it, or give activations as {'a + b -> c + d': (a, b, c, d)}"
         )
     jobs = [Job(batch_tokens, max(source.widths), n_features, 0) for _ in places for n_features in widths_of_saes]
     buffer = ActivationBuffer(

@@ -213,6 +213,16 @@ def hooks(end: tuple[Site, ...]) -> str:
     return AND.join(site.hook for site in end)
 
 
+def has_layers(text: str) -> bool:
+    """Whether a site is written as those of a whole cross-layer transcoder, A + B -> C + D in the order of layers."""
+    try:
+        inputs, outputs = Route.parse(text)
+    except ConfigError:  # It is complained of where sites are read.
+        return False
+    layers = [[site.layer for site in end if site.layer is not None] for end in (inputs, outputs)]
+    return len(inputs) == len(outputs) > 1 and inputs != outputs and layers == [sorted(end) for end in layers]
+
+
 def is_transcoder(text: str) -> bool:
     """Whether a site is written as one of a transcoder, A -> B."""
     return ARROW.strip() in text

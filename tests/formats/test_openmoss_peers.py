@@ -9,8 +9,9 @@ import yaml
 from published_fixtures import FIXTURES, D, circuit_tracer_clt
 from torch import Tensor
 
-from unbraid import formats
+from unbraid import SAEConfig, formats
 from unbraid.formats.export import export
+from unbraid.sae.build import build
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 SCOPIUM = [name for name in FIXTURES if name.startswith("llamascopium")]
@@ -68,3 +69,27 @@ def test_circuit_tracer_reads_its_cross_layer_transcoders_as_we_do(jumps: bool, 
         f_LBN, y_LBD = found.encode(x_LBD), found(x_LBD)
     assert torch.equal(ours.encode(x_LBD.transpose(0, 1)) != 0, f_LBN.transpose(0, 1).flatten(1) != 0)
     torch.testing.assert_close(ours(x_LBD.transpose(0, 1)), y_LBD.transpose(0, 1), rtol=1e-5, atol=1e-4)
+
+
+def test_circuit_tracer_reads_the_cross_layer_transcoders_that_are_trained_here(tmp_path: Path):
+    theirs = pytest.importorskip(
+        "circuit_tracer.transcoder.cross_layer_transcoder", reason="circuit-tracer, from `make test-peers`"
+    )
+    chance = torch.Generator().manual_seed(0)
+    settings = SAEConfig(architecture="batch_topk", n_features=3 * 16, k=6, cross_layer=True)
+    sae = build(settings, 3 * D, chance, d_out=3 * D, widths=((D,) * 3, (D,) * 3))
+    with torch.no_grad():
+        sae.threshold.fill_(0.05)
+        sae.b_dec += torch.randn(3 * D, generator=chance)
+    ends = [" + ".join(f"blocks.{layer}.{hook}" for layer in range(3)) for hook in ("mlp.hook_in", "hook_mlp_out")]
+    metadata = {"model_name": "google/gemma-2-2b", "hook_name": ends[0], "hook_name_out": ends[1]}
+    formats.save(sae, tmp_path / "sae", metadata=metadata)
+    (place,) = export(tmp_path / "sae", "circuit-tracer", tmp_path / "clt")
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    assert (config["model_kind"], config["feature_input_hook"]) == ("cross_layer_transcoder", "mlp.hook_in")
+    found = theirs.load_clt(str(place), device=torch.device("cpu"), dtype=torch.float32, lazy_decoder=False)
+    x_RD = torch.randn(50, 3 * D, generator=chance)
+    with torch.no_grad():
+        y_LRD = found(x_RD.view(50, 3, D).transpose(0, 1))
+    assert 0 < (sae.encode(x_RD) != 0).double().mean() < 0.9
+    torch.testing.assert_close(sae(x_RD), y_LRD.transpose(0, 1).flatten(1), rtol=1e-5, atol=1e-5)

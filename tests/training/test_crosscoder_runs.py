@@ -21,6 +21,10 @@ from unbraid.sites import Route
 
 CROSS, CROSS_NAME = "resid_post.0 + resid_post.1", "resid_post.0--and--resid_post.1"
 LAYER, LAYER_NAME = "mlp_in.0 -> mlp_out.0 + mlp_out.1", "mlp_in.0--to--mlp_out.0--and--mlp_out.1"
+WHOLE, WHOLE_NAME = (
+    "mlp_in.0 + mlp_in.1 -> mlp_out.0 + mlp_out.1",
+    "mlp_in.0--and--mlp_in.1--to--mlp_out.0--and--mlp_out.1",
+)
 CPU = torch.device("cpu")
 
 
@@ -93,6 +97,32 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(tmp_path):
     for name in (CROSS_NAME, LAYER_NAME):
         assert weights(whole, f"{name}_decorrelated") == weights(tmp_path / "cut", f"{name}_decorrelated")
     assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
+
+
+def test_a_whole_cross_layer_transcoder_resumes_exactly_and_goes_to_circuit_tracer_and_back(tmp_path, capsys):
+    settings, _ = overridden(config(WHOLE, "resid_post.0"), {"sae.cross_layer": True})
+    with pytest.raises(Stop):
+        unbraid.train(settings, tmp_path / "cut", callbacks=[stop_at(9)])
+    unbraid.resume(tmp_path / "cut")
+    run = unbraid.train(settings, tmp_path / "whole").path
+    assert weights(run, f"{WHOLE_NAME}_decorrelated") == weights(tmp_path / "cut", f"{WHOLE_NAME}_decorrelated")
+    ours = unbraid.load(run / "saes" / f"{WHOLE_NAME}_twin")
+    assert not ours.W_enc[64:, :64].any() and not ours.W_enc[:64, 64:].any() and not ours.W_dec[64:, :64].any()
+    summary = json.loads((run / "summary.json").read_text())["saes"][f"{WHOLE_NAME}_twin"]
+    assert list(summary["r2_by_site"]) == ["mlp_out.0", "mlp_out.1"]
+
+    for refused in (run, run / "saes" / "resid_post.0_twin"):
+        with pytest.raises(SystemExit):
+            main(["export", str(refused), "--to", "circuit-tracer", "--out", str(tmp_path / "clt")])
+        assert (
+            "expected one cross-layer transcoder" if refused == run else "resid_post.0_twin"
+        ) in capsys.readouterr().err
+    main(["export", str(run / "saes" / f"{WHOLE_NAME}_twin"), "--to", "circuit-tracer", "--out", str(tmp_path / "clt")])
+    theirs = unbraid.load(tmp_path / "clt")
+    assert theirs.metadata["hook_names_out"] == ["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"]
+    x_RD = torch.randn(50, 128, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(theirs.encode(x_RD.view(50, 2, 64)), ours.encode(x_RD), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(theirs(x_RD.view(50, 2, 64)).flatten(1), ours(x_RD), rtol=1e-5, atol=1e-5)
 
 
 def test_from_a_cache_the_same_dictionaries(tmp_path, run):

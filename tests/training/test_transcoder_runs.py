@@ -1,11 +1,13 @@
 """Runs with transcoders: both ends read in one pass, exact resume, beside SAEs as alone, every command answers."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from stopped_runs import Stop, stop_at
 
 import unbraid
@@ -13,10 +15,11 @@ from unbraid import recipes
 from unbraid.activations.cache import harvest
 from unbraid.activations.language_model import load_language_model
 from unbraid.cli import main
-from unbraid.config import RunConfig, overridden, validated
+from unbraid.config import EvaluationConfig, RunConfig, overridden, validated
 from unbraid.errors import ConfigError
 from unbraid.evaluation.core import CoreMeter
-from unbraid.evaluation.splice import preservation
+from unbraid.evaluation.splice import Together, preservation
+from unbraid.evaluation.suites import run_suites
 from unbraid.files import checksum
 from unbraid.sites import Route
 
@@ -82,6 +85,33 @@ def test_r2_and_ce_score_are_those_of_the_mlps_output_replaced(run):
     assert got["ce_loss_without_sae"] == pytest.approx(
         float(torch.nn.functional.cross_entropy(intact[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())), abs=1e-5
     )
+
+
+def test_replaced_together_each_reads_what_the_others_have_left(run, tmp_path):
+    """Written out for a transcoder and an SAE below it; `eval` says the same of both, in a column of its own."""
+    transcoder, below = (unbraid.load(run / "saes" / f"{name}_twin") for name in (NAME, "resid_post.0"))
+    model, tokens = load_language_model(config([SITE]).model, CPU), torch.arange(3, 123).view(2, 60) % 90
+    keep_CT = torch.ones(2, 60, dtype=torch.bool)
+    seen = {}
+    visits = {
+        "resid_post.0": lambda x: below(x),
+        "mlp_in.1": lambda x: seen.update(x=x.clone()),
+        "mlp_out.1": lambda y: transcoder(seen["x"]),
+    }
+    with model.visiting(visits):
+        wanted = torch.nn.functional.cross_entropy(model.logits(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    routes = (Route.parse(SITE), Route.parse("resid_post.0"))
+    saes = {Together(routes): {"both": (transcoder, below)}, routes[0]: {"one": transcoder}}
+    found = preservation(model, saes, [(tokens, keep_CT)])
+    both, one = (found[name]["model_performance_preservation"]["ce_loss_with_sae"] for name in ("both", "one"))
+    assert both == pytest.approx(float(wanted), abs=1e-5) and abs(both - one) > 1e-4
+
+    settings, shown = EvaluationConfig(suites=["core"], tokens=1024, controls=False), io.StringIO()
+    report = run_suites(run, settings, console=Console(file=shown, width=100), out=tmp_path / "out")["saes"]
+    assert "CE all" in shown.getvalue()
+    sets = {name: one["core"]["replaced_together"] for name, one in report.items()}
+    assert sets[f"{NAME}_twin"] == sets["resid_post.0_twin"] != sets["resid_post.0_decorrelated"]
+    assert sets[f"{NAME}_twin"]["dictionaries"] == 2 and sets[f"{NAME}_twin"]["ce_loss_score"] is not None
 
 
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(tmp_path):

@@ -6,12 +6,16 @@ from pydantic import Field, model_validator
 
 from unbraid.config.checks import GIVEN, Common, Condition, above, active_when, wrong
 from unbraid.config.kinds import Kinds, Registry
-from unbraid.sites import is_transcoder
+from unbraid.sites import has_layers, is_transcoder
 
 if TYPE_CHECKING:
     from unbraid.sae.base import SAE
 
 MOST_FEATURES = 1 << 26
+LAYERS = Condition(
+    lambda sites: any(map(has_layers, sites)),
+    "a list with as many sites read as predicted, in the order of their layers, as in A + B -> C + D",
+)
 DRAWN = Condition(lambda start: start is None, "none")
 A_TRANSCODER = Condition(lambda sites: any(map(is_transcoder, sites)), "a list with a transcoder, A -> B")
 
@@ -49,6 +53,9 @@ class SAEConfig(Kinds):
     their threshold); none takes 1 for the topk family and 1/32 for the others, 0 turns it off."""
     skip: Annotated[bool, active_when(model__sites=A_TRANSCODER)] = False
     """Transcoders also predict by a matrix of their own, x W_skip, beside their features (arXiv 2501.18823)."""
+    cross_layer: Annotated[bool, active_when(model__sites=LAYERS)] = False
+    """With several sites read and as many predicted, features come in blocks: each block reads one site and writes into
+    its output and later ones, as in a cross-layer transcoder."""
     start_from: Annotated[str | None, Common] = None
     """A folder or name of a dictionary, in any layout, whose weights are the first ones; none draws them."""
     frozen: Literal["none", "decoder", "near", "encoder", "both"] = "none"

@@ -23,7 +23,7 @@ from unbraid.evaluation.correlation import CorrelationMeasured, measure_correlat
 from unbraid.evaluation.pairs import stack_codes
 from unbraid.evaluation.probing import probe_task, summarise_probing, task_activations
 from unbraid.evaluation.sentence_encoder import SentenceEncoder
-from unbraid.evaluation.splice import preservation
+from unbraid.evaluation.splice import Together, preservation
 from unbraid.evaluation.subjects import EvaluatedSAE
 from unbraid.evaluation.trained_controls import ControlSite, steps_on, trained_controls
 from unbraid.progress import Stages
@@ -158,13 +158,33 @@ class ModelSuites:
 
         saes: dict[Any, dict[str, Any]] = {}
         for subject in self.subjects:
-            inputs = tuple(self.source.sites[site] for site in subject.sites)
-            saes.setdefault(Route(inputs, subject.outputs or inputs), {})[subject.name] = subject.sae
+            saes.setdefault(self._route(subject), {})[subject.name] = subject.sae
+        sets = self._sets()
+        for name, members in sets.items():
+            place = Together(tuple(self._route(member) for member in members))
+            saes.setdefault(place, {})[name] = tuple(member.sae for member in members)
         found = preservation(self.source.model, saes, counted(), self.config.seed)
         for subject in self.subjects:
             core = subject.report["core"]
             for category, metrics in found[subject.name].items():
                 core[category] = core.get(category, {}) | metrics
+        for name, members in sets.items():
+            for member in members:
+                metrics = found[name]["model_performance_preservation"] | found[name]["model_behavior_preservation"]
+                member.report["core"]["replaced_together"] = {"dictionaries": len(members)} | metrics
+
+    def _route(self, subject: EvaluatedSAE) -> Route:
+        inputs = tuple(self.source.sites[site] for site in subject.sites)
+        return Route(inputs, subject.outputs or inputs)
+
+    def _sets(self) -> dict[str, list[EvaluatedSAE]]:
+        """The dictionaries that one variant has at different sites, under a name that no dictionary has."""
+        found: dict[str, list[EvaluatedSAE]] = {}
+        for subject in self.subjects:
+            if subject.variant is not None and not self._route(subject).has_several_sites:
+                found.setdefault(f"all of {subject.variant}", []).append(subject)
+        written = {name: [self._route(member).writes for member in members] for name, members in found.items()}
+        return {name: found[name] for name, sites in written.items() if len(set(sites)) == len(sites) > 1}
 
     def correlation(self) -> None:
         """The paper's correlation reduction, on the codes that `read_held_out` kept."""

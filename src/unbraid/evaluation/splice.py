@@ -3,15 +3,16 @@
 Cross-entropy and KL divergence of the spliced model beside those of the intact model and of one whose site is zeroed
 everywhere, under SAEBench's names. A transcoder's prediction takes the place of the site it predicts, made from what
 the same pass had at the site it reads; a dictionary of several sites is given those of the intact model, and all sites
-it predicts are replaced in one pass. Positions that do not count (special tokens) keep their original activations and
-are left out of the means, by input token. Log-probabilities come from one log-softmax; SAEBench's log of a softmax
-turns to NaN where a probability underflows. The intact pass is shared by all SAEs, the ablated one by those of a site.
+it predicts are replaced in one pass. Dictionaries replaced `Together`, at a site each, read what the model has there
+with the others in place. Positions that do not count (special tokens) keep their original activations and are left out
+of the means, by input token. Log-probabilities come from one log-softmax; SAEBench's log of a softmax turns to NaN
+where a probability underflows. The intact pass is shared by all SAEs, the ablated one by those of a site.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,10 +33,16 @@ class Spliceable(Protocol):
         ...
 
 
+class Together(NamedTuple):
+    """Routes of dictionaries that are replaced in one pass; with them stand tuples of dictionaries."""
+
+    routes: tuple[Route, ...]
+
+
 @torch.no_grad()
 def preservation(
     model: Spliceable,
-    saes: Mapping[Any, Mapping[str, Autoencoder]],
+    saes: Mapping[Any, Mapping[str, Any]],
     contexts: Iterable[tuple[Tensor, ...]],
     seed: int = 0,
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -44,7 +51,8 @@ def preservation(
     Args:
         model: anything with `logits(tokens, site, replace)`.
         saes: site, as the model takes it -> name -> SAE acting on raw activations of the site; no name twice. A `Route`
-            says that what is read and what is replaced differ; the model then has `visiting` as well.
+            says that what is read and what is replaced differ, `Together` that several are; the model then has
+            `visiting` as well.
         contexts: token ids `[C, T]` and which positions count and are replaced `[C, T]`; any number of contexts at a
             time. A third table `[C, T]` has positions that start anew with each document of a context; the model then
             takes `positions=`.
@@ -76,7 +84,7 @@ SUMS = ("positions", "kept", "targets", "kl_sae", "kl_ablation", "ce_sae", "ce_m
 def _one_context(
     model: Any,
     logits: Callable[..., Tensor],
-    saes: Mapping[Any, Mapping[str, Autoencoder]],
+    saes: Mapping[Any, Mapping[str, Any]],
     tokens_1T: Tensor,
     keep_1T: Tensor,
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -116,11 +124,29 @@ def _one_context(
         parts = y_hat_1TM.split([seen[site].shape[-1] for site in route.outputs], dim=-1)
         return {site: partial(where_kept, part) for site, part in zip(route.outputs, parts, strict=True)}
 
+    def together(routes: tuple[Route, ...], saes: tuple[Autoencoder, ...]) -> dict[Site, Any]:
+        seen: dict[Site, Tensor] = {}
+        predicting = {route.writes: (route, sae) for route, sae in zip(routes, saes, strict=True)}
+
+        def visit(site: Site, y_1TM: Tensor) -> Tensor:
+            if site in predicting:
+                route, sae = predicting[site]
+                x_1TD = seen.get(route.reads) if route.is_transcoder else y_1TM
+                missing = torch.full_like(y_1TM, torch.nan)
+                y_1TM = where_kept(missing if x_1TD is None else predicted(sae, x_1TD, sae.encode(x_1TD)), y_1TM)
+            seen[site] = y_1TM.clone()
+            return y_1TM
+
+        return {site: partial(visit, site) for route in routes for site in route.ends}
+
     _, ce_model = losses(intact)
     for place, here in saes.items():
         several = isinstance(place, Route) and place.has_several_sites
-        if several:
+        if isinstance(place, Together):
             whole: dict[Site, Tensor] = {}
+            kl_ablation, ce_ablation = all_spliced({route.writes: torch.zeros_like for route in place.routes})
+        elif several:
+            whole = {}
             with model.visiting({site: partial(_keep, whole, site) for site in place.ends}):
                 logits(tokens_1T)
             kl_ablation, ce_ablation = all_spliced(dict.fromkeys(place.outputs, torch.zeros_like))
@@ -128,7 +154,9 @@ def _one_context(
             whole, site = {}, place.writes if isinstance(place, Route) else place
             kl_ablation, ce_ablation = spliced(site, torch.zeros_like)
         for name, sae in here.items():
-            if several:
+            if isinstance(place, Together):
+                kl, ce = all_spliced(together(place.routes, sae))
+            elif several:
                 kl, ce = all_spliced(reconstructions(place, sae, whole))
             else:
                 with _seen_at(model, place) as seen:

@@ -36,6 +36,7 @@ class EvaluatedSAE:
         outputs: the sites that a transcoder predicts; none for an SAE, which reconstructs what it reads.
         centred: whether the SAE was made for activations without their mean over the width.
         unknown: why its activations cannot be had again; None where they can.
+        variant: of the run that it belongs to.
     """
 
     name: str
@@ -49,6 +50,7 @@ class EvaluatedSAE:
     outputs: tuple[Site, ...] = ()
     centred: bool = False
     unknown: str | None = None
+    variant: str | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -139,7 +141,7 @@ def _of_run(
 ) -> tuple[list[EvaluatedSAE], RunConfig]:
     path, run = folder.path, _completed(folder.config, config, folder.path)
     subjects, twins = [], run.twins
-    for name, (route, _) in run.dictionaries.items():
+    for name, (route, variant) in run.dictionaries.items():
         if only not in (None, name):
             continue
         if not (path / "saes" / name).is_dir():
@@ -148,7 +150,7 @@ def _of_run(
             )
         sae, sites = formats.load(path / "saes" / name).to(device), tuple(map(run.sites.index, route.inputs))
         outputs = route.outputs if route.is_transcoder else ()
-        subjects.append(EvaluatedSAE(name, sites, sae, twins.get(name), outputs=outputs))
+        subjects.append(EvaluatedSAE(name, sites, sae, twins.get(name), outputs=outputs, variant=variant))
     return subjects, run
 
 

@@ -20,6 +20,7 @@ TABLES: dict[str, tuple[str, dict[str, Column]]] = {
             "CE score": ("model_performance_preservation", "ce_loss_score"),
             "KL score": ("model_behavior_preservation", "kl_div_score"),
             "alive": ("misc_metrics", "frac_alive"),
+            "CE all": ("replaced_together", "ce_loss_score"),
         },
     ),
     "correlation": (
@@ -68,6 +69,8 @@ TABLES: dict[str, tuple[str, dict[str, Column]]] = {
         },
     ),
 }
+OPTIONAL = {"CE all": "; CE all: with those of all sites spliced in at once"}
+"""Columns that are left out where no row has a number, and what they add to the meaning."""
 GROUND_TRUTH_TABLES: dict[str, dict[str, str]] = {
     "each latent as a detector of the feature it is most parallel to; the best one-to-one match": {
         "F1": "f1",
@@ -98,9 +101,14 @@ def evaluation_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
     for suite, (meaning, columns) in TABLES.items():
         judged = {name: row[suite] for name, row in rows.items() if suite in row}
         if judged:
-            shown = {name: [_shown(*_at(row, keys)) for keys in columns.values()] for name, row in judged.items()}
-            yield f"\n{suite}: {meaning}"
-            yield _table(list(columns), shown, set(report["controls"]))
+            found = {
+                title: [_at(row, keys) for row in judged.values()]
+                for title, keys in columns.items()
+                if title not in OPTIONAL or any(_at(row, keys)[0] is not None for row in judged.values())
+            }
+            cells = zip(*([_shown(*cell) for cell in column] for column in found.values()), strict=True)
+            yield f"\n{suite}: {meaning}{OPTIONAL['CE all'] if 'CE all' in found else ''}"
+            yield _table(list(found), dict(zip(judged, map(list, cells), strict=True)), set(report["controls"]))
     for suite, reason in report["skipped"].items():
         yield f"\nskipped {suite}: {reason}"
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from unbraid.errors import FormatError
 from unbraid.formats import (
+    circuit_tracer_clt,
     folder_name,
     is_transcoder_set,
     open_folder,
@@ -13,6 +14,7 @@ from unbraid.formats import (
     writable_layout,
 )
 from unbraid.formats.folder import SAEFolder, check_sae_folder
+from unbraid.sites import AND
 from unbraid.training.run_folder import RunFolder, is_run
 
 
@@ -22,7 +24,8 @@ def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = Fa
     Args:
         source: a run folder, an SAE folder in any known layout, a folder of such folders, or a name that `unbraid.load`
             takes.
-        to: sae_lens, dictionary_learning, sparsify, or circuit_tracer: transcoders of every layer in one folder, `out`.
+        to: sae_lens, dictionary_learning, sparsify, or circuit_tracer: transcoders of every layer, or one cross-layer
+            transcoder, in one folder, `out`.
         out: folder for the SAE folders.
         overwrite: replace SAE folders of the same name in it, if unbraid wrote them.
 
@@ -34,7 +37,7 @@ def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = Fa
             (nothing is written then), or `out` is not writable.
     """
     if is_transcoder_set(to):
-        return [transcoder_set.save_set(_opened(source), Path(out), overwrite=overwrite)]
+        return [_circuit_tracer(_opened(source), Path(out), overwrite)]
     layout, folders = writable_layout(to), _opened(source)
     for name, found in folders.items():
         refusal = layout.cannot_hold(found.sae)
@@ -46,6 +49,19 @@ def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = Fa
         frequency_N = None if found.log10_frequency_N is None else 10.0**found.log10_frequency_N
         written.append(layout.save(found.sae, Path(out) / name, found.metadata, frequency_N))
     return written
+
+
+def _circuit_tracer(found: dict[str, SAEFolder], out: Path, overwrite: bool) -> Path:
+    """A set of transcoders, or the one cross-layer transcoder there is."""
+    across = [name for name, one in found.items() if AND in str(one.metadata.get("hook_name"))]
+    if not across:
+        return transcoder_set.save_set(found, out, overwrite=overwrite)
+    if len(found) > 1:
+        raise FormatError(
+            f"{', '.join(found)}: expected one cross-layer transcoder, which fills a folder of circuit-tracer's; "
+            f"export the folder of one of them, such as saes/{across[0]}"
+        )
+    return circuit_tracer_clt.save(found[across[0]], across[0], out, overwrite=overwrite)
 
 
 def _opened(source: Path | str) -> dict[str, SAEFolder]:

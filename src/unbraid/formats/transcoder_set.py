@@ -81,7 +81,7 @@ def save_set(found: Mapping[str, SAEFolder], folder: Path, *, overwrite: bool = 
     layers: dict[int, ImportedSAE] = {}
     ends: dict[str, str] = {}
     for name, one in found.items():
-        sae, (layer, *hooks) = _holdable(name, one.sae), _hooks(name, one.metadata)
+        sae, (layer, *hooks) = require_holdable(name, one.sae), _hooks(name, one.metadata)
         together = {"model_name": str(one.metadata.get("model_name")), "features": str(sae.n_features)}
         together |= {"feature_input_hook": hooks[0], "feature_output_hook": hooks[1], "width": str(sae.d_in)}
         odd = [key for key, value in together.items() if ends.setdefault(key, value) != value]
@@ -107,7 +107,12 @@ def save_set(found: Mapping[str, SAEFolder], folder: Path, *, overwrite: bool = 
     return folder
 
 
-def _holdable(name: str, sae: SAE) -> ImportedSAE:
+def require_holdable(name: str, sae: SAE) -> ImportedSAE:
+    """The transcoder, if circuit-tracer's classes compute what it does.
+
+    Raises:
+        FormatError: they do not.
+    """
     plain = isinstance(sae, ImportedSAE) and sae.form == Form(sae.form.activation, None, "none", False, True)
     if not isinstance(sae, ImportedSAE) or not plain or sae.form.activation not in ("relu", "jumprelu"):
         raise FormatError(

@@ -7,11 +7,10 @@ active entries only, or *dense*, which is faster while a large share of the feat
 as rows, one per feature, like the decoder, so that both gradients are built feature by feature by the same code.
 
 A transcoder predicts y, of width M, from x. Its b_dec belongs to y, so its encoder takes nothing off x, and it may have
-an affine skip connection, x W_skip.
-A crosscoder is an SAE of activations that stand side by side, D = D1 + D2 + ...: a decoder row is one of each site, of
-unit norm together, and `by_site` takes them apart.
-In training an SAE may be split by features over ranks: each holds a slice and gets the same batch, the parts of the
-reconstruction and of the losses are summed, and every gradient but b_dec's is complete where its feature lives.
+an affine skip connection, x W_skip. A crosscoder is an SAE of activations that stand side by side, D = D1 + D2 + ...: a
+decoder row is one of each site, of unit norm together, and `by_site` takes them apart. In training an SAE may be split
+by features over ranks: each holds a slice and gets the same batch, the parts of the reconstruction and of the losses
+are summed, and every gradient but b_dec's is complete where its feature lives.
 """
 
 from typing import Any, ClassVar, Literal
@@ -30,6 +29,7 @@ from unbraid.kernels.autograd import active_entries, decode
 from unbraid.kernels.codes import Codes
 from unbraid.kernels.dense import SlabGradient, dense_autoencode
 from unbraid.kernels.host import WithHostBuffers
+from unbraid.sae.cross_layer import CrossLayer
 from unbraid.sae.dead import pull_to_threshold
 from unbraid.sae.first_weights import TRANSCODER_START, closest_norm, random_unit_rows
 from unbraid.sae.folding import fold_into
@@ -67,6 +67,7 @@ class SAE(WithHostBuffers):
     """Parameters every rank of a split SAE holds; their gradients are summed over the ranks."""
     scaled_with_input: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers in units of pre-activations, which `fold` divides."""
+    cross_layer: CrossLayer | None = None  # set in training
     W_skip: Tensor | None
     no_input_bias: Tensor
 
@@ -237,8 +238,7 @@ class SAE(WithHostBuffers):
                 f"what is to be predicted has shape {tuple(y_BM.shape)}; expected [{len(x_BD)}, {self.d_out}], a row "
                 "for each row read; check the site"
             )
-        seen_BD = self.corrupted(x_BD, generator)
-        centred_BD, pre_BN = self.product(seen_BD)
+        centred_BD, pre_BN = self.product(seen_BD := self.corrupted(x_BD, generator))
         if path == "auto":
             path = "sparse" if self.density(pre_BN) < SPARSE_BELOW.get(x_BD.device.type, 0.0) else "dense"
         with torch.autocast(x_BD.device.type, enabled=False):

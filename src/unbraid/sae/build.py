@@ -7,6 +7,7 @@ from unbraid.distributed.shard import Shard
 from unbraid.errors import ConfigError
 from unbraid.sae import batch_topk, denoising, gated, jumprelu, matryoshka, relu, sparse_filtering, topk
 from unbraid.sae.base import SAE
+from unbraid.sae.cross_layer import CrossLayer
 
 BUILT_IN = (relu, topk, batch_topk, jumprelu, gated, matryoshka, denoising, sparse_filtering)
 """Importing them registers them."""
@@ -19,6 +20,7 @@ def build(
     generator: torch.Generator,
     shard: Shard | None = None,
     d_out: int | None = None,
+    widths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
 ) -> SAE:
     """A fresh SAE: decoder rows random of unit norm, encoder a multiple of their transpose, biases zero.
 
@@ -30,9 +32,10 @@ def build(
         generator: the only source of chance; the same state gives the same weights.
         shard: the features this rank holds, with the weights they have in the whole SAE; all of them without it.
         d_out: width M of what a transcoder predicts, which may be D; an SAE without it.
+        widths: of each site read and predicted, where both are several, for a cross-layer transcoder.
 
     Raises:
-        ConfigError: the architecture cannot be split.
+        ConfigError: the architecture cannot be split, or has fewer features than layers.
     """
     shard = shard or Shard(config.n_features)
     architecture = ARCHITECTURES[config.kind]
@@ -41,4 +44,8 @@ def build(
             f"sae.architecture = {config.kind!r} looks at all features of a token at once and cannot be split over "
             f"{shard.ranks.size} ranks; expected training.feature_shards = 1"
         )
-    return architecture(config, d_in, generator, shard, d_out)
+    sae = architecture(config, d_in, generator, shard, d_out)
+    if config.cross_layer and len(widths[0]) == len(widths[1]) > 1:
+        sae.cross_layer = CrossLayer(*widths, shard)
+        sae.cross_layer.begin(sae)
+    return sae

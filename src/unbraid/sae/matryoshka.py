@@ -56,6 +56,15 @@ class MatryoshkaConfig(SharedThresholdConfig):
         return self
 
     @model_validator(mode="after")
+    def _levels_hold_features_of_all_layers(self) -> "MatryoshkaConfig":
+        if self.cross_layer and self.matryoshka_order == "index":
+            raise wrong(
+                "sae.cross_layer puts the features of the first layer first, so sae.matryoshka_order = 'index' would "
+                "leave the inner levels to them; expected 'frequency'; set sae.matryoshka_order to frequency"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _levels_have_weights(self) -> "MatryoshkaConfig":
         weights, levels = self.matryoshka_weights, len(self.matryoshka_widths or [1, 2, 3]) - 1
         values = weights if isinstance(weights, list) else [weights]

@@ -7,7 +7,7 @@ the same share of that mean square: none is learnt for its size alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ class Normalisation:
     Attributes:
         mean_D: float32; subtracting it in float32 loses nothing where it dominates.
         scale: makes the mean squared norm 1; of several sites side by side `[D]` float64, one number a site.
+        widths: of several sites side by side, how wide each is.
     """
 
     mean_D: Tensor
     scale: float | Tensor
+    widths: tuple[int, ...] = ()
 
     @classmethod
     @torch.no_grad()
@@ -66,7 +68,8 @@ class Normalisation:
         if len(parts) == 1:
             return parts[0]
         scales = [torch.full_like(one.mean_D, 1.0, dtype=torch.float64) * one.scale for one in parts]
-        return cls(torch.cat([one.mean_D for one in parts]), torch.cat(scales) / len(parts) ** 0.5)
+        widths = tuple(len(one.mean_D) for one in parts)
+        return cls(torch.cat([one.mean_D for one in parts]), torch.cat(scales) / len(parts) ** 0.5, widths)
 
     def scales(self, widths: Sequence[int]) -> list[float]:
         """The scale of each site, of these widths, as plain numbers."""
@@ -82,4 +85,4 @@ class Normalisation:
     def to(self, device: torch.device | str) -> "Normalisation":
         """The same on a device."""
         scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
-        return Normalisation(self.mean_D.to(device), scale)
+        return replace(self, mean_D=self.mean_D.to(device), scale=scale)

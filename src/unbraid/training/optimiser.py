@@ -70,6 +70,8 @@ class SAEOptimiser:
         """
         for name in HELD.get(self.sae.config.frozen, ()):
             self.parameters[name].grad = None
+        if self.sae.cross_layer is not None:
+            self.sae.cross_layer.zero_gradients(self.sae)
         own, shared = self._gradient_norms()
         if host.reading_waits(own):
             return self._update_unseen(own, shared, lr, number, loss)

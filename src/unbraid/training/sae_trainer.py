@@ -8,7 +8,7 @@ alone. Split by features over ranks, a trainer holds one slice and exchanges in 
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -141,10 +141,10 @@ class SAETrainer:
         self.tokens_since_fired.copy_(own["tokens_since_fired"])
         self.updates, self.silence = int(own["updates"]), None
         device = self.tokens_since_fired.device
-        self.normalise = Normalisation(own["mean"], _scale(own["scale"])).to(device)
+        self.normalise = replace(self.normalise, mean_D=own["mean"], scale=_scale(own["scale"])).to(device)
         if self.target is not None:
-            normalise = Normalisation(own["mean_out"], _scale(own["scale_out"])).to(device)
-            self.target = self.target._replace(normalise=normalise)
+            units = replace(self.target.normalise, mean_D=own["mean_out"], scale=_scale(own["scale_out"])).to(device)
+            self.target = self.target._replace(normalise=units)
 
     def require_finite(self) -> None:
         """Look whether every step so far was finite, on an accelerator; a CPU looks at each step.
@@ -243,7 +243,8 @@ def trainer_from_settings(
     them. A transcoder has a `target`.
     """
     d_out = None if target is None else len(target.normalise.mean_D)
-    sae = build_sae(settings.sae, len(normalise.mean_D), generator(seed, "init"), shard, d_out).to(device)
+    widths = (normalise.widths, () if target is None else target.normalise.widths)
+    sae = build_sae(settings.sae, len(normalise.mean_D), generator(seed, "init"), shard, d_out, widths).to(device)
     if penalty is None:
         own = settings.decorrelation, settings.sae.n_features, sae.d_out, derive_seed(seed, "pairs"), shard
         penalty = build_decorrelation(*own)

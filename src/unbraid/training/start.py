@@ -64,6 +64,11 @@ def start_from(trainer: SAETrainer) -> None:
         if stored.numel() != tensor.numel():  # One threshold for all, from one for each.
             stored = stored.mean()
         tensor.copy_(stored.reshape(tensor.shape))
+    if sae.cross_layer is not None and not sae.cross_layer.holds(sae):
+        raise ConfigError(
+            f"sae.start_from = {start.path!r} reads or writes sites that features of their layer do not; expected a "
+            "dictionary trained with sae.cross_layer; set it to false"
+        )
     if settings.frozen == "near":
         trainer.optimiser.adam.state[sae.W_dec]["start"].copy_(sae.W_dec)
 
