@@ -275,14 +275,14 @@ class SAE(WithHostBuffers):
     @torch.no_grad()
     def product(self, seen_BD: Tensor) -> tuple[Tensor, Tensor]:
         """`centred` and the pre-activations, without a graph; on a CPU in memory to be given back to `workspace`."""
-        centred_BD = seen_BD - self.input_bias
-        bias_N = self.product_bias()
+        centred_BD, bias_N = seen_BD - self.input_bias, self.product_bias()
         if seen_BD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return centred_BD, F.linear(centred_BD, self.encoder_ND, bias_N)
         pre_BN = workspace.take(len(seen_BD), self.n_features, self.encoder_ND.dtype)
-        if bias_N is None:
-            return centred_BD, torch.mm(centred_BD, self.encoder_ND.T, out=pre_BN)
-        return centred_BD, torch.addmm(bias_N, centred_BD, self.encoder_ND.T, out=pre_BN)
+        whole = (pre_BN, centred_BD, self.encoder_ND, bias_N)
+        for out, x, rows, bias in [whole] if self.cross_layer is None else self.cross_layer.products(*whole):
+            torch.mm(x, rows.T, out=out) if bias is None else torch.addmm(bias, x, rows.T, out=out)
+        return centred_BD, pre_BN
 
     def product_bias(self) -> Tensor | None:
         """What is added to the product before selecting."""

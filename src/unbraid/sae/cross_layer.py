@@ -63,6 +63,15 @@ class CrossLayer:
         for layer in range(layers):
             yield Block(*(slice(at[layer], at[layer + 1]) for at in (ends, reads, writes)))
 
+    def products(
+        self, pre_BN: Tensor, centred_BD: Tensor, encoder_ND: Tensor, bias_N: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """What must be multiplied, and into where: of each layer its own columns, an L-th of the whole product."""
+        for features, reads, _ in self.blocks():
+            if features.start < features.stop:
+                bias = None if bias_N is None else bias_N[features]
+                yield pre_BN[:, features], centred_BD[:, reads], encoder_ND[features, reads], bias
+
     @torch.no_grad()
     def zero_elsewhere(self, encoder_ND: Tensor | None, W_dec: Tensor | None, W_skip: Tensor | None) -> None:
         """Set to zero, in place, what must be of weights or of their gradients."""
