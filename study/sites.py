@@ -241,8 +241,9 @@ def crosscoder(folder: Path) -> None:
     named = [rows[site] for site in sites]
     common = {"what": "crosscoder", "route": LAYERS, "n": N, "k": K, "rows": PLAIN_ROWS, "lr": lr}
 
-    def ours() -> dict[str, Any]:
-        return {"fvu": held_out_fvu(trained(trainer_of(LAYERS, rows, "topk", lr, N), named, lr), named)}
+    def ours(row_norm: str = "joint") -> dict[str, Any]:
+        trainer = trainer_of(LAYERS, rows, "topk", lr, N, row_norm=row_norm)
+        return {"fvu": held_out_fvu(trained(trainer, named, lr), named)}
 
     def plain() -> dict[str, Any]:
         first = trainer_of(LAYERS, rows, "topk", lr, N)
@@ -264,6 +265,7 @@ def crosscoder(folder: Path) -> None:
         return {"fvu": unexplained(wanted, found)}
 
     note(common | {"by": "unbraid"}, ours)
+    note(common | {"by": "unbraid", "row_norm": "sum"}, lambda: ours("sum"))
     note(common | {"by": "plain autograd"}, plain)
 
 

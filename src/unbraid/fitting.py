@@ -1,7 +1,7 @@
 """Training on activations in hand, without a run folder: no log, no checkpoint, no held-out text."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,7 @@ from unbraid.errors import ActivationError, ConfigError, TrainingError
 from unbraid.randomness import derive_seed
 from unbraid.sae import SAE
 from unbraid.sae.crosscoder import by_site
-from unbraid.sites import has_layers
+from unbraid.sites import Route, has_layers, is_transcoder, predicts_several
 from unbraid.training.fit import Records, train_steps
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.own_penalty import as_module
@@ -92,16 +92,7 @@ def fit(
     config = _config(seed, steps * batch_tokens, batch_tokens)
     widths_of_saes = [settings.sae.n_features for settings in variants.values()]
     places = routes(activations)
-    if any(one.sae.skip for one in variants.values()) and not any(route.is_transcoder for route in places):
-        raise ConfigError(
-            "sae.skip connects what a transcoder reads with what it predicts, and these activations are for SAEs; "
-            "expected false; drop it, or give activations as {'x -> y': (x, y)}"
-        )
-    if any(one.sae.cross_layer for one in variants.values()) and not any(has_layers(str(route)) for route in places):
-        raise ConfigError(
-            "sae.cross_layer gives every layer features of its own, and these activations are not of several layers; "
-            "expected false; drop it, or give activations as {'a + b -> c + d': (a, b, c, d)}"
-        )
+    _require_what_they_read(list(variants.values()), places)
     jobs = [Job(batch_tokens, max(source.widths), n_features, 0) for _ in places for n_features in widths_of_saes]
     buffer = ActivationBuffer(
         source,
@@ -151,6 +142,21 @@ def _complete(settings: Dictionary, seed: int) -> VariantConfig:
     return VariantConfig(
         seed=seed, sae=settings, optimiser=OptimiserConfig(), decorrelation=DecorrelationConfig(method="none")
     )
+
+
+READ_FOR = {
+    "skip": (is_transcoder, "a transcoder's, {'x -> y': (x, y)}"),
+    "cross_layer": (has_layers, "those of several layers at both ends, {'a + b -> c + d': (a, b, c, d)}"),
+    "row_norm": (predicts_several, "those of several sites that are predicted, {'a + b': (a, b)}"),
+}
+"""Setting of an SAE -> for which activations it is read."""
+
+
+def _require_what_they_read(variants: Iterable[VariantConfig], places: Sequence[Route]) -> None:
+    for name, (fits, words) in READ_FOR.items():
+        given = any(getattr(one.sae, name) != type(one.sae).model_fields[name].default for one in variants)
+        if given and not any(fits(str(route)) for route in places):
+            raise ConfigError(f"sae.{name} is set, and is read for other activations: {words}; drop it, or give such")
 
 
 def _config(seed: int, tokens: int | None, batch_tokens: int) -> RunConfig:

@@ -213,6 +213,11 @@ def hooks(end: tuple[Site, ...]) -> str:
     return AND.join(site.hook for site in end)
 
 
+def predicts_several(text: str) -> bool:
+    """Whether several sites are predicted, as by a crosscoder."""
+    return AND.strip() in text.rpartition(ARROW.strip())[2]
+
+
 def has_layers(text: str) -> bool:
     """Whether a site is written as those of a whole cross-layer transcoder, A + B -> C + D in the order of layers."""
     try:

@@ -188,9 +188,11 @@ def test_what_cannot_be_one_is_refused(tmp_path):
         data = {"model": {"sites": sites}, "sae": {"architecture": "topk", "cross_layer": True}}
         with pytest.raises(ConfigError, match="in the order of their layers"):
             validated(RunConfig, data, "test")
-    with pytest.raises(ConfigError, match=r"set sae\.matryoshka_order to frequency"):
+    with pytest.raises(ConfigError, match=r"matryoshka_order to frequency"):
         SAEConfig(architecture="matryoshka", cross_layer=True)
-    with pytest.raises(ConfigError, match="these activations are not of several layers"):
+    with pytest.raises(
+        ConfigError, match=r"sae\.cross_layer is set, and is read for other activations: those of several layers"
+    ):
         unbraid.fit(
             SAEConfig(architecture="topk", n_features=N, k=K, cross_layer=True), torch.randn(512, 8), batch_tokens=64
         )

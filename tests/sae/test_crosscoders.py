@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import unbraid
-from unbraid.config import OptimiserConfig, SAEConfig, VariantConfig
+from unbraid.config import OptimiserConfig, RunConfig, SAEConfig, VariantConfig, validated
 from unbraid.config.decorrelation import DecorrelationConfig
 from unbraid.errors import ActivationError, ConfigError, EvaluationError, FormatError
 from unbraid.formats import save
@@ -15,9 +15,11 @@ from unbraid.randomness import generator
 from unbraid.sae import ARCHITECTURES
 from unbraid.sae.build import build
 from unbraid.sae.crosscoder import exclusive_features, relative_norms
+from unbraid.sae.site_norms import summed_norms
 from unbraid.sites import Route
 from unbraid.training.normalisation import Normalisation
-from unbraid.training.sae_trainer import ends
+from unbraid.training.sae_trainer import ends, train_step, trainer_from_settings
+from unbraid.training.start import start_from
 
 WIDTHS, N, K = [6, 10, 4], 40, 5
 D = sum(WIDTHS)
@@ -121,6 +123,88 @@ def test_one_layer_of_a_cross_layer_transcoder_reads_one_site_and_predicts_two()
     assert transcoder.is_transcoder and (transcoder.d_in, transcoder.d_out) == (6, 14)
     for wanted, found in zip((y, z), transcoder.by_site(transcoder(x)), strict=True):
         assert 1 - (wanted - found).square().sum() / (wanted - wanted.mean(0)).square().sum() > 0.5
+
+
+def published_codes(parts: list[Tensor], encoders: list[Tensor], bias: Tensor, decoders: list[Tensor]) -> Tensor:
+    """f of the published crosscoder, whose top k are chosen by activation times summed decoder norms."""
+    pre = (sum(x @ w.T for x, w in zip(parts, encoders, strict=True)) + bias).relu()
+    kept = (pre * sum(w.norm(dim=1) for w in decoders)).topk(K, dim=1).indices
+    return torch.zeros_like(pre).scatter(1, kept, pre.gather(1, kept))
+
+
+@pytest.mark.parametrize("name", ["topk", "relu"])
+def test_rows_whose_norms_sum_to_one_weigh_sparsity_as_published(name):
+    """Codes and L1 penalty are those of the published formula, whatever sizes it gives rows and codes."""
+    parts = [x.float() for x in rows(4_000)]
+    units = Normalisation.side_by_side([Normalisation.of(x) for x in parts])
+    variant = VariantConfig(
+        seed=0,
+        sae=sae_settings(architecture=name, n_features=N, k=K, row_norm="sum"),
+        optimiser=OptimiserConfig(lr=1e-2, warmup_steps=0),
+        decorrelation=DecorrelationConfig(space="decoder", lambda2=0.1, fraction=0.1),
+    )
+    trainer = trainer_from_settings("one", (0, 1, 2), variant, 0, units, torch.device("cpu"), steps=40)
+    sae, first = trainer.sae, trainer.sae.W_dec.detach().clone()
+    for step in range(40):
+        x_BD, _ = trainer.rows([x[100 * step : 100 * (step + 1)] for x in parts])
+        train_step(trainer, x_BD, step, 1e-2, log=False)
+    sums = summed_norms(sae.W_dec, WIDTHS)
+    torch.testing.assert_close(sums, torch.ones(N, 1))
+    assert not torch.equal(first, sae.W_dec) and (sae.W_dec.norm(dim=1) < 0.99).any()
+    x_BD = trainer.rows([x[:200] for x in parts])[0]
+    # Any other sizes of rows and codes with the same products are the same to the published formula.
+    size_N1 = torch.rand(N, 1, generator=generator(3, "sizes")) + 0.5
+    encoders = [part / size_N1 for part in sae.encoder_ND.split(WIDTHS, 1)]
+    decoders = [part * size_N1 for part in sae.W_dec.split(WIDTHS, 1)]
+    bias_N = (sae.b_enc - sae.encoder_ND @ sae.b_dec) / size_N1.squeeze(1)
+    if name == "topk":
+        found = published_codes(list(x_BD.split(WIDTHS, 1)), encoders, bias_N, decoders)
+        torch.testing.assert_close(sae.encode(x_BD), found * size_N1.squeeze(1), rtol=1e-4, atol=1e-5)
+    else:
+        out = sae.training_forward(x_BD, path="dense")
+        f_BN = (sum(x @ w.T for x, w in zip(x_BD.split(WIDTHS, 1), encoders, strict=True)) + bias_N).relu()
+        published = (f_BN * sum(w.norm(dim=1) for w in decoders)).sum(1).mean()
+        assert out.sparsity.item() == pytest.approx(published.item(), rel=1e-4)
+    raw = torch.cat([x[:200] for x in parts], 1)
+    y_hat = sae(x_BD)
+    trainer.fold()
+    torch.testing.assert_close(sae(raw), y_hat / units.scale.float() + units.mean_D, rtol=1e-3, atol=1e-3)
+
+
+def test_a_start_from_elsewhere_takes_rows_whose_norms_sum_to_one_and_computes_the_same(tmp_path):
+    parts = [x.float() for x in rows(600)]
+    start = fitted({"a + b + c": tuple(parts)})
+    path = save(start, tmp_path / "start", metadata=start.metadata)
+    variant = VariantConfig(
+        seed=0,
+        sae=SAEConfig(architecture="topk", n_features=N, k=K, row_norm="sum", start_from=str(path)),
+        optimiser=OptimiserConfig(),
+        decorrelation=DecorrelationConfig(method="none"),
+    )
+    units = Normalisation.side_by_side([Normalisation.of(x) for x in parts])
+    trainer = trainer_from_settings("one", (0, 1, 2), variant, 0, units, torch.device("cpu"), steps=10)
+    start_from(trainer)
+    torch.testing.assert_close(summed_norms(trainer.sae.W_dec, WIDTHS), torch.ones(N, 1))
+    x_RD = torch.cat(parts, 1)
+    wanted = units(start(x_RD))
+    fires = (trainer.sae.encode(units(x_RD)) > 0) == (start.encode(x_RD) > 0)
+    same = fires.all(1)
+    assert same.double().mean() > 0.3, "a top-k ranks features by other sizes now"
+    torch.testing.assert_close(trainer.sae(units(x_RD))[same], wanted[same], rtol=1e-3, atol=1e-3)
+
+
+def test_the_setting_is_refused_where_one_site_is_predicted():
+    topk = SAEConfig(architecture="topk", n_features=N, k=K, row_norm="sum")
+    with pytest.raises(ConfigError, match="those of several sites that are predicted"):
+        unbraid.fit(topk, torch.randn(512, 8), batch_tokens=64)
+    with pytest.raises(ConfigError, match="a list in which several are predicted"):
+        validated(RunConfig, {"model": {"sites": ["resid_post.0"]}, "sae": {"row_norm": "sum"}}, "test")
+    with pytest.raises(ConfigError, match=r"sae\.frozen"):
+        validated(
+            RunConfig,
+            {"model": {"sites": ["resid_post.0 + resid_post.1"]}, "sae": {"row_norm": "sum", "frozen": "near"}},
+            "test",
+        )
 
 
 def test_routes_name_several_sites_at_either_end():

@@ -201,7 +201,7 @@ def test_what_cannot_be_a_transcoder_is_refused():
             unbraid.fit(topk, wrong, batch_tokens=100)
     with pytest.raises(ConfigError, match="the same two ends"):
         unbraid.fit(topk, {"x -> x": (x_RD, x_RD)}, batch_tokens=100)
-    with pytest.raises(ConfigError, match=r"sae\.skip connects"):
+    with pytest.raises(ConfigError, match=r"sae\.skip is set, and is read for other activations: a transcoder's"):
         unbraid.fit(SAEConfig(architecture="topk", n_features=N, k=K, skip=True), x_RD, batch_tokens=100)
     sae = build(topk, D, torch.Generator(), d_out=M)
     with pytest.raises(ActivationError, match=r"expected \[4, 17\]"):

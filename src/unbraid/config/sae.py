@@ -6,12 +6,13 @@ from pydantic import Field, model_validator
 
 from unbraid.config.checks import GIVEN, Common, Condition, above, active_when, wrong
 from unbraid.config.kinds import Kinds, Registry
-from unbraid.sites import has_layers, is_transcoder
+from unbraid.sites import has_layers, is_transcoder, predicts_several
 
 if TYPE_CHECKING:
     from unbraid.sae.base import SAE
 
 MOST_FEATURES = 1 << 26
+SEVERAL_PREDICTED = Condition(lambda sites: any(map(predicts_several, sites)), "a list in which several are predicted")
 LAYERS = Condition(
     lambda sites: any(map(has_layers, sites)),
     "a list with as many sites read as predicted, in the order of their layers, as in A + B -> C + D",
@@ -56,6 +57,12 @@ class SAEConfig(Kinds):
     cross_layer: Annotated[bool, active_when(model__sites=LAYERS)] = False
     """With several sites read and as many predicted, features come in blocks: each block reads one site and writes into
     its output and later ones, as in a cross-layer transcoder."""
+    row_norm: Annotated[
+        Literal["joint", "sum"],
+        active_when(model__sites=SEVERAL_PREDICTED, frozen=("none", "decoder", "encoder", "both")),
+    ] = "joint"
+    """Of dictionaries that predict several sites: decoder rows have norm 1 over all sites together, or norms by site
+    that sum to 1, by which sparsity counts every site, as published for crosscoders."""
     start_from: Annotated[str | None, Common] = None
     """A folder or name of a dictionary, in any layout, whose weights are the first ones; none draws them."""
     frozen: Literal["none", "decoder", "near", "encoder", "both"] = "none"

@@ -8,6 +8,7 @@ from unbraid.errors import ConfigError
 from unbraid.sae import batch_topk, denoising, gated, jumprelu, matryoshka, relu, sparse_filtering, topk
 from unbraid.sae.base import SAE
 from unbraid.sae.cross_layer import CrossLayer
+from unbraid.sae.site_norms import scale_rows
 
 BUILT_IN = (relu, topk, batch_topk, jumprelu, gated, matryoshka, denoising, sparse_filtering)
 """Importing them registers them."""
@@ -32,7 +33,7 @@ def build(
         generator: the only source of chance; the same state gives the same weights.
         shard: the features this rank holds, with the weights they have in the whole SAE; all of them without it.
         d_out: width M of what a transcoder predicts, which may be D; an SAE without it.
-        widths: of each site read and predicted, where both are several, for a cross-layer transcoder.
+        widths: of each site read, and of each that a transcoder predicts, where they are several.
 
     Raises:
         ConfigError: the architecture cannot be split, or has fewer features than layers.
@@ -48,4 +49,7 @@ def build(
     if config.cross_layer and len(widths[0]) == len(widths[1]) > 1:
         sae.cross_layer = CrossLayer(*widths, shard)
         sae.cross_layer.begin(sae)
+    widths_out = widths[1] or (() if sae.is_transcoder else widths[0])
+    if config.row_norm == "sum" and widths_out:
+        scale_rows(sae, widths_out)
     return sae

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unbraid.config import active_when
 from unbraid.config.checks import wrong
+from unbraid.config.sae import LAYERS
 from unbraid.kernels.autograd import decode
 from unbraid.kernels.codes import Codes
 from unbraid.sae.batch_topk import BatchTopKSAE, SharedThresholdConfig
@@ -38,6 +39,8 @@ class MatryoshkaConfig(SharedThresholdConfig):
     """Steps between orderings."""
     frequency_decay: Annotated[float, active_when(matryoshka_order="frequency")] = Field(default=0.99, ge=0.0, lt=1.0)
     """Decay per step of the running firing frequency."""
+    cross_layer: Annotated[bool, active_when(model__sites=LAYERS, matryoshka_order="frequency")] = False
+    """As for other SAEs; the first features are those of the first layer, so levels must go by frequency."""
     matryoshka_detach: bool = False
     """The loss of an inner level trains only the features it adds to the levels inside it."""
     matryoshka_weights: float | list[float] = 1.0
@@ -52,15 +55,6 @@ class MatryoshkaConfig(SharedThresholdConfig):
             raise wrong(
                 f"sae.matryoshka_widths is {widths}; expected ascending widths of at least 1, the last equal to "
                 f"sae.n_features, {self.n_features}; change one of the two"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _levels_hold_features_of_all_layers(self) -> "MatryoshkaConfig":
-        if self.cross_layer and self.matryoshka_order == "index":
-            raise wrong(
-                "sae.cross_layer puts the features of the first layer first, so sae.matryoshka_order = 'index' would "
-                "leave the inner levels to them; expected 'frequency'; set sae.matryoshka_order to frequency"
             )
         return self
 

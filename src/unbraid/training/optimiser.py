@@ -2,10 +2,12 @@
 
 A step clips the global gradient norm, removes from each decoder row's gradient the part along the row (moving along
 it would be undone by the renormalisation, but would still enter Adam's moments), takes a fused Adam step, and puts
-the rows back to unit norm (Eq. 5). A gradient that is not finite stops the step before any weight is touched: by an
-error on a CPU; on an accelerator, where looking would make the host wait, by a flag that the update itself heeds and
-`SAETrainer.require_finite` reads when it is time to look.
+the rows back to unit norm (Eq. 5), or to norms by site that sum to 1 where `sae.row_norm` says so. A gradient that is
+not finite stops the step before any weight is touched: by an error on a CPU; on an accelerator, where looking would
+make the host wait, by a flag that the update itself heeds and `SAETrainer.require_finite` reads when it is time.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from unbraid.config import OptimiserConfig
 from unbraid.errors import TrainingError
 from unbraid.kernels import host
 from unbraid.sae.base import SAE
+from unbraid.sae.site_norms import summed_norms
 
 SLAB = 256
 NEAR = 0.8
@@ -31,15 +34,17 @@ class SAEOptimiser:
     Args:
         sae: the autoencoder whose parameters are updated in place.
         config: betas, eps and the clipping norm; the learning rate is given to each step.
+        site_widths: of each site that is predicted, where these are several.
 
     Attributes:
         failed_at: [] int64, the first step that was not finite, counted from 1; 0 without one. From then on no step
             changes a weight. Always 0 on a CPU, where such a step raises.
     """
 
-    def __init__(self, sae: SAE, config: OptimiserConfig):
+    def __init__(self, sae: SAE, config: OptimiserConfig, site_widths: Sequence[int] = ()):
         self.sae = sae
         self.config = config
+        self.summed_sites = site_widths if sae.config.row_norm == "sum" else ()
         self.parameters = dict(sae.named_parameters())
         self.adam = torch.optim.Adam(self.parameters.values(), betas=config.betas, eps=config.eps, fused=True)
         for parameter in self.parameters.values():
@@ -104,7 +109,11 @@ class SAEOptimiser:
         self.adam.step()
         W_dec = self.sae.W_dec
         if "W_dec" not in HELD.get(self.sae.config.frozen, ()):
-            norms_N1 = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+            norms_N1 = (
+                summed_norms(W_dec, self.summed_sites)
+                if self.summed_sites
+                else torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+            )
             W_dec.div_(norms_N1 if stopped is None else norms_N1.masked_fill_(stopped, 1.0))
         if self.sae.config.frozen == "near":
             self._stay_near()
@@ -133,7 +142,10 @@ class SAEOptimiser:
             return W_dec.new_zeros(())
         norms = []
         for g, w in zip(W_dec.grad.split(SLAB), W_dec.split(SLAB), strict=True):
-            g.addcmul_((g * w).sum(1, keepdim=True), w, value=-1)
+            along_N1 = (g * w).sum(1, keepdim=True)
+            if self.summed_sites:
+                along_N1 /= w.square().sum(1, keepdim=True)
+            g.addcmul_(along_N1, w, value=-1)
             norms.append(torch.linalg.vector_norm(g))
         return torch.stack(norms).norm()
 

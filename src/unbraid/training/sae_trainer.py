@@ -256,7 +256,7 @@ def trainer_from_settings(
         config=settings,
         normalise=normalise.to(device),
         sae=sae,
-        optimiser=SAEOptimiser(sae, settings.optimiser),
+        optimiser=SAEOptimiser(sae, settings.optimiser, widths[0] if target is None else widths[1]),
         decorrelate=penalty.to(device),
         generator=generator(seed, "training", device=device),
         tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),

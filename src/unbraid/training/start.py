@@ -15,6 +15,7 @@ from unbraid.config import RunConfig, SAEConfig
 from unbraid.errors import ConfigError, FormatError
 from unbraid.formats.imported import ImportedSAE
 from unbraid.formats.weights import Weights, add_input_bias, fold_decoder_norms, shift_encoder, subtract_input_bias
+from unbraid.sae.site_norms import scale_rows
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.sae_trainer import SAETrainer
 
@@ -69,6 +70,8 @@ def start_from(trainer: SAETrainer) -> None:
             f"sae.start_from = {start.path!r} reads or writes sites that features of their layer do not; expected a "
             "dictionary trained with sae.cross_layer; set it to false"
         )
+    if trainer.optimiser.summed_sites:
+        scale_rows(sae, trainer.optimiser.summed_sites)
     if settings.frozen == "near":
         trainer.optimiser.adam.state[sae.W_dec]["start"].copy_(sae.W_dec)
 
