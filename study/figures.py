@@ -180,6 +180,28 @@ def ladder() -> Figure:
     return figure
 
 
+def warm_start() -> Figure:
+    """What is left of the variance after several lengths of training, drawn and begun as the layer below's SAE."""
+    found = [(line["settings"], line["fvu"]) for line in lines("sites") if line["settings"]["what"] == "warm"]
+    layers = list(dict.fromkeys(settings["route"] for settings, _ in found))
+    figure = Figure(figsize=(WIDTH_INCHES, 2.2))
+    panels = figure.subplots(1, len(layers), sharey=True)
+    for axes, layer in zip(panels, layers, strict=True):
+        for place, drawn in enumerate((True, False)):
+            here = {s["steps"]: fvu for s, fvu in found if s["route"] == layer and (s["start"] == "drawn") == drawn}
+            label = "drawn at random" if drawn else "the SAE of the layer below"
+            marks = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 4.2, "linewidth": 1.0}
+            axes.plot(list(here), list(here.values()), **marks, label=label)
+        axes.set_title(layer)
+        axes.set_xlabel("training steps")
+        axes.set_ylim(0, 0.5)
+    panels[0].set_ylabel("unexplained, held out")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncol=2)
+    figure.subplots_adjust(left=0.09, right=0.985, bottom=0.2, top=0.78, wspace=0.08)
+    return figure
+
+
 FIGURES = {
     "study-frontier": frontier,
     "study-effects": effects,
@@ -187,6 +209,7 @@ FIGURES = {
     "study-weights": weights,
     "study-pairs": heat_map,
     "study-ceiling": ladder,
+    "warm-start": warm_start,
 }
 
 
