@@ -112,6 +112,13 @@ class _Evaluation:
         }
         suites = [name for name in works if name in self.config.suites]
         on_text = [name for name in suites if name in ON_TEXT]
+        if self._reads_model and set(suites) & set(ON_PROMPTS):
+            self.console.print(
+                f"{len(suites)} suites of {len(self.subjects)} SAEs: probing, absorption and controls take minutes; "
+                "--suites core,correlation,geometry and --controls false leave them out",
+                highlight=False,
+                markup=False,
+            )
         with Stages(self.console) as self.bar:
             if self.config.controls:
                 self._stage("controls", self._add_controls, suites)
