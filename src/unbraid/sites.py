@@ -225,7 +225,9 @@ def has_layers(text: str) -> bool:
     except ConfigError:  # It is complained of where sites are read.
         return False
     layers = [[site.layer for site in end if site.layer is not None] for end in (inputs, outputs)]
-    return len(inputs) == len(outputs) > 1 and inputs != outputs and layers == [sorted(end) for end in layers]
+    forward = all(read <= written for read, written in zip(*layers, strict=False))
+    ordered = layers == [sorted(end) for end in layers]
+    return len(inputs) == len(outputs) > 1 and inputs != outputs and ordered and forward
 
 
 def is_transcoder(text: str) -> bool:

@@ -61,7 +61,6 @@ def test_llama_scope_with_long_decoder_rows_is_read_as_its_library_reads_it_or_a
 @pytest.mark.parametrize(
     ("file", "what"),
     [
-        ("model_final.pt", "crosscoder of dictionary_learning"),
         ("latest_ckpt.safetensors", "temporal SAE"),
     ],
 )

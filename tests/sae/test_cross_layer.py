@@ -16,9 +16,9 @@ from unbraid.formats import save
 from unbraid.randomness import generator
 from unbraid.sae import ARCHITECTURES
 from unbraid.sae.build import build
-from unbraid.sites import has_layers
+from unbraid.sites import Route, has_layers
 from unbraid.training.normalisation import Normalisation
-from unbraid.training.sae_trainer import SAETrainer, Target, train_step, trainer_from_settings
+from unbraid.training.sae_trainer import SAETrainer, Target, ends, train_step, trainer_from_settings
 
 IN, OUT, N, K = (6, 10, 4), (5, 3, 8), 40, 5
 BLOCKS = [(0, 13), (13, 26), (26, 40)]
@@ -101,7 +101,7 @@ def trainer(name: str, penalty: bool = True, **changes) -> SAETrainer:
         optimiser=OptimiserConfig(lr=1e-2, warmup_steps=0),
         decorrelation=decoder if penalty else DecorrelationConfig(method="none"),
     )
-    target = Target((3, 4, 5), units[1])
+    target = Target((3, 4, 5), units[1], has_layers=True)
     return trainer_from_settings(name, (0, 1, 2), variant, 0, units[0], torch.device("cpu"), steps=8, target=target)
 
 
@@ -173,6 +173,7 @@ def test_one_is_learned_in_which_each_layer_adds_to_later_ones():
         "mlp_in.0 + mlp_in.1 -> mlp_out.0 + mlp_out.1": True,
         "module:a + module:b -> module:c + module:d": True,
         "mlp_in.1 + mlp_in.0 -> mlp_out.1 + mlp_out.0": False,
+        "mlp_in.1 + mlp_in.2 -> mlp_out.0 + mlp_out.1": False,
         "mlp_in.0 -> mlp_out.0 + mlp_out.1": False,
         "mlp_in.0 -> mlp_out.0": False,
         "resid_post.0 + resid_post.1": False,
@@ -181,6 +182,19 @@ def test_one_is_learned_in_which_each_layer_adds_to_later_ones():
 )
 def test_layers_are_as_many_at_both_ends_and_in_order(site, wanted):
     assert has_layers(site) == wanted
+
+
+def test_beside_one_a_site_without_layers_in_order_is_a_plain_dictionary():
+    units, topk = [Normalisation.none(4)] * 4, settings("topk")
+    none = DecorrelationConfig(method="none")
+    variant = VariantConfig(seed=0, sae=topk, optimiser=OptimiserConfig(), decorrelation=none)
+    found = []
+    for site in ("mlp_in.0 + mlp_in.1 -> mlp_out.0 + mlp_out.1", "mlp_in.1 + mlp_in.0 -> mlp_out.0 + mlp_out.1"):
+        route = Route.parse(site)
+        places, reads, target = ends(route, route.ends, units)
+        one = trainer_from_settings("one", places, variant, 0, reads, torch.device("cpu"), steps=1, target=target)
+        found.append(one.sae.cross_layer is not None)
+    assert found == [True, False]
 
 
 def test_what_cannot_be_one_is_refused(tmp_path):

@@ -86,6 +86,10 @@ class SAEConfig(Kinds):
             )
         return self
 
+    def without_layers(self) -> "SAEConfig":
+        """For a site that has no layers, in a run where another has."""
+        return self.model_copy(update={"cross_layer": False}) if self.cross_layer else self
+
     @property
     def revival_weight(self) -> float:
         """`aux_weight`, or its default for this architecture."""

@@ -19,6 +19,7 @@ from unbraid.errors import FormatError
 from unbraid.formats import (
     circuit_tracer_clt,
     connor_rob,
+    crosscoder,
     dictionary_learning,
     gemma_scope,
     gemma_scope_2,
@@ -55,6 +56,7 @@ FOLDERS: dict[str, ModuleType] = {
     "llama_scope": llama_scope,
     "llama_scope_r1": llama_scope_r1,
     "llamascopium": llamascopium,
+    "crosscoder": crosscoder,
     "several_layers": several_layers,
 }
 """Layouts with one dictionary per folder; name -> module, in the order in which `load` tries them."""
@@ -69,7 +71,7 @@ FILES: dict[str, ModuleType] = {
 LAYOUTS = FOLDERS | FILES
 WRITABLE = {name: module for name, module in LAYOUTS.items() if hasattr(module, "save")}
 OF_A_FOLDER = (
-    *("cfg.json", "config.json", "hyperparams.json", "ae.pt", "params.npz", "params.safetensors"),
+    *("cfg.json", "config.json", "hyperparams.json", "ae.pt", "model_final.pt", "params.npz", "params.safetensors"),
     *("sae_weights.safetensors", "sparsity.safetensors", "sae.safetensors"),
 )
 """Files that stand for the folder they lie in."""
@@ -83,7 +85,9 @@ MOST_FILES = 200
 def load(path: Path | str, **options: Any) -> SAE:
     """The dictionary at `path`, in any known layout, ready for inference on raw activations.
 
-    Crosscoders and cross-layer transcoders take activations `[..., sites, D]`; `metadata["hook_names"]` has the sites.
+    Crosscoders of Gemma Scope 2 and cross-layer transcoders from elsewhere take activations `[..., sites, D]`;
+    `metadata["hook_names"]` has the sites. Others take those of all sites side by side; `by_site` takes apart what they
+    give.
 
     Args:
         path: the folder, one of the files in it, or a file that is a dictionary of its own; or `smollm2-demo`, which

@@ -8,7 +8,6 @@ from unbraid.errors import FormatError
 from unbraid.formats.published import NOTHING, Known
 
 FILES = {
-    r"model_final\.pt": "a crosscoder of dictionary_learning",
     r"latest_ckpt\.safetensors": "a temporal SAE, whose codes depend on the whole sequence,",
 }
 

@@ -25,11 +25,13 @@ def summed_norms(W_dec: Float[Tensor, "N M"], widths: Sequence[int]) -> Float[Te
 
 @torch.no_grad()
 def scale_rows(sae: "SAE", widths: Sequence[int]) -> None:
-    """Give rows a sum of 1; codes grow by as much as rows shrink, so that reconstructions stay as they are."""
+    """Give rows a sum of 1; codes grow by as much as rows shrink, so that reconstructions stay as they are.
+
+    Not so where a top-k chooses among them or one threshold is for all, since features then have other sizes.
+    """
     norms_N1 = summed_norms(sae.W_dec, widths)
     sae.W_dec.div_(norms_N1)
     sae.encoder_ND.mul_(norms_N1)
     for name in sae.scaled_with_input:
         tensor = getattr(sae, name)
-        if tensor.ndim == 1:
-            tensor.mul_(norms_N1.squeeze(1))
+        tensor.mul_(norms_N1.squeeze(1) if tensor.ndim else norms_N1.mean())

@@ -27,7 +27,7 @@ from unbraid.randomness import derive_seed, generator
 from unbraid.sae import SAE, Codes, Forward
 from unbraid.sae.build import build as build_sae
 from unbraid.sae.dead import dead_after
-from unbraid.sites import Route, Site
+from unbraid.sites import Route, Site, has_layers
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.optimiser import SAEOptimiser
 from unbraid.training.precision import encoder_autocast
@@ -40,10 +40,12 @@ class Target(NamedTuple):
     Attributes:
         sites: indices among the sites that batches hold.
         normalise: from raw activations to training units, by statistics of these sites' own.
+        has_layers: whether each belongs to one that is read.
     """
 
     sites: tuple[int, ...]
     normalise: Normalisation
+    has_layers: bool = False
 
 
 @dataclass
@@ -59,8 +61,7 @@ class SAETrainer:
         dead_after: tokens without firing after which a feature is dead.
         updates: successful optimiser steps so far.
         target: what a transcoder predicts; None for an SAE.
-        silence: no feature has been silent for more tokens; none: not known. With it a step knows that none is dead
-            without looking.
+        silence: no feature has been silent for more tokens; none: not known.
     """
 
     name: str
@@ -221,7 +222,8 @@ def ends(
     """Which of the sites a dictionary reads, in which units, and what it predicts if it is a transcoder."""
     inputs, outputs = (tuple(sites.index(site) for site in end) for end in route)
     units = [Normalisation.side_by_side([normalise[site] for site in end]) for end in (inputs, outputs)]
-    return inputs, units[0], Target(outputs, units[1]) if route.is_transcoder else None
+    target = Target(outputs, units[1], has_layers(str(route))) if route.is_transcoder else None
+    return inputs, units[0], target
 
 
 def trainer_from_settings(
@@ -242,9 +244,10 @@ def trainer_from_settings(
     `steps` and `tokens` are those of the whole training: what falls over time and which features are dead depend on
     them. A transcoder has a `target`.
     """
-    d_out = None if target is None else len(target.normalise.mean_D)
-    widths = (normalise.widths, () if target is None else target.normalise.widths)
-    sae = build_sae(settings.sae, len(normalise.mean_D), generator(seed, "init"), shard, d_out, widths).to(device)
+    d_out, widths = (None, ()) if target is None else (len(target.normalise.mean_D), target.normalise.widths)
+    config = settings.sae if target is not None and target.has_layers else settings.sae.without_layers()
+    chance, both = generator(seed, "init"), (normalise.widths, widths)
+    sae = build_sae(config, len(normalise.mean_D), chance, shard, d_out, both).to(device)
     if penalty is None:
         own = settings.decorrelation, settings.sae.n_features, sae.d_out, derive_seed(seed, "pairs"), shard
         penalty = build_decorrelation(*own)
@@ -256,7 +259,7 @@ def trainer_from_settings(
         config=settings,
         normalise=normalise.to(device),
         sae=sae,
-        optimiser=SAEOptimiser(sae, settings.optimiser, widths[0] if target is None else widths[1]),
+        optimiser=SAEOptimiser(sae, settings.optimiser, normalise.widths if target is None else widths),
         decorrelate=penalty.to(device),
         generator=generator(seed, "training", device=device),
         tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),

@@ -87,7 +87,10 @@ def _read(path: str) -> _Start:
             raise ConfigError(f"sae.start_from = {path!r} is {sae!r}, whose codes no architecture here computes")
         return _Start(path, Weights.of(sae), form.subtracts_b_dec)
     if not isinstance(getattr(sae, "config", None), SAEConfig):
-        raise ConfigError(f"sae.start_from = {path!r} is {sae!r}, which is not trained here; expected an SAE")
+        raise ConfigError(
+            f"sae.start_from = {path!r} is {sae!r}, whose sites have features of their own; expected a dictionary of "
+            "one encoder, as unbraid trains and saves them"
+        )
     return _Start(path, Weights.of(sae), not sae.is_transcoder)
 
 
