@@ -69,7 +69,7 @@ TABLES: dict[str, tuple[str, dict[str, Column]]] = {
         },
     ),
 }
-OPTIONAL = {"CE all": "; CE all: with all that stand at one site each spliced in at once"}
+OPTIONAL = {"CE all": "; CE all: with those of all single sites spliced in at once"}
 """Columns that are left out where no row has a number, and what they add to the meaning."""
 GROUND_TRUTH_TABLES: dict[str, dict[str, str]] = {
     "each latent as a detector of the feature it is most parallel to; the best one-to-one match": {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import FormatError
+from unbraid.formats.dictionary_learning import NORMALISER
 from unbraid.formats.folder import SAEFolder
 from unbraid.formats.metadata import checked_metadata
 from unbraid.formats.published import NOTHING, Known
@@ -21,7 +22,6 @@ from unbraid.formats.weights import Step, Weights, clamp_threshold, require, sub
 
 PICKLE, HUB = "model_final.pt", "model.safetensors"
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
-NORMALISER = ("target_rms", "activation_mean", "activation_std", "activation_global_scale")
 SUMMED, TOGETHER, PLAIN = 1, 2, 4
 """Ids of `code_normalization_id`: norms summed over sites, the norm over all of them, none."""
 TINY = 1e-8

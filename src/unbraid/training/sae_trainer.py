@@ -53,8 +53,7 @@ class SAETrainer:
     """An SAE in training and everything that its steps need.
 
     Attributes:
-        name: folder and metric name.
-        sites: indices of what it reads among the sites that batches hold.
+        name, sites: of folder and metrics; indices of what it reads among the sites that batches hold.
         normalise: from raw activations to training units.
         tokens_since_fired: [N] int64, of the features held here.
         steps: those planned, for schedules; 0 without any.
@@ -246,8 +245,8 @@ def trainer_from_settings(
     """
     d_out, widths = (None, ()) if target is None else (len(target.normalise.mean_D), target.normalise.widths)
     config = settings.sae if target is not None and target.has_layers else settings.sae.without_layers()
-    chance, both = generator(seed, "init"), (normalise.widths, widths)
-    sae = build_sae(config, len(normalise.mean_D), chance, shard, d_out, both).to(device)
+    init, both = generator(seed, "init"), (normalise.widths, widths)
+    sae = build_sae(config, len(normalise.mean_D), init, shard, d_out, both).to(device)
     if penalty is None:
         own = settings.decorrelation, settings.sae.n_features, sae.d_out, derive_seed(seed, "pairs"), shard
         penalty = build_decorrelation(*own)
