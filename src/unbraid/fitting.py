@@ -144,19 +144,24 @@ def _complete(settings: Dictionary, seed: int) -> VariantConfig:
     )
 
 
+SEVERAL = "those of several sites that are predicted, {'a + b': (a, b)}"
 READ_FOR = {
-    "skip": (is_transcoder, "a transcoder's, {'x -> y': (x, y)}"),
-    "cross_layer": (has_layers, "those of several layers at both ends, {'a + b -> c + d': (a, b, c, d)}"),
-    "row_norm": (predicts_several, "those of several sites that are predicted, {'a + b': (a, b)}"),
+    "sae.skip": (is_transcoder, "a transcoder's, {'x -> y': (x, y)}"),
+    "sae.cross_layer": (has_layers, "those of several layers at both ends, {'a + b -> c + d': (a, b, c, d)}"),
+    "sae.row_norm": (predicts_several, SEVERAL),
+    "decorrelation.by_site": (predicts_several, SEVERAL),
 }
-"""Setting of an SAE -> for which activations it is read."""
+"""Setting -> for which activations it is read."""
 
 
 def _require_what_they_read(variants: Iterable[VariantConfig], places: Sequence[Route]) -> None:
     for name, (fits, words) in READ_FOR.items():
-        given = any(getattr(one.sae, name) != type(one.sae).model_fields[name].default for one in variants)
+        group, field = name.split(".")
+        settings = [getattr(one, group) for one in variants]
+        fields = [(one, type(one).model_fields[field]) for one in settings if field in type(one).model_fields]
+        given = any(getattr(one, field) != info.default for one, info in fields)
         if given and not any(fits(str(route)) for route in places):
-            raise ConfigError(f"sae.{name} is set, and is read for other activations: {words}; drop it, or give such")
+            raise ConfigError(f"{name} is set, and is read for other activations: {words}; drop it, or give such")
 
 
 def _config(seed: int, tokens: int | None, batch_tokens: int) -> RunConfig:

@@ -113,7 +113,7 @@ def test_orthogonal_chunks_are_drawn_anew_each_step_and_again_after_a_restart():
 def test_random_pairs_are_as_many_as_s_live_distinct_and_hinged_at_the_same_tau():
     indices_BK, values_BK = sparse_codes(256, 600, 12, seed=0)
     codes = {"indices": indices_BK, "values": values_BK, "n_features": 600}
-    _, selective = build(DecorrelationConfig(fraction=0.01), 600, 8, seed=0)(**codes)
+    _, selective = build(DecorrelationConfig(fraction=0.01), 600, seed=0)(**codes)
     decorrelate = RandomPairs(0.01)
     _, stats = decorrelate(**codes)
     assert stats.pairs.shape == selective.pairs.shape and stats.tau == selective.tau
@@ -156,7 +156,7 @@ def test_every_method_answers_every_form_of_codes_and_repeats(method, interval):
     runs = []
     for forms in ({"f": dense_BN}, {"indices": indices_BK, "values": values_BK, "n_features": 300}):
         for _ in range(2):
-            decorrelate = build(config, 300, 16, seed=0)
+            decorrelate = build(config, 300, seed=0)
             results = [decorrelate(**forms, decoder=decoder_ND) for _ in range(4)]
             assert all(penalty.requires_grad and penalty.ndim == 0 for penalty, _ in results)
             assert all(stats.scalars()["path"] for _, stats in results)
@@ -169,4 +169,4 @@ def test_every_method_answers_every_form_of_codes_and_repeats(method, interval):
 
 def test_more_groups_than_features_are_refused():
     with pytest.raises(ConfigError, match="groups = 64 exceeds the SAE's 32 features"):
-        build(DecorrelationConfig(method="static_groups"), 32, 8, seed=0)
+        build(DecorrelationConfig(method="static_groups"), 32, seed=0)

@@ -1,6 +1,7 @@
 """Crosscoders of dictionary_learning's fork give the codes and outputs that its code computes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 import unbraid
 from unbraid.errors import FormatError
 from unbraid.formats import save
+from unbraid.formats.export import export
+from unbraid.sae import SAE
 from unbraid.sae.crosscoder import exclusive_features, relative_norms
 
 L, D, N = 3, 6, 20
@@ -71,6 +74,57 @@ def test_codes_and_outputs_are_those_of_the_library(how, threshold, normalised, 
     again = unbraid.load(save(crosscoder, tmp_path / "again", metadata=crosscoder.metadata))
     torch.testing.assert_close(again(x.flatten(1)), crosscoder(x.flatten(1)))
     assert relative_norms(again).shape == (N, L) and len(exclusive_features(again)) == L
+
+
+def trained(architecture: str, **settings: Any) -> SAE:
+    """A crosscoder of three sites of unlike size."""
+    draw = torch.Generator().manual_seed(3)
+    causes = torch.rand(2048, 12, generator=draw) * (torch.rand(2048, 12, generator=draw) < 0.3)
+    sites = tuple(size * (causes @ torch.randn(12, D, generator=draw)) + size for size in (1.0, 5.0, 0.2))
+    config = unbraid.SAEConfig(architecture=architecture, n_features=N, **settings)
+    return unbraid.fit(config, {"a + b + c": sites}, batch_tokens=128)["sae"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("batch_topk", {"k": 4}), ("matryoshka", {"k": 4, "matryoshka_widths": [8, N]}), ("relu", {}), ("jumprelu", {})],
+)
+def test_what_is_written_computes_the_same_in_that_library_and_comes_back(architecture, settings, tmp_path: Path):
+    ours = trained(architecture, **settings)
+    ours.metadata |= {"model_name": "some/model", "hook_name": "a + b + c"}
+    if architecture == "jumprelu":
+        ours.threshold.copy_(torch.linspace(0.1, 2.0, N))
+    save(ours, tmp_path / "theirs", layout="crosscoder")
+    state = torch.load(tmp_path / "theirs" / "model_final.pt", weights_only=True)
+    wanted = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias", "code_normalization_id"}
+    wanted |= {"target_rms", "activation_mean", "activation_std", "activation_global_scale"}
+    assert set(state) == wanted | (set() if architecture == "relu" else {"k", "threshold"}), "it loads strictly"
+    x = torch.randn(300, L, D, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 5.0, 0.2])[:, None]
+    f, y = computed(state, x.double())
+    found = ours.encode(x.flatten(1))
+    assert torch.equal(found != 0, f != 0) and 0.02 < (f != 0).double().mean() < 0.98
+    parts = torch.stack(ours.by_site(ours(x.flatten(1))), 1)
+    torch.testing.assert_close(parts.double(), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+    again = unbraid.load(tmp_path / "theirs")
+    torch.testing.assert_close(again(x.flatten(1)), ours(x.flatten(1)), rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+    assert (again.metadata["model_name"], again.metadata["hook_name"]) == ("some/model", "a + b + c")
+    torch.testing.assert_close(relative_norms(again), relative_norms(ours), rtol=1e-4, atol=1e-5)
+
+
+def test_what_that_library_has_no_class_for_is_refused(tmp_path: Path):
+    with pytest.raises(FormatError, match="it is no crosscoder of sites of one width"):
+        save(unbraid.load("smollm2-demo"), tmp_path / "one", layout="crosscoder")
+    with pytest.raises(FormatError, match="expected one with thresholds"):
+        save(trained("topk", k=4), tmp_path / "topk", layout="crosscoder")
+    with pytest.raises(FormatError, match="codes are those of 'gated'"):
+        save(trained("gated"), tmp_path / "gated", layout="crosscoder")
+    never = trained("jumprelu")
+    never.threshold[0] = 0
+    with pytest.raises(FormatError, match="some thresholds are 0"):
+        save(never, tmp_path / "jumprelu", layout="crosscoder")
+    with pytest.raises(FormatError, match="no layout 'circuit_tracer_clt' can be written"):
+        export(tmp_path, "circuit_tracer_clt", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_without_a_kind_of_size_is_of_the_summed_one(tmp_path: Path):

@@ -14,9 +14,12 @@ from unbraid import recipes
 from unbraid.activations.cache import harvest
 from unbraid.activations.language_model import load_language_model
 from unbraid.cli import main
-from unbraid.config import RunConfig, overridden, validated
+from unbraid.config import RunConfig, SAEConfig, overridden, validated
+from unbraid.errors import ConfigError
 from unbraid.evaluation.splice import preservation
 from unbraid.files import checksum
+from unbraid.formats import save
+from unbraid.sae.build import build
 from unbraid.sites import Route
 
 CROSS, CROSS_NAME = "resid_post.0 + resid_post.1", "resid_post.0--and--resid_post.1"
@@ -162,3 +165,14 @@ def test_every_command_answers_or_says_that_it_wants_one_site(run, capsys, monke
             with pytest.raises(SystemExit):
                 main([command[0], str(tmp_path / name), *command[1:], "--model", "random:llama"])
             assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_a_cross_layer_transcoder_cannot_start_from_is_refused_before_there_is_a_folder(tmp_path):
+    chance = torch.Generator().manual_seed(0)
+    sae = build(SAEConfig(architecture="batch_topk", n_features=128, k=8), 128, chance, d_out=128)
+    data = config(WHOLE).model_dump(mode="json")
+    del data["sae"]["decoder_init_norm"]
+    data["sae"] |= {"cross_layer": True, "start_from": str(save(sae, tmp_path / "everywhere"))}
+    with pytest.raises(ConfigError, match="reads or writes sites that features of their layer do not"):
+        unbraid.train(validated(RunConfig, data, "test"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

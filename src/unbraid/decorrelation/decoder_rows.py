@@ -33,6 +33,7 @@ from unbraid.kernels.products import segment_sums
 
 TILE = 1024
 UNKNOWN = -2.0
+WHOLE = slice(None)
 SAFE = 1e15
 """Norms between 1 / this and this have squares in float32's range."""
 
@@ -151,7 +152,9 @@ def pair_cosines(
     return torch.empty_like(cosines).index_copy_(0, order, cosines)
 
 
-def evaluate_rows(rows: Scaled, selection: Selection, share: Float[Tensor, " P"] | None = None) -> Evaluation:
+def evaluate_rows(
+    rows: Scaled, selection: Selection, share: Float[Tensor, " P"] | None = None, columns: slice = WHOLE
+) -> Evaluation:
     """R(tau) over the selected pairs of rows, and its gradient [N, D] with respect to the rows before scaling.
 
     Args:
@@ -159,10 +162,11 @@ def evaluate_rows(rows: Scaled, selection: Selection, share: Float[Tensor, " P"]
         selection: the pairs, |S| and tau.
         share: how much of a pair's push goes to its first row, the rest to the second; halves where not given, which
             is the gradient of R. Any other share pushes a pair as hard, by other rows.
+        columns: the part of the rows that is compared: C is then that part's share in the cosine of whole rows.
     """
     unit_ND, first, second = rows.values, selection.first, selection.second
-    n_rows = unit_ND.shape[0]
-    cosines = pair_cosines(unit_ND, first, second).double()
+    n_rows, part_ND = unit_ND.shape[0], unit_ND[:, columns].contiguous()
+    cosines = pair_cosines(part_ND, first, second).double()
     weights = hinge_weights(cosines, selection, unit_ND.dtype)
     penalty = float(((cosines - selection.tau) * weights).sum())
     above = (weights > 0).nonzero().squeeze(1)
@@ -177,7 +181,9 @@ def evaluate_rows(rows: Scaled, selection: Selection, share: Float[Tensor, " P"]
     pulls = torch.cat([on_first, on_second])[order].to(unit_ND.dtype)
     if partners.numel() == 0:
         return Evaluation(penalty, torch.zeros_like(unit_ND), cosines)
-    gradient = segment_sums(starts(ends, n_rows), partners, pulls, unit_ND)
+    pulled = segment_sums(starts(ends, n_rows), partners, pulls, part_ND)
+    gradient = pulled if columns == WHOLE else torch.zeros_like(unit_ND)
+    gradient[:, columns] = pulled
     gradient = gradient.addcmul_(unit_ND, own.to(unit_ND.dtype).unsqueeze(1), value=-1)
     return Evaluation(penalty, gradient.mul_(rows.inverse_norm.to(unit_ND.dtype).unsqueeze(1)), cosines)
 

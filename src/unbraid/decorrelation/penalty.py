@@ -13,10 +13,12 @@ from torch import Tensor
 
 from unbraid.config import DecorrelationConfig, Floor, PenaltyConfig, active_when, validated
 from unbraid.config.checks import wrong
+from unbraid.config.sae import SEVERAL_PREDICTED
 from unbraid.decorrelation import coactive
 from unbraid.decorrelation.base import Penalty, register
 from unbraid.decorrelation.blocks import Blocks
 from unbraid.decorrelation.decoder_rows import (
+    WHOLE,
     NeighbourLists,
     evaluate_rows,
     require_decoder,
@@ -110,6 +112,9 @@ class SelectiveConfig(PairsConfig):
     """Rows compared with all others at each penalised step; S is first chosen when all have been."""
     neighbours: Annotated[int, active_when(space="decoder", path="auto")] = Field(default=16, ge=1)
     """Nearest rows remembered per feature."""
+    by_site: Annotated[bool, active_when(model__sites=SEVERAL_PREDICTED, space="decoder")] = False
+    """Of dictionaries that predict several sites: pairs are chosen and pushed apart at each site, by that site's share
+    in the cosine of their whole rows."""
 
     def first_penalised_step(self, n_features: int) -> int:
         """See `DecorrelationConfig.first_penalised_step`; in decoder space every row must have been compared once."""
@@ -138,6 +143,7 @@ class SelectiveDecorrelation(Penalty):
 
     settings: ClassVar[type[DecorrelationConfig]] = SelectiveConfig
     config: PairsConfig
+    columns: slice = WHOLE  # of decoder rows, those compared; see `unbraid.decorrelation.by_site`
 
     def __init__(
         self,
@@ -181,7 +187,7 @@ class SelectiveDecorrelation(Penalty):
     @classmethod
     def from_settings(cls, config: DecorrelationConfig, seed: int) -> "SelectiveDecorrelation":
         """See `Penalty.from_settings`."""
-        return cls(**config.model_dump(exclude={"method", "lambda2"}), seed=seed)
+        return cls(**config.model_dump(exclude={"method", "lambda2", "by_site"}), seed=seed)
 
     def exact_selection(self, decoder: Tensor) -> Selection:
         """The true top pairs of decoder rows, on demand: O(N^2 D)."""
@@ -309,19 +315,20 @@ class SelectiveDecorrelation(Penalty):
         if rows is not None and self.training:
             refreshed = not self.selection.known or self.selection.calls_since >= self.refresh
             if self.lists is not None:
-                self.lists.scan(rows.values)
+                self.lists.scan(rows.values[:, self.columns])
                 refreshed = refreshed and self.lists.complete
         if rows is not None and refreshed:
             search = select_exactly if self.lists is None else self.lists.select
-            found = search(rows.values, self.config.fraction, self.config.max_pairs_per_feature)
+            found = search(rows.values[:, self.columns], self.config.fraction, self.config.max_pairs_per_feature)
             self.selection.replace(self._with_tau(found, rows, 0), len(decoder))
         return self.selection.recall(refreshed)
 
-    def _with_tau(self, selection: Selection, rows: Scaled | None, n_dimensions: int) -> Selection:
+    def _with_tau(self, selection: Selection, rows: Scaled | None, n_dimensions: int | float) -> Selection:
         """With tau in the units of what is penalised: of the codes' correlations, or of the decoder's cosines."""
         n_features = selection.n_live
         if rows is not None:
-            n_features, n_dimensions = rows.values.shape
+            n_features, width = rows.values.shape
+            n_dimensions = width**2 / rows.values[:, self.columns].shape[1]  # of random rows, a part varies as 1 / that
             if self.space == "co-active":
                 mean, std = row_moments(rows.values)
                 selection = dataclasses.replace(selection, mean=mean, std=std)
@@ -331,7 +338,7 @@ class SelectiveDecorrelation(Penalty):
     def _push_rows(self, rows: Scaled, selection: Selection) -> Evaluation:
         """R over pairs of decoder rows, and who moves how far."""
         share = None if self.firing is None else self.firing.first_is_rarer(selection.first, selection.second)
-        return evaluate_rows(rows, selection, share)
+        return evaluate_rows(rows, selection, share, self.columns)
 
 
 def co_activations(codes: Codes | Tensor) -> int:

@@ -55,6 +55,8 @@ class DecorrelationStats:
     """Share of S in which a feature fired at most 4 times in the window: the share that is mostly noise."""
     overlap: float | None = None
     """Share of S that was in the S before it; none where no earlier S is remembered."""
+    above_tau: float | None = None
+    """Share of S above its threshold where that is not one number; none where it is `tau`."""
     refreshed: bool = True
     """Whether S was selected on this call."""
     penalised: bool = True
@@ -118,8 +120,10 @@ class DecorrelationStats:
 
     def scalars(self) -> dict[str, float | int | str | None]:
         """The numbers worth a line in a log, ready for JSON; None where nothing was measured."""
-        correlations = self.found
+        correlations, above = self.found, self.above_tau
         some, known, selected = correlations.numel() > 0, not math.isnan(self.mean), not math.isnan(self.tau)
+        if above is None and some:
+            above = float((correlations > self.tau).double().mean())
         numbers: dict[str, float | int | str | None] = {
             "path": self.path,
             "penalty": self.penalty,
@@ -130,7 +134,7 @@ class DecorrelationStats:
             "pairs": correlations.numel() if selected else None,
             "nominal_pairs": self.nominal if known else None,
             "mean_selected": float(correlations.mean(dtype=torch.float64)) if some else None,
-            "above_tau": float((correlations > self.tau).double().mean()) if some else None,
+            "above_tau": above,
             "n_live": self.n_live if known else None,
             "limit": self.limit if selected else None,
             "co_activations": self.co_activations,

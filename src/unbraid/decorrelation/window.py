@@ -200,7 +200,7 @@ class RememberedSelection(ElasticState):
         return Selection(*pairs, nominal, mean, std, n_live, LIMITS[limit], low, tau, refreshed, earlier)
 
 
-def chance_level(n_features: int, n_dimensions: int) -> float:
+def chance_level(n_features: int, n_dimensions: int | float) -> float:
     """sqrt(2 ln N / D): about the largest cosine a feature has with N random directions in D dimensions, at most 1."""
     return min(1.0, math.sqrt(2 * math.log(max(n_features, 1)) / max(n_dimensions, 1)))
 
@@ -230,7 +230,7 @@ class Threshold(WithHostBuffers):
         unset = torch.tensor(math.inf, dtype=torch.float64)
         self.register_buffer("running", unset, persistent=kind == "running")
 
-    def forward(self, mean: float, std: float, n_features: int, n_dimensions: int) -> float:
+    def forward(self, mean: float, std: float, n_features: int, n_dimensions: int | float) -> float:
         """tau after a selection with this mu and sigma among `n_features` vectors of `n_dimensions`."""
         tau = self.tau if self.kind == "fixed" else mean + std
         if self.kind == "running":
@@ -241,7 +241,7 @@ class Threshold(WithHostBuffers):
                 self.running.fill_(tau)
         return self.floored(tau, n_features, n_dimensions)
 
-    def floored(self, tau: float, n_features: int, n_dimensions: int) -> float:
+    def floored(self, tau: float, n_features: int, n_dimensions: int | float) -> float:
         """`tau`, or the floor where that is higher."""
         if self.floor is None:
             return tau

@@ -147,8 +147,8 @@ class ModelSuites:
             )
         self.bar.update(task, total=wanted - left)
 
-    def splice(self) -> None:
-        """The part of core that continues the model behind reconstructions."""
+    def splice(self) -> dict[str, str]:
+        """The part of core that continues the model behind reconstructions; what was left out of it, and why."""
         task = self.bar.add_task("spliced passes", total=len(self.contexts), unit="contexts")
 
         def counted() -> Iterator[tuple[Tensor, ...]]:
@@ -159,7 +159,7 @@ class ModelSuites:
         saes: dict[Any, dict[str, Any]] = {}
         for subject in self.subjects:
             saes.setdefault(self._route(subject), {})[subject.name] = subject.sae
-        sets = self._sets()
+        sets, left_out = self._sets()
         for name, members in sets.items():
             place = Together(tuple(self._route(member) for member in members))
             saes.setdefault(place, {})[name] = tuple(member.sae for member in members)
@@ -172,19 +172,28 @@ class ModelSuites:
             for member in members:
                 metrics = found[name]["model_performance_preservation"] | found[name]["model_behavior_preservation"]
                 member.report["core"]["replaced_together"] = {"dictionaries": len(members)} | metrics
+        return left_out
 
     def _route(self, subject: EvaluatedSAE) -> Route:
         inputs = tuple(self.source.sites[site] for site in subject.sites)
         return Route(inputs, subject.outputs or inputs)
 
-    def _sets(self) -> dict[str, list[EvaluatedSAE]]:
-        """The dictionaries that one variant has at different sites, under a name that no dictionary has."""
+    def _sets(self) -> tuple[dict[str, list[EvaluatedSAE]], dict[str, str]]:
+        """The dictionaries that one variant has at different sites, under a name that no dictionary has; and why a
+        variant's are not replaced together."""
         found: dict[str, list[EvaluatedSAE]] = {}
         for subject in self.subjects:
             if subject.variant is not None and not self._route(subject).has_several_sites:
                 found.setdefault(f"all of {subject.variant}", []).append(subject)
-        written = {name: [self._route(member).writes for member in members] for name, members in found.items()}
-        return {name: found[name] for name, sites in written.items() if len(set(sites)) == len(sites) > 1}
+        sets, left_out = {}, {}
+        for name, members in found.items():
+            sites = [str(self._route(member).writes) for member in members]
+            twice = sorted({site for site in sites if sites.count(site) > 1})
+            if twice:
+                left_out[f"CE {name}"] = f"several of its dictionaries predict {', '.join(twice)}"
+            elif len(members) > 1:
+                sets[name] = members
+        return sets, left_out
 
     def correlation(self) -> None:
         """The paper's correlation reduction, on the codes that `read_held_out` kept."""

@@ -102,7 +102,7 @@ class _Evaluation:
 
     def run(self) -> Report:
         works: dict[str, Callable[[], None]] = {
-            "core": lambda: self.model.splice(),
+            "core": self._core,
             "correlation": lambda: self.model.correlation(),
             "contexts": lambda: self.model.context_scores(),
             "probing": lambda: self.model.probing(),
@@ -199,6 +199,9 @@ class _Evaluation:
             return {"site": None} | subject.report
         inputs = tuple(self.run_config.sites[site] for site in subject.sites)
         return {"site": str(Route(inputs, subject.outputs or inputs))} | subject.report
+
+    def _core(self) -> None:
+        self.skipped |= self.model.splice()
 
     def _absorption(self) -> None:
         refused = self.model.absorption()

@@ -54,7 +54,7 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
     return SAEFolder(sae.eval().requires_grad_(False), "circuit_tracer_clt", metadata)
 
 
-def save(one: SAEFolder, name: str, folder: Path, *, overwrite: bool = False) -> Path:
+def save_one(one: SAEFolder, name: str, folder: Path, *, overwrite: bool = False) -> Path:
     """Write a cross-layer transcoder of the layers from 0 as the folder that circuit-tracer reads; returns it.
 
     Args:
@@ -72,7 +72,7 @@ def save(one: SAEFolder, name: str, folder: Path, *, overwrite: bool = False) ->
     width, rest = divmod(sae.d_in, layers)
     uneven = rest or sae.n_features % layers or len(writes) != layers
     of_layers = None if uneven else CrossLayer((width,) * layers, (width,) * layers, Shard(sae.n_features))
-    if of_layers is None or sae.W_skip is not None or not of_layers.holds(sae):
+    if of_layers is None or sae.W_skip is not None or not of_layers.holds(sae.encoder_ND, sae.W_dec, None):
         raise FormatError(
             f"{name} reads {layers} sites and predicts {len(writes)}, with {sae.n_features} features; expected as many "
             "features for each of these layers, which write into their own output and later ones, and no skip "

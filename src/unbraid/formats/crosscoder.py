@@ -4,6 +4,9 @@
 y_l = f W_dec_l + b_l (Minder et al., arXiv 2504.02922). A BatchTopK one has `k` and `threshold`, and keeps f where f
 times the size of its decoder rows is above it; `code_normalization_id` says which size. `activation_mean` and
 `activation_global_scale` are of each site. Here it is a dictionary of the sites side by side, as unbraid trains them.
+
+What unbraid writes is `model_final.pt` of `BatchTopKCrossCoder`, or of `CrossCoder` where codes have no threshold,
+without normalisation of activations. A `config.json`, which that library does not read, says where it belongs.
 """
 
 from pathlib import Path
@@ -13,17 +16,31 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import FormatError
+from unbraid.files import write_json
 from unbraid.formats.dictionary_learning import NORMALISER
-from unbraid.formats.folder import SAEFolder
+from unbraid.formats.folder import SAEFolder, written_whole
+from unbraid.formats.imported import ImportedSAE
 from unbraid.formats.metadata import checked_metadata
 from unbraid.formats.published import NOTHING, Known
-from unbraid.formats.reading import read_pickle, read_tensors, tensor_names
-from unbraid.formats.weights import Step, Weights, clamp_threshold, require, subtract_input_bias
+from unbraid.formats.reading import read_json, read_pickle, read_tensors, tensor_names
+from unbraid.formats.weights import (
+    Step,
+    Weights,
+    add_input_bias,
+    clamp_threshold,
+    metadata_to_restore,
+    require,
+    restored_metadata,
+    subtract_input_bias,
+)
+from unbraid.sae import SAE
 
-PICKLE, HUB = "model_final.pt", "model.safetensors"
+PICKLE, HUB, CONFIG = "model_final.pt", "model.safetensors", "config.json"
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 SUMMED, TOGETHER, PLAIN = 1, 2, 4
 """Ids of `code_normalization_id`: norms summed over sites, the norm over all of them, none."""
+UNUSED_K = 100
+"""That library's default; only its training reads it."""
 TINY = 1e-8
 """What the library adds to divisors."""
 
@@ -62,8 +79,65 @@ def load(folder: Path, known: Known = NOTHING) -> SAEFolder:
         tensors["threshold"] = _threshold(threshold, how, W_dec, where)
         steps = [clamp_threshold, *steps]
     weights = Weights("relu" if threshold is None else "jumprelu", tensors).folded(where, *steps, subtract_input_bias)
-    metadata = {"widths_out": [d_in] * sites, "scales_out": scales} | known.metadata
+    said = read_json(folder / CONFIG).get("unbraid") if (folder / CONFIG).is_file() else None
+    metadata = {"scales_out": scales} | restored_metadata(said) | {"widths_out": [d_in] * sites} | known.metadata
     return SAEFolder(weights.to_sae(where), "crosscoder", checked_metadata(metadata, where))
+
+
+def cannot_hold(sae: SAE) -> str | None:
+    """Why this layout cannot hold `sae`."""
+    widths = sae.metadata.get("widths_out", [])
+    if sae.is_transcoder or len(widths) < 2 or len(set(widths)) > 1:
+        return "it is no crosscoder of sites of one width, A + B; expected one; export to sae_lens"
+    tensors = Weights.of(sae).tensors
+    if isinstance(sae, ImportedSAE) or not tensors.keys() <= {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}:
+        return f"codes are those of {sae.architecture!r}; dictionary_learning's crosscoders have none like them"
+    if sae.written_as["dictionary_learning"] == "AutoEncoderTopK":
+        return "architecture is 'topk'; expected one with thresholds, such as 'batch_topk'; export to sae_lens"
+    if "threshold" in tensors and not bool((tensors["threshold"] > 0).all()):
+        return "some thresholds are 0, and its file has one for all features; expected positive ones"
+    return None
+
+
+def save(sae: SAE, folder: Path, metadata: dict[str, Any] | None = None, frequency_N: Tensor | None = None) -> Path:
+    """Write a crosscoder, which acts on raw activations, into `folder`; the layout has no place for `frequency_N`.
+
+    Features with thresholds of their own get rows by which each threshold is 1: reconstructions are the same, and codes
+    are multiples of what they were.
+
+    Raises:
+        FormatError: the folder cannot be written, or the layout cannot hold it.
+    """
+    refusal = cannot_hold(sae)
+    if refusal is not None:
+        raise FormatError(refusal)
+    sites = len(sae.metadata["widths_out"])
+    tensors = add_input_bias({name: tensor.double() for name, tensor in Weights.of(sae).tensors.items()})
+    shared, threshold = torch.ones(()), tensors.get("threshold")
+    if threshold is not None and threshold.numel() == 1:
+        shared = threshold.reshape(())
+    elif threshold is not None:
+        tensors |= {name: tensors[name] / threshold for name in ("W_enc", "b_enc")}
+        tensors["W_dec"] = tensors["W_dec"] * threshold[:, None]
+    W_enc, W_dec, b_dec = (tensors[name] for name in ("W_enc", "W_dec", "b_dec"))
+    state = {
+        "encoder.weight": W_enc.reshape(sites, -1, sae.n_features),
+        "encoder.bias": tensors["b_enc"],
+        "decoder.weight": W_dec.reshape(sae.n_features, sites, -1).transpose(0, 1),
+        "decoder.bias": b_dec.reshape(sites, -1),
+    }
+    state = {name: tensor.float().contiguous() for name, tensor in state.items()}
+    off = torch.full_like(state["decoder.bias"], torch.nan)
+    normaliser = (torch.tensor(1.0), off, off.clone(), torch.ones(sites))
+    state |= dict(zip(NORMALISER, normaliser, strict=True)) | {"code_normalization_id": torch.tensor(PLAIN)}
+    if threshold is not None:
+        state |= {"k": torch.tensor(sae.k or UNUSED_K, dtype=torch.int), "threshold": shared.float()}
+    kept = metadata_to_restore(sae.metadata | (metadata or {}))
+    name = "CrossCoder" if threshold is None else "BatchTopKCrossCoder"
+    with written_whole(folder) as partial:
+        torch.save(state, partial / PICKLE)
+        write_json(partial / CONFIG, {"dict_class": name, "unbraid": kept})
+    return folder
 
 
 def _shape(W_enc: Any, b_enc: Any, W_dec: Any, b_dec: Any, where: str) -> tuple[int, int, int]:

@@ -24,8 +24,8 @@ def export(source: Path | str, to: str, out: Path | str, *, overwrite: bool = Fa
     Args:
         source: a run folder, an SAE folder in any known layout, a folder of such folders, or a name that `unbraid.load`
             takes.
-        to: sae_lens, dictionary_learning, sparsify, or circuit_tracer: transcoders of every layer, or one cross-layer
-            transcoder, in one folder, `out`.
+        to: sae_lens, dictionary_learning, sparsify, crosscoder, or circuit_tracer: transcoders of every layer, or one
+            cross-layer transcoder, in one folder, `out`.
         out: folder for the SAE folders.
         overwrite: replace SAE folders of the same name in it, if unbraid wrote them.
 
@@ -61,7 +61,7 @@ def _circuit_tracer(found: dict[str, SAEFolder], out: Path, overwrite: bool) -> 
             f"{', '.join(found)}: expected one cross-layer transcoder, which fills a folder of circuit-tracer's; "
             f"export the folder of one of them, such as saes/{across[0]}"
         )
-    return circuit_tracer_clt.save(found[across[0]], across[0], out, overwrite=overwrite)
+    return circuit_tracer_clt.save_one(found[across[0]], across[0], out, overwrite=overwrite)
 
 
 def _opened(source: Path | str) -> dict[str, SAEFolder]:

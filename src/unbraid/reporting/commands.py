@@ -24,8 +24,8 @@ class _Export:
     source: tyro.conf.Positional[str]
     """A run folder, an SAE folder in any known layout, a folder of such folders, or a published SAE's name."""
     to: str
-    """sae_lens, dictionary_learning or sparsify; circuit_tracer, transcoders of every layer as one set; or neuronpedia,
-    the features as JSON."""
+    """sae_lens, dictionary_learning, sparsify or crosscoder; circuit_tracer, transcoders of every layer as one set; or
+    neuronpedia, the features as JSON."""
     out: Path
     """Folder for the SAE folders, or for the set."""
     overwrite: bool = False

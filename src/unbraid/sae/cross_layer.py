@@ -100,9 +100,10 @@ class CrossLayer:
             weight.copy_(F.normalize(weight, dim=1) * norm_N1)
 
     @torch.no_grad()
-    def holds(self, sae: "SAE") -> bool:
+    def holds(self, encoder_ND: Tensor, W_dec: Tensor, W_skip: Tensor | None) -> bool:
         """Whether all weights are where they belong."""
-        copies = [None if weight is None else weight.clone() for weight in (sae.encoder_ND, sae.W_dec, sae.W_skip)]
+        weights = (encoder_ND, W_dec, W_skip)
+        copies = [None if weight is None else weight.clone() for weight in weights]
         self.zero_elsewhere(*copies)
-        kept = zip((sae.encoder_ND, sae.W_dec, sae.W_skip), copies, strict=True)
+        kept = zip(weights, copies, strict=True)
         return all(weight is None or copy is None or torch.equal(weight, copy) for weight, copy in kept)

@@ -244,12 +244,12 @@ def trainer_from_settings(
     them. A transcoder has a `target`.
     """
     d_out, widths = (None, ()) if target is None else (len(target.normalise.mean_D), target.normalise.widths)
+    predicted = normalise.widths if target is None else widths
     config = settings.sae if target is not None and target.has_layers else settings.sae.without_layers()
-    init, both = generator(seed, "init"), (normalise.widths, widths)
-    sae = build_sae(config, len(normalise.mean_D), init, shard, d_out, both).to(device)
+    sae = build_sae(config, len(normalise.mean_D), generator(seed, "init"), shard, d_out, (normalise.widths, widths))
     if penalty is None:
-        own = settings.decorrelation, settings.sae.n_features, sae.d_out, derive_seed(seed, "pairs"), shard
-        penalty = build_decorrelation(*own)
+        own = settings.decorrelation, settings.sae.n_features, derive_seed(seed, "pairs"), shard
+        penalty = build_decorrelation(*own, predicted)
     else:
         penalty = copy.deepcopy(penalty)
     return SAETrainer(
@@ -257,8 +257,8 @@ def trainer_from_settings(
         sites=sites,
         config=settings,
         normalise=normalise.to(device),
-        sae=sae,
-        optimiser=SAEOptimiser(sae, settings.optimiser, normalise.widths if target is None else widths),
+        sae=sae.to(device),
+        optimiser=SAEOptimiser(sae, settings.optimiser, predicted),
         decorrelate=penalty.to(device),
         generator=generator(seed, "training", device=device),
         tokens_since_fired=torch.zeros(sae.n_features, dtype=torch.long, device=device),

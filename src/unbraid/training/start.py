@@ -5,17 +5,20 @@ its first step the new dictionary gives the same codes, up to one scale, and the
 from the layer next door, from another library's dictionary, or on another text.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from unbraid import formats
 from unbraid.config import RunConfig, SAEConfig
+from unbraid.distributed.shard import Shard
 from unbraid.errors import ConfigError, FormatError
 from unbraid.formats.imported import ImportedSAE
 from unbraid.formats.weights import Weights, add_input_bias, fold_decoder_norms, shift_encoder, subtract_input_bias
+from unbraid.sae.cross_layer import CrossLayer
 from unbraid.sae.site_norms import scale_rows
+from unbraid.sites import has_layers
 from unbraid.training.normalisation import Normalisation
 from unbraid.training.sae_trainer import SAETrainer
 
@@ -31,14 +34,19 @@ def check_starts(config: RunConfig, widths: list[int]) -> None:
     """Look at what `sae.start_from` names before anything is written.
 
     Raises:
-        ConfigError: it cannot be read, or does not fit what a variant is to be.
+        ConfigError: it cannot be read, or does not fit what a variant is to be; or there are fewer features than layers
+            to have some of them.
     """
     for route in config.routes:
-        d_in, d_out = (sum(widths[config.sites.index(site)] for site in end) for end in route)
+        reads, writes = (tuple(widths[config.sites.index(site)] for site in end) for end in route)
         for variant in config.variants:
             sae = config.variant(variant).sae
+            in_blocks = sae.cross_layer and has_layers(str(route))
+            layers = CrossLayer(reads, writes, Shard(sae.n_features)) if in_blocks else None
             if sae.start_from is not None:
-                _require_fit(_read(sae.start_from), sae, d_in, d_out, route.is_transcoder)
+                start = _read(sae.start_from)
+                _require_fit(start, sae, sum(reads), sum(writes), route.is_transcoder)
+                _require_layers(start, layers)
 
 
 @torch.no_grad()
@@ -53,6 +61,7 @@ def start_from(trainer: SAETrainer) -> None:
         return
     start = _read(settings.start_from)
     _require_fit(start, settings, sae.d_in, sae.d_out, sae.is_transcoder)
+    _require_layers(start, sae.cross_layer)
     out = trainer.normalise if trainer.target is None else trainer.target.normalise
     found = _in_training_units(start, trainer.normalise, out, not sae.is_transcoder)
     own = slice(sae.shard.start, sae.shard.end)
@@ -65,11 +74,6 @@ def start_from(trainer: SAETrainer) -> None:
         if stored.numel() != tensor.numel():  # One threshold for all, from one for each.
             stored = stored.mean()
         tensor.copy_(stored.reshape(tensor.shape))
-    if sae.cross_layer is not None and not sae.cross_layer.holds(sae):
-        raise ConfigError(
-            f"sae.start_from = {start.path!r} reads or writes sites that features of their layer do not; expected a "
-            "dictionary trained with sae.cross_layer; set it to false"
-        )
     if trainer.optimiser.summed_sites:
         scale_rows(sae, trainer.optimiser.summed_sites)
     if settings.frozen == "near":
@@ -112,6 +116,17 @@ def _require_fit(start: _Start, settings: SAEConfig, d_in: int, d_out: int, is_t
         raise ConfigError(
             f"sae.start_from = {start.path!r} has a skip connection, and this dictionary would have none; set "
             "sae.skip to true"
+        )
+
+
+def _require_layers(start: _Start, layers: CrossLayer | None) -> None:
+    """What a cross-layer transcoder starts from has no weights where it has none."""
+    whole = None if layers is None else replace(layers, shard=Shard(layers.shard.n_features))
+    tensors = start.weights.tensors
+    if whole is not None and not whole.holds(tensors["W_enc"].T, tensors["W_dec"], tensors.get("W_skip")):
+        raise ConfigError(
+            f"sae.start_from = {start.path!r} reads or writes sites that features of their layer do not; expected a "
+            "dictionary trained with sae.cross_layer; set it to false"
         )
 
 
