@@ -17,6 +17,7 @@ from unbraid.bundled import BUNDLED
 from unbraid.config import EvaluationConfig, RunConfig, Section, SynthConfig
 from unbraid.config.checks import group_of, setting_paths
 from unbraid.config.kinds import Kinds
+from unbraid.config.measuring import BUILT_IN
 from unbraid.errors import ConfigError
 from unbraid.flags import annotation_of, fields
 from unbraid.presets import PRESETS
@@ -71,7 +72,9 @@ def command_words() -> dict[str, Words]:
         "harvest": Words(recipes, run),
         "resume": Words((), (*_options(commands._Resume), *changes)),
         "launch": Words(("train", "resume"), _options(commands.Launch)),
-        "eval": Words(named, (Flag("--suite", _suites(), "Suites to run."), *_settings(EvaluationConfig))),
+        "eval": Words(
+            named, (Flag("--suite", BUILT_IN, "Suites to run."), *_settings(EvaluationConfig, {"suites": BUILT_IN}))
+        ),
         "finetune": Words(named, _options(commands._Finetune)),
         "figure": Words((), _options(commands._Figure)),
         "compare": Words(named, _options(reporting._Compare)),
@@ -142,10 +145,6 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, typing.Annotated):
         return tuple(dict.fromkeys(value for one in typing.get_args(annotation)[:9] for value in _choices(one)))
     return ()
-
-
-def _suites() -> tuple[str, ...]:
-    return _choices(annotation_of(EvaluationConfig.model_fields["suites"]))
 
 
 def _worlds() -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What docs/architecture.md says of the code is so: its names exist, its walk is short, its example trains."""
 
 import importlib
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import cast
 import pytest
 
 from unbraid import cli
+from unbraid.config.measuring import SUITES
+from unbraid.errors import ConfigError
+from unbraid.evaluation.suite import Suite, register
 from unbraid.sae import ARCHITECTURES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -49,3 +53,41 @@ def test_the_architecture_of_the_page_trains_from_the_command_line(tmp_path: Pat
         assert unbraid.load(tmp_path / "run" / "saes" / "resid_post.0_twin").architecture == "gentle"
     finally:
         cast(dict, ARCHITECTURES).pop("gentle", None)
+
+
+def test_the_metric_of_the_page_is_measured_on_every_sae_and_control(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = PAGE.split("`entropy.py`:\n\n")[1].split("\n`unbraid eval")[0]
+    (line,) = re.findall(r"`unbraid (eval [^`]*--plugin entropy\.py[^`]*)`", PAGE)
+    (tmp_path / "entropy.py").write_text(textwrap.dedent(code))
+    recipe = ["tiny", "--training.tokens", "768", "--training.held-out-tokens", "256", "--run", "runs/tiny"]
+    try:
+        cli.main(["train", *recipe])
+        cli.main(["eval", "runs/tiny", "--suite", "geometry", "--meta-steps", "2", "--controls", "false"])
+        cli.main([*line.split(), "--tokens", "256", "--control-tokens", "0"])
+        report = json.loads((tmp_path / "runs/tiny/evaluation.json").read_text())
+        rows = {**report["saes"], **report["controls"]}
+        shares = {name: row["entropy"]["share"] for name, row in rows.items() if "entropy" in row}
+        assert {*report["saes"], "resid_post.0: random", "resid_post.1: pca"} <= set(shares)
+        assert all(0.3 < share <= 1 for share in shares.values())
+        assert "entropy: how evenly features share the codes, 1 for all alike" in capsys.readouterr().out
+    finally:
+        SUITES.forget("entropy")
+    assert "geometry" in report["settings"]
+    cli.main(["eval", "runs/tiny", "--suite", "geometry", "--meta-steps", "3", "--controls", "false"])
+    kept = json.loads((tmp_path / "runs/tiny/evaluation.json").read_text())["saes"]
+    assert all(kept[name]["entropy"]["share"] == shares[name] for name in kept), "without the plugin"
+
+
+@pytest.mark.parametrize(
+    ("name", "reads", "problem"),
+    [
+        ("core", "weights", "a suite of unbraid's"),
+        ("a,b", "weights", "expected a word of its own"),
+        ("site", "weights", "expected a word of its own"),
+        ("mine", "everything", "expected weights, prompts, text or codes"),
+    ],
+)
+def test_a_suite_that_could_not_be_told_from_another_is_refused(name, reads, problem):
+    with pytest.raises(ConfigError, match=problem):
+        register(type("Mine", (Suite,), {"name": name, "caption": "", "columns": {}, "reads": reads}))

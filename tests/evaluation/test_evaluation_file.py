@@ -9,7 +9,7 @@ import torch
 from sae_samples import make_sae
 from safetensors.torch import load_file
 
-from unbraid.config.measuring import SUITES
+from unbraid.config.measuring import BUILT_IN
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.evaluation_file import EvaluationFile, read_evaluation
 from unbraid.evaluation.subjects import EvaluatedSAE
@@ -36,8 +36,8 @@ def test_evaluations_of_many_threads_lose_nothing(tmp_path: Path):
         EvaluationFile(tmp_path, subjects).write(report | {"skipped": {}, "seconds": {}}, subjects)
 
     with ThreadPoolExecutor() as threads:
-        list(threads.map(write, SUITES))
-    assert set(json.loads((tmp_path / "evaluation.json").read_text())["settings"]) == set(SUITES)
+        list(threads.map(write, BUILT_IN))
+    assert set(json.loads((tmp_path / "evaluation.json").read_text())["settings"]) == set(BUILT_IN)
 
 
 def test_a_file_written_while_another_evaluation_starts_is_not_taken_for_a_strangers(tmp_path: Path, monkeypatch):

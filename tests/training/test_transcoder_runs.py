@@ -136,10 +136,9 @@ def test_beside_saes_a_transcoder_is_the_one_trained_alone_and_so_are_they(tmp_p
         assert weights(both, name) == weights(others, name)
     settings, shown = EvaluationConfig(suites=["core"], tokens=512, controls=False), io.StringIO()
     report = run_suites(both, settings, console=Console(file=shown, width=200), out=tmp_path / "out")
-    assert report["skipped"]["CE all of twin"] == "several of its dictionaries predict mlp_out.1"
-    assert (
-        "skipped CE all of twin: several" in shown.getvalue() and "CE all " not in shown.getvalue().split("skipped")[0]
-    )
+    assert report["skipped"]["core at all sites of twin at once"] == "several of its dictionaries predict mlp_out.1"
+    table, skipped = shown.getvalue().split("skipped", 1)
+    assert " core at all sites of twin at once: several" in skipped and "CE all" not in table
 
 
 def test_from_a_cache_the_same_transcoder(tmp_path, run):

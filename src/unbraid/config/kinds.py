@@ -45,6 +45,15 @@ class Registry(Generic[ReaderT]):
             )
         self._readers[name] = reader
 
+    def forget(self, name: str) -> None:
+        """Take back what was registered under a name."""
+        self._readers.pop(name, None)
+
+    @property
+    def registered(self) -> Mapping[str, ReaderT]:
+        """Those registered so far: of the package's own perhaps none."""
+        return self._readers
+
     def readers(self) -> Mapping[str, ReaderT]:
         """All of them, in the order they were registered."""
         importlib.import_module(self.home)

@@ -1,13 +1,17 @@
 """The settings of what is measured: `unbraid eval`, synthetic worlds and `unbraid synth`."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from unbraid.config.checks import GIVEN, Common, Location, Section, above, active_when, including, wrong
+from unbraid.config.checks import GIVEN, Common, Condition, Location, Section, above, active_when, including, wrong
 from unbraid.config.decorrelation import DecorrelationConfig
+from unbraid.config.kinds import Registry
 from unbraid.config.run import Device, TextConfig
 from unbraid.config.sae import MOST_FEATURES, SAEConfig
+
+if TYPE_CHECKING:
+    from unbraid.evaluation.suite import Suite
 
 
 class WorldConfig(Section):
@@ -67,8 +71,33 @@ class WorldConfig(Section):
         return self
 
 
-Suite = Literal["core", "correlation", "contexts", "geometry", "probing", "absorption", "ground-truth"]
-SUITES: list[Suite] = ["core", "correlation", "contexts", "geometry", "probing", "absorption", "ground-truth"]
+BUILT_IN = ("core", "correlation", "contexts", "geometry", "probing", "absorption", "ground-truth")
+"""Suites of the package in their order, named here so that settings are read without importing them."""
+SUITES: "Registry[type[Suite]]" = Registry("the suite", "unbraid.evaluation.suites")
+"""Suites by name, with those of plugins."""
+READS_TEXT = ("text", "codes")
+"""What of `Suite.reads` says that held-out text is read."""
+
+
+def suite_names() -> list[str]:
+    """Names of all suites there are."""
+    return list(dict.fromkeys((*BUILT_IN, *SUITES.registered)))
+
+
+def _reading(suites: list[str], built_in: tuple[str, ...], *ways: str) -> bool:
+    others = (suite for name, suite in SUITES.registered.items() if name not in BUILT_IN)
+    return any(name in suites for name in built_in) or any(one.name in suites and one.reads in ways for one in others)
+
+
+ON_TEXT = ("core", "correlation", "contexts")
+TEXT = Condition(
+    lambda suites: _reading(suites, ON_TEXT, *READS_TEXT),
+    "a list with core, correlation, contexts or another that reads text",
+)
+MODEL = Condition(
+    lambda suites: _reading(suites, (*ON_TEXT, "probing", "absorption"), "prompts", *READS_TEXT),
+    "a list with one that reads the model, such as core",
+)
 
 
 def _checked_suites(names: Any) -> Any:
@@ -79,12 +108,12 @@ def _checked_suites(names: Any) -> Any:
         return names
     names = [name.strip() for words in names for name in words.split(",")]
     for name in names:
-        if name not in SUITES:
-            raise wrong(f"there is no suite {name[:80]!r}; expected some of {','.join(SUITES)}")
-    return [suite for suite in SUITES if suite in names]
+        if name not in suite_names():
+            raise wrong(f"there is no suite {name[:80]!r}; expected some of {','.join(suite_names())}")
+    return [suite for suite in suite_names() if suite in names]
 
 
-Suites = Annotated[list[Suite], Field(min_length=1), BeforeValidator(_checked_suites), Common]
+Suites = Annotated[list[str], Field(min_length=1), BeforeValidator(_checked_suites), Common]
 
 
 class ProbingConfig(Section):
@@ -133,10 +162,10 @@ class SpellingConfig(Section):
 class EvaluationConfig(Section):
     """What `unbraid eval` measures, and on how much."""
 
-    suites: Suites = Field(default_factory=lambda: list(SUITES))
+    suites: Suites = Field(default_factory=suite_names)
     """What to run, separated by commas; suites that do not apply are skipped with the reason."""
-    tokens: Annotated[int, Common, active_when(suites=including("core", "correlation"))] = Field(default=12_288, ge=1)
-    """Held-out tokens for core and correlation, in whole contexts."""
+    tokens: Annotated[int, Common, active_when(suites=TEXT)] = Field(default=12_288, ge=1)
+    """Held-out tokens that are read, in whole contexts."""
     splice_contexts: Annotated[int, active_when(suites=including("core"))] = Field(default=6, ge=1)
     """Held-out contexts on which reconstructions are spliced into the model: several full passes each."""
     fraction: Annotated[float, active_when(suites=including("correlation"))] = Field(default=1e-3, gt=0.0, le=1.0)
@@ -153,9 +182,7 @@ class EvaluationConfig(Section):
     )
     controls: bool = True
     """Measure what has learned nothing beside the SAEs: a random SAE, a permuted decoder, PCA."""
-    control_tokens: Annotated[
-        int, active_when(controls=True, suites=including("core", "correlation", "contexts", "probing", "absorption"))
-    ] = Field(default=200_000, ge=0)
+    control_tokens: Annotated[int, active_when(controls=True, suites=MODEL)] = Field(default=200_000, ge=0)
     """Tokens on which controls are trained once per site, width and L0, and then kept: SAEs with a frozen decoder, a
     decoder that may turn a little, a frozen encoder. 0 leaves them out, as do more than 32,768 features."""
     world: Annotated[str | None, active_when(suites=including("ground-truth"))] = None

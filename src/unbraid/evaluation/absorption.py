@@ -15,7 +15,7 @@ gives the same numbers.
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,11 @@ from unbraid.evaluation.intervals import mean_interval
 from unbraid.evaluation.probes import Probe, f1_score, fit_probe
 from unbraid.evaluation.prompts import cached_activations, prompt_batches
 from unbraid.evaluation.protocols import Autoencoder, decoder_rows
+from unbraid.evaluation.suite import Suite, register
 from unbraid.randomness import generator
+
+if TYPE_CHECKING:
+    from unbraid.evaluation.suites import Evaluation
 
 QUESTION = " has the first letter:"
 LEAST_ACCURACY = 0.25  # six times chance; what a site holds is judged letter by letter below
@@ -308,3 +312,51 @@ def _absorbed(
         and float(projections[strongest]) / probe_projection >= PROPORTION
     )
     return fraction, full
+
+
+@register
+class AbsorptionSuite(Suite):
+    """First-letter absorption."""
+
+    name = "absorption"
+    caption = (
+        "first letters: share of a letter found in other features; words where it is wholly there; features a letter"
+    )
+    columns: ClassVar = {
+        "fraction": ("mean", "mean_absorption_fraction_score"),
+        "full": ("mean", "mean_full_absorption_score"),
+        "split": ("mean", "mean_num_split_features"),
+    }
+    reads = "prompts"
+
+    def measure(self, evaluation: "Evaluation") -> dict[str, str]:
+        """See `Suite.measure`; it is skipped where the model cannot spell, or its tokenizer has no words."""
+        config, source, bar = evaluation.config, evaluation.model.source, evaluation.bar
+        task = bar.add_task("first letters", total=None, unit="prompts")
+        spelling = read_spelling(
+            source.model,
+            config.spelling,
+            config.seed,
+            on_prompts=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        refused = {}
+        for site, where in enumerate(source.sites):
+            here = [subject for subject in evaluation.subjects if subject.sites == (site,) and subject.is_plain]
+            for subject in evaluation.subjects:
+                if not subject.is_plain:
+                    refused[f"absorption at {subject.name}"] = (
+                        "absorption compares decoder rows with probes of what is read, at one site; a transcoder's "
+                        "predict another one, and a crosscoder reads several"
+                    )
+            if not here:
+                continue
+            try:
+                letters = Letters(spelling, site)
+            except EvaluationError as problem:
+                refused[f"absorption at {where}"] = str(problem)
+                continue
+            task = bar.add_task(f"absorption at {where}", total=len(here), unit="SAEs")
+            for subject in here:
+                subject.report["absorption"] = absorption_scores(letters, subject.sae, config.seed)
+                bar.advance(task)
+        return refused

@@ -8,7 +8,7 @@ SAE beside them says how much is owed to contexts that share a word.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,8 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unbraid.evaluation.intervals import mean_interval
+from unbraid.evaluation.pairs import stack_codes
 from unbraid.evaluation.probes import area_under_curve
-from unbraid.evaluation.sentence_encoder import Encoder
+from unbraid.evaluation.sentence_encoder import Encoder, SentenceEncoder
+from unbraid.evaluation.suite import Suite, register
+from unbraid.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from unbraid.evaluation.suites import Evaluation
 
 CONTEXTS = 10
 """Contexts per feature: half are the example of what it fires on, the other half are to be recognised."""
@@ -25,6 +31,7 @@ MEMBERS = 4
 """Contexts of the feature beside an intruder."""
 BEFORE, AFTER = 12, 4
 """Tokens shown before and after the one on which the feature fires."""
+RANDOM_CONTEXTS = 100
 
 
 def windows(rows: np.ndarray, values: np.ndarray, contexts_R: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -97,3 +104,50 @@ def context_scores(
         "intruder_accuracy_interval": mean_interval(intruder, seed),
         "features": len(own_texts),
     }
+
+
+@register
+class ContextsSuite(Suite):
+    """Whether the contexts of a feature belong together."""
+
+    name = "contexts"
+    caption = "whether a feature's contexts belong together, by a sentence encoder; chance is .5 and .2"
+    columns: ClassVar = {
+        "embedding": ("embedding_score",),
+        "intruder": ("intruder_accuracy",),
+        "features": ("features",),
+    }
+    reads = "codes"
+
+    def measure(self, evaluation: "Evaluation") -> None:
+        """See `Suite.measure`; it is skipped where the sentence encoder is not installed."""
+        encoder, config, model = SentenceEncoder(device=evaluation.device), evaluation.config, evaluation.model
+        place_R2 = torch.cat(
+            [
+                torch.stack([torch.full_like(at, context), at], dim=1)
+                for context, (_, keep_T) in enumerate(model.held_out)
+                for at in [keep_T.nonzero().squeeze(1)]
+            ]
+        ).numpy()
+
+        def words(row: int) -> str:
+            context, position = place_R2[row].tolist()
+            return model.words(context, position, BEFORE, AFTER)
+
+        random_rows = np.random.default_rng(config.seed).permutation(len(place_R2))[:RANDOM_CONTEXTS]
+        others = encoder([words(row) for row in random_rows.tolist()])
+        with_codes = [subject for subject in evaluation.subjects if subject.codes]
+        task = evaluation.bar.add_task("contexts", total=len(with_codes), unit="SAEs")
+        for subject in with_codes:
+            rng = np.random.default_rng(derive_seed(config.seed, "contexts", subject.name))
+            by_feature = stack_codes(subject.codes, subject.codes[0].n_features).tocsc()
+            own: list[list[str]] = []
+            for feature in rng.permutation(by_feature.shape[1]):
+                part = slice(by_feature.indptr[feature], by_feature.indptr[feature + 1])
+                rows = windows(by_feature.indices[part], by_feature.data[part], place_R2[:, 0], rng)
+                if len(rows) == CONTEXTS:
+                    own.append([words(row) for row in rows.tolist()])
+                if len(own) == config.context_features:
+                    break
+            subject.report["contexts"] = context_scores(own, others, encoder, config.seed)
+            evaluation.bar.advance(task)

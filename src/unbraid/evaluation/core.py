@@ -13,9 +13,9 @@ kept under a `saebench_` name and the right one stands beside it:
 Of a transcoder all of this is about what it predicts; only its codes are of what it reads.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,6 +26,12 @@ from unbraid.errors import EvaluationError
 from unbraid.evaluation.explained import ExplainedVariance
 from unbraid.evaluation.geometry import max_cosines
 from unbraid.evaluation.protocols import Autoencoder, decoder_rows, encoder_bias, encoder_columns, predicted
+from unbraid.evaluation.splice import Together, preservation
+from unbraid.evaluation.subjects import EvaluatedSAE
+from unbraid.evaluation.suite import Suite, register
+
+if TYPE_CHECKING:
+    from unbraid.evaluation.suites import Evaluation
 
 SMALLEST_NORM = 1e-4  # SAEBench divides by 1 instead of by norms below this
 GROUP_CONTEXTS = 16
@@ -280,3 +286,71 @@ def weight_metrics(sae: object) -> dict[str, Float[Tensor, " N"]]:
     if W_dec.shape == W_enc.T.shape and not getattr(sae, "is_transcoder", False):
         metrics["encoder_decoder_cosine_sim"] = F.cosine_similarity(W_dec, W_enc.T, dim=1)
     return {name: values.cpu() for name, values in metrics.items()}
+
+
+@register
+class CoreSuite(Suite):
+    """Reconstruction and sparsity on held-out text, and what the model loses behind reconstructions."""
+
+    name = "core"
+    caption = "the reconstruction; cross-entropy and KL score: 1 if spliced in unnoticed, 0 as bad as zeros"
+    columns: ClassVar = {
+        "L0": ("sparsity", "l0"),
+        "R2": ("reconstruction_quality", "r2"),
+        "CE score": ("model_performance_preservation", "ce_loss_score"),
+        "KL score": ("model_behavior_preservation", "kl_div_score"),
+        "alive": ("misc_metrics", "frac_alive"),
+        "CE all": ("replaced_together", "ce_loss_score"),
+    }
+    optional: ClassVar = {"CE all": "CE all: with those of all single sites spliced in at once"}
+    reads = "text"
+
+    def measure(self, evaluation: "Evaluation") -> dict[str, str]:
+        """See `Suite.measure`."""
+        model, subjects = evaluation.model, evaluation.subjects
+        contexts = model.held_out[: evaluation.config.splice_contexts]
+        task = evaluation.bar.add_task("spliced passes", total=len(contexts), unit="contexts")
+
+        def counted() -> Iterator[tuple[Tensor, ...]]:
+            for number, context in enumerate(contexts):
+                yield tuple(table_T.unsqueeze(0) for table_T in (*context, *model.positions[number : number + 1]))
+                evaluation.bar.advance(task)
+
+        saes: dict[Any, dict[str, Any]] = {}
+        for subject in subjects:
+            saes.setdefault(model.route(subject), {})[subject.name] = subject.sae
+        sets, left_out = _sets(evaluation)
+        for name, members in sets.items():
+            place = Together(tuple(model.route(member) for member in members))
+            saes.setdefault(place, {})[name] = tuple(member.sae for member in members)
+        found = preservation(model.source.model, saes, counted(), evaluation.config.seed)
+        for subject in subjects:
+            core = model.core[subject.name]
+            subject.report["core"], subject.features = dict(core.categories), core.features
+            for category, metrics in found[subject.name].items():
+                subject.report["core"][category] = subject.report["core"].get(category, {}) | metrics
+        for name, members in sets.items():
+            metrics = found[name]["model_performance_preservation"] | found[name]["model_behavior_preservation"]
+            for member in members:
+                member.report["core"]["replaced_together"] = {"dictionaries": len(members)} | metrics
+        return left_out
+
+
+def _sets(evaluation: "Evaluation") -> tuple[dict[str, list[EvaluatedSAE]], dict[str, str]]:
+    """The dictionaries that one variant has at different sites, under a name that no dictionary has; and why a
+    variant's are not replaced together."""
+    route, found = evaluation.model.route, {}
+    for subject in evaluation.subjects:
+        if subject.variant is not None and not route(subject).has_several_sites:
+            found.setdefault(subject.variant, []).append(subject)
+    sets, left_out = {}, {}
+    for variant, members in found.items():
+        sites = [str(route(member).writes) for member in members]
+        twice = sorted({site for site in sites if sites.count(site) > 1})
+        if twice:
+            left_out[f"core at all sites of {variant} at once"] = (
+                f"several of its dictionaries predict {', '.join(twice)}"
+            )
+        elif len(members) > 1:
+            sets[f"all of {variant}"] = members
+    return sets, left_out

@@ -9,7 +9,7 @@ repeats tokens, which by itself raises the correlation of rare features.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from torch import Tensor
 from unbraid.evaluation.intervals import mean_interval
 from unbraid.evaluation.pairs import Measure, PairStatistics, View, pair_statistics, stack_codes
 from unbraid.evaluation.resampling import resampled
+from unbraid.evaluation.suite import Suite, register
+
+if TYPE_CHECKING:
+    from unbraid.evaluation.suites import Evaluation
 
 
 @dataclass(frozen=True)
@@ -217,3 +221,38 @@ def _over_windows(codes: Any, window_tokens: int, fraction: float, seed: int) ->
         result[name] = float(values.mean())
         result[f"{name}_interval"] = mean_interval(values, seed)
     return result
+
+
+@register
+class CorrelationSuite(Suite):
+    """The paper's correlation reduction, on held-out codes."""
+
+    name = "correlation"
+    caption = "of the codes of all live pairs; the top and how far it lies below the twin's; pairs above 0.5"
+    columns: ClassVar = {
+        "mean": ("cosine", "mean"),
+        "top": ("cosine", "top"),
+        "reduction": ("reduction", "cosine", "top"),
+        "entangled": ("cosine", "entangled"),
+    }
+    reads = "codes"
+
+    def measure(self, evaluation: "Evaluation") -> None:
+        """See `Suite.measure`."""
+        config, with_codes = evaluation.config, [subject for subject in evaluation.subjects if subject.codes]
+        task = evaluation.bar.add_task("correlation", total=len(with_codes), unit="SAEs")
+        measured: dict[str | None, CorrelationMeasured] = {}
+        for subject in with_codes:
+            measured[subject.name] = measure_correlation(
+                subject.codes,
+                subject.codes[0].n_features,
+                fraction=config.fraction,
+                block_tokens=evaluation.model.source.context_length,
+                replicates=config.replicates if subject.control is None else 0,
+                seed=config.seed,
+            )
+            evaluation.bar.advance(task)
+        for subject in with_codes:
+            subject.report["correlation"] = measured[subject.name].report
+            if subject.twin in measured:
+                subject.report["correlation"]["reduction"] = measured[subject.name].reduction(measured[subject.twin])

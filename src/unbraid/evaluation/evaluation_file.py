@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unbraid.config.measuring import SUITES
+from unbraid.config.measuring import suite_names
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.subjects import EvaluatedSAE
 from unbraid.files import held, write_json, write_whole_tensors
@@ -83,14 +83,15 @@ class EvaluationFile:
         return found
 
     def _merge(self, report: Report, subjects: Sequence[EvaluatedSAE]) -> tuple[Report, list[str]]:
-        earlier = self.earlier.get("settings", {}).keys() - report["settings"].keys()
-        kept = [suite for suite in SUITES if suite in earlier]
+        earlier = self.earlier.get("settings", {})
+        suites = list(dict.fromkeys((*suite_names(), *earlier)))  # a plugin's may be there without the plugin
+        kept = [suite for suite in suites if suite in earlier and suite not in report["settings"]]
         for kind in ("saes", "controls"):
             for name, before in self.earlier.get(kind, {}).items():
                 sections = {suite: before[suite] for suite in kept if suite in before}
                 if sections or name in report[kind]:
                     now = {"site": before.get("site")} | sections | report[kind].get(name, {})
-                    report[kind][name] = {key: now[key] for key in ("site", *SUITES) if key in now}
+                    report[kind][name] = {key: now[key] for key in ("site", *suites) if key in now}
         for suite, reason in self.earlier.get("skipped", {}).items():
             if suite.partition(" at ")[0] in kept:
                 report["skipped"][suite] = reason
@@ -153,11 +154,12 @@ def _problem(report: Report) -> str | None:
     for table in ("saes", "controls", "settings", "seconds", "skipped"):
         if not isinstance(report.get(table, {}), dict):
             return f"{table} is {report[table]!r}"
+    suites = (*suite_names(), *report.get("settings", {}))
     for kind in ("saes", "controls"):
         for name, sections in report.get(kind, {}).items():
             if not isinstance(sections, dict):
                 return f"{kind}.{name} is {sections!r}"
-            if not all(isinstance(sections[suite], dict) for suite in SUITES if suite in sections):
+            if not all(isinstance(sections[suite], dict) for suite in suites if suite in sections):
                 return f"{kind}.{name} has a suite that is no object"
     return None
 

@@ -7,6 +7,7 @@ something about the data and not about their start.
 """
 
 import math
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,12 +17,18 @@ from torch.nn import functional as F
 
 from unbraid.config import OptimiserConfig, SAEConfig
 from unbraid.evaluation.explained import ExplainedVariance
+from unbraid.evaluation.subjects import EvaluatedSAE
+from unbraid.evaluation.suite import Suite, register
 from unbraid.randomness import generator
 from unbraid.sae.build import build
 from unbraid.training.optimiser import SAEOptimiser
 
+if TYPE_CHECKING:
+    from unbraid.evaluation.suites import Evaluation
+
 TILE_ENTRIES = 1 << 24
 META_WIDTH_RATIO, META_K, META_STEPS, META_ROWS, META_LR = 0.25, 4, 1500, 1024, 5e-4
+WIDEST_AGREEMENT = 8192
 
 
 @torch.no_grad()
@@ -73,3 +80,36 @@ def composition_rate(rows_ND: Float[Tensor, "N D"], steps: int = META_STEPS, see
         for part in rows_ND.split(META_ROWS):
             explained.add(part, meta(part))
     return explained.r2
+
+
+@register
+class GeometrySuite(Suite):
+    """Decoder rows among themselves, and beside those of other SAEs of the same site."""
+
+    name = "geometry"
+    caption = "mean largest cosine between decoder rows; share of them explained by a quarter as many directions"
+    columns: ClassVar = {"max cosine": ("mean_max_decoder_cosine",), "composition": ("composition_rate",)}
+
+    def measure(self, evaluation: "Evaluation") -> None:
+        """See `Suite.measure`."""
+        config, subjects = evaluation.config, [one for one in evaluation.subjects if one.has_own_features]
+        task = evaluation.bar.add_task("geometry", total=len(subjects), unit="SAEs")
+        for subject in subjects:
+            W_dec = subject.sae.W_dec.detach().float()
+            subject.report["geometry"] = {
+                "mean_max_decoder_cosine": max_cosines(W_dec).double().mean().item(),
+                "composition_rate": composition_rate(W_dec, config.meta_steps, config.seed),
+                "composition_steps": config.meta_steps,
+                "agreement": {
+                    other.name: seed_agreement(W_dec, other.sae.W_dec.detach())
+                    for other in subjects
+                    if other is not subject and _comparable(subject, other)
+                },
+            }
+            evaluation.bar.advance(task)
+
+
+def _comparable(subject: EvaluatedSAE, other: EvaluatedSAE) -> bool:
+    widths = subject.sae.W_dec.shape[0], other.sae.W_dec.shape[0]
+    here = (subject.sites, subject.outputs) == (other.sites, other.outputs)
+    return here and other.control is None and max(widths) <= WIDEST_AGREEMENT

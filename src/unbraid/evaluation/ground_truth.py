@@ -7,7 +7,7 @@ composition (a child's latent that contains its parent).
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,13 +15,18 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from unbraid.errors import EvaluationError
 from unbraid.evaluation.explained import ExplainedVariance
 from unbraid.evaluation.mixing import Mixing, mixing
 from unbraid.evaluation.pairs import stack_codes
 from unbraid.evaluation.protocols import Autoencoder, decoder_rows
+from unbraid.evaluation.suite import Suite, register
 from unbraid.kernels.codes import Codes
 from unbraid.randomness import generator
 from unbraid.synthetic.world import World
+
+if TYPE_CHECKING:
+    from unbraid.evaluation.suites import Evaluation
 
 RECOVERED = 0.9
 LEAST_TOKENS = 10
@@ -223,3 +228,37 @@ class _Detection:
         gaps = (alone_seen / alone - together_seen / together)[enough].cpu().numpy()
         error = float(gaps.std(ddof=1) / np.sqrt(len(gaps))) if len(gaps) > 1 else None
         return float(gaps.mean()), error, len(gaps)
+
+
+@register
+class GroundTruthSuite(Suite):
+    """Against the features of a synthetic world."""
+
+    name = "ground-truth"
+    caption = "against the world's own features"
+    columns: ClassVar = {
+        "MCC": ("mcc",),
+        "F1": ("f1",),
+        "precision": ("precision",),
+        "recall": ("recall",),
+        "unique": ("uniqueness",),
+        "absorption gap": ("absorption_gap",),
+    }
+
+    def measure(self, evaluation: "Evaluation") -> None:
+        """See `Suite.measure`; it is skipped where no world is named, or it is not the SAEs' own."""
+        world, config, subjects = evaluation.world, evaluation.config, evaluation.subjects
+        if world is None:
+            raise EvaluationError("no synthetic world was named; give --world for SAEs trained on one")
+        if any(getattr(subject.sae, "is_transcoder", False) for subject in subjects):
+            raise EvaluationError("a world's true features are those of SAEs; a transcoder predicts another site")
+        if world.d_model != subjects[0].sae.d_in:
+            raise EvaluationError(
+                f"world {config.world!r} is {world.d_model} wide, the SAE {subjects[0].sae.d_in}; name the world the "
+                "SAE was trained on"
+            )
+        task = evaluation.bar.add_task("ground truth", total=len(subjects), unit="SAEs")
+        for subject in subjects:
+            found = evaluate_ground_truth(subject.sae, world, config.world_samples, config.seed)
+            subject.report["ground-truth"] = found.to_dict()
+            evaluation.bar.advance(task)

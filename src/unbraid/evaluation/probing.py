@@ -10,19 +10,24 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unbraid.activations.rows import side_by_side
 from unbraid.config import ProbingConfig
 from unbraid.errors import EvaluationError
 from unbraid.evaluation.intervals import mean_interval
 from unbraid.evaluation.probes import Score, fit_probe, score_probe, top_columns
 from unbraid.evaluation.prompts import cached_activations
 from unbraid.evaluation.protocols import Autoencoder
+from unbraid.evaluation.suite import Suite, register
 from unbraid.text.packaged import INSTALL, LONGEST_FIELD, find_packaged_corpus
+
+if TYPE_CHECKING:
+    from unbraid.evaluation.suites import Evaluation
 
 KS = (1, 2, 5)
 
@@ -119,3 +124,36 @@ def summarise_probing(
             for probe, score in scores[source].items()
         }
     return report
+
+
+@register
+class ProbingSuite(Suite):
+    """k-sparse probes on labelled text."""
+
+    name = "probing"
+    caption = "mean test accuracy of probes on 1 or 5 features, on 1 channel, on the whole activation"
+    columns: ClassVar = {
+        "k = 1": ("sae", "sae_top_1_test_accuracy"),
+        "k = 5": ("sae", "sae_top_5_test_accuracy"),
+        "channel": ("llm", "llm_top_1_test_accuracy"),
+        "whole": ("llm", "llm_test_accuracy"),
+    }
+    reads = "prompts"
+
+    def measure(self, evaluation: "Evaluation") -> None:
+        """See `Suite.measure`."""
+        settings = evaluation.config.probing
+        probed = [subject for subject in evaluation.subjects if subject.has_own_features]
+        scores = {subject.name: {} for subject in probed}
+        task = evaluation.bar.add_task("probing", total=len(settings.tasks), unit="tasks")
+        for file in settings.tasks:
+            activations, labels = task_activations(evaluation.model.source.model, file, settings)
+            for sites in dict.fromkeys(subject.sites for subject in probed):
+                here = {subject.name: subject.sae for subject in probed if subject.sites == sites}
+                x_BD = side_by_side(activations, sites)
+                found = probe_task(here, x_BD.to(evaluation.device), labels, settings.train)
+                for name in here:
+                    scores[name][file] = {"activations": found["activations"], name: found[name]}
+            evaluation.bar.advance(task)
+        for subject in probed:
+            subject.report["probing"] = summarise_probing(scores[subject.name], subject.name, evaluation.config.seed)

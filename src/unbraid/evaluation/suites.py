@@ -1,12 +1,12 @@
 """All suites on all SAEs of a run (or one SAE folder), controls beside them: `unbraid eval`.
 
-A suite that does not apply is skipped and the report says why. What needs the language model is in `model_suites.py`,
-how results of several evaluations come together in `evaluation_file.py`.
+A suite that does not apply is skipped and the report says why. Each stands in one file (`suite.py` says what it is);
+how results of several evaluations come together says `evaluation_file.py`.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -14,14 +14,15 @@ from rich.console import Console
 from torch import Tensor
 
 from unbraid.config import EvaluationConfig
+from unbraid.config.measuring import READS_TEXT, SUITES
 from unbraid.device import pick_device
 from unbraid.errors import EvaluationError
+from unbraid.evaluation import absorption, context_scores, core, correlation, geometry, ground_truth, probing
 from unbraid.evaluation.controls import controls_of, mean_l0, random_control
 from unbraid.evaluation.evaluation_file import EvaluationFile, Report
-from unbraid.evaluation.geometry import composition_rate, max_cosines, seed_agreement
-from unbraid.evaluation.ground_truth import evaluate_ground_truth
-from unbraid.evaluation.model_suites import REFERENCE_ROWS, ModelSuites
+from unbraid.evaluation.on_model import REFERENCE_ROWS, OnModel
 from unbraid.evaluation.subjects import EvaluatedSAE, centre_where_needed, open_subjects
+from unbraid.evaluation.suite import Suite
 from unbraid.evaluation.tables import evaluation_tables
 from unbraid.evaluation.trained_controls import WIDEST
 from unbraid.formats import folder_name, path_or_name
@@ -30,8 +31,8 @@ from unbraid.randomness import generator
 from unbraid.sites import Route
 from unbraid.synthetic import build_world
 
-ON_TEXT, ON_PROMPTS = ("core", "correlation", "contexts"), ("probing", "absorption")
-WIDEST_AGREEMENT = 8192
+BUILT_IN = (core, correlation, context_scores, geometry, probing, absorption, ground_truth)
+"""Importing them registers their suites."""
 
 
 def run_suites(
@@ -64,7 +65,7 @@ def run_suites(
     if out is None and isinstance(path, Path):
         out = path.parent if path.is_file() else path
     out = out or Path("evaluations", folder_name(path))
-    evaluation = _Evaluation(path, config, console, trust_remote_code)
+    evaluation = Evaluation(path, config, console, trust_remote_code)
     file = EvaluationFile(out, evaluation.subjects)
     report = evaluation.run()
     for part in evaluation_tables(report):
@@ -76,18 +77,35 @@ def run_suites(
     return report
 
 
-class _Evaluation:
+class Evaluation:
+    """One evaluation, as its suites see it.
+
+    Attributes:
+        subjects: SAEs and controls; suites leave what they find in their reports.
+        config: suites and sizes.
+        suites: those that are run, in order.
+        world: the synthetic world, where one is named.
+        run_config: settings under which activations can be had again; None where unknown.
+        device: where everything runs.
+        bar: shows how far it is.
+        skipped: what was left out, and why.
+    """
+
+    bar: Stages
+
     def __init__(self, path: Path | str, config: EvaluationConfig, console: Console, trust_remote_code: bool):
         self.path, self.config, self.console = path, config, console
         self.device = pick_device(config.device)
         self.world = None if config.world is None else build_world(config.world, self.device)
         self.subjects, self.run_config = open_subjects(path, config, self.device, trust_remote_code)
+        known = SUITES.readers()
+        self.suites: list[Suite] = [known[name]() for name in config.suites]
         self.skipped: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
 
     @cached_property
-    def model(self) -> ModelSuites:
-        """The suites that need a language model.
+    def model(self) -> OnModel:
+        """The language model and what has been read of it.
 
         Raises:
             EvaluationError: nothing says which model.
@@ -96,23 +114,15 @@ class _Evaluation:
             raise EvaluationError(
                 self.subjects[0].unknown or "nothing says which model the SAEs belong to; give --model"
             )
-        suites = ModelSuites(self.run_config, self.subjects, self.config, self.device, self.bar)
-        centre_where_needed(self.subjects, suites.source.model.model)
-        return suites
+        model = OnModel(self.run_config, self.subjects, self.config, self.device, self.bar)
+        centre_where_needed(self.subjects, model.source.model.model)
+        return model
 
     def run(self) -> Report:
-        works: dict[str, Callable[[], None]] = {
-            "core": self._core,
-            "correlation": lambda: self.model.correlation(),
-            "contexts": lambda: self.model.context_scores(),
-            "probing": lambda: self.model.probing(),
-            "absorption": self._absorption,
-            "geometry": self._geometry,
-            "ground-truth": self._ground_truth,
-        }
-        suites = [name for name in works if name in self.config.suites]
-        on_text = [name for name in suites if name in ON_TEXT]
-        if self._reads_model and set(suites) & set(ON_PROMPTS):
+        """Every suite on every subject."""
+        suites = [suite.name for suite in self.suites]
+        on_text = [suite.name for suite in self.suites if suite.reads in READS_TEXT]
+        if self._reads_model and any(suite.reads == "prompts" for suite in self.suites):
             self.console.print(
                 f"{len(suites)} suites of {len(self.subjects)} SAEs: probing, absorption and controls take minutes; "
                 "--suites core,correlation,geometry and --controls false leave them out",
@@ -122,9 +132,10 @@ class _Evaluation:
         with Stages(self.console) as self.bar:
             if self.config.controls:
                 self._stage("controls", self._add_controls, suites)
-            self._stage("held-out text", lambda: self.model.read_held_out(on_text), on_text)
-            for name in suites:
-                self._stage(name, works[name], [name])
+            keep_codes = any(suite.reads == "codes" for suite in self.suites)
+            self._stage("held-out text", lambda: self.model.read_held_out(keep_codes), on_text)
+            for suite in self.suites:
+                self._stage(suite.name, partial(self._measure, suite), [suite.name])
         if set(suites) <= set(self.skipped):
             reasons = "; ".join(f"{suite}: {self.skipped[suite]}" for suite in suites)
             raise EvaluationError(f"nothing could be measured, every suite was skipped. {reasons}")
@@ -155,6 +166,9 @@ class _Evaluation:
         outcome = "skipped" if set(suites) <= set(self.skipped) else "done"
         self.console.print(f"{name}: {outcome} in {self.seconds[name]} s", highlight=False, markup=False)
 
+    def _measure(self, suite: Suite) -> None:
+        self.skipped |= suite.measure(self) or {}
+
     def _add_controls(self) -> None:
         """For each site, what has learned nothing, at the sparsity of the site's first SAE."""
         rows, to_train_on = self._reference_rows(), cache(lambda: self.model.control_rows())
@@ -180,7 +194,7 @@ class _Evaluation:
 
     @property
     def _reads_model(self) -> bool:
-        return self.run_config is not None and bool(set(self.config.suites) & {*ON_TEXT, *ON_PROMPTS})
+        return self.run_config is not None and any(suite.reads != "weights" for suite in self.suites)
 
     def _reference_rows(self) -> list[Tensor] | None:
         """Activations that controls are fitted to, one tensor a site, where any are read."""
@@ -199,49 +213,3 @@ class _Evaluation:
             return {"site": None} | subject.report
         inputs = tuple(self.run_config.sites[site] for site in subject.sites)
         return {"site": str(Route(inputs, subject.outputs or inputs))} | subject.report
-
-    def _core(self) -> None:
-        self.skipped |= self.model.splice()
-
-    def _absorption(self) -> None:
-        refused = self.model.absorption()
-        self.skipped |= {f"absorption at {site}": reason for site, reason in refused.items()}
-
-    def _geometry(self) -> None:
-        subjects_here = [subject for subject in self.subjects if subject.has_own_features]
-        task = self.bar.add_task("geometry", total=len(subjects_here), unit="SAEs")
-        for subject in subjects_here:
-            W_dec = subject.sae.W_dec.detach().float()
-            subject.report["geometry"] = {
-                "mean_max_decoder_cosine": max_cosines(W_dec).double().mean().item(),
-                "composition_rate": composition_rate(W_dec, self.config.meta_steps, self.config.seed),
-                "composition_steps": self.config.meta_steps,
-                "agreement": {
-                    other.name: seed_agreement(W_dec, other.sae.W_dec.detach())
-                    for other in subjects_here
-                    if other is not subject and _comparable(subject, other)
-                },
-            }
-            self.bar.advance(task)
-
-    def _ground_truth(self) -> None:
-        if self.world is None:
-            raise EvaluationError("no synthetic world was named; give --world for SAEs trained on one")
-        if any(getattr(subject.sae, "is_transcoder", False) for subject in self.subjects):
-            raise EvaluationError("a world's true features are those of SAEs; a transcoder predicts another site")
-        if self.world.d_model != self.subjects[0].sae.d_in:
-            raise EvaluationError(
-                f"world {self.config.world!r} is {self.world.d_model} wide, the SAE {self.subjects[0].sae.d_in}; name "
-                "the world the SAE was trained on"
-            )
-        task = self.bar.add_task("ground truth", total=len(self.subjects), unit="SAEs")
-        for subject in self.subjects:
-            found = evaluate_ground_truth(subject.sae, self.world, self.config.world_samples, self.config.seed)
-            subject.report["ground-truth"] = found.to_dict()
-            self.bar.advance(task)
-
-
-def _comparable(subject: EvaluatedSAE, other: EvaluatedSAE) -> bool:
-    widths = subject.sae.W_dec.shape[0], other.sae.W_dec.shape[0]
-    here = (subject.sites, subject.outputs) == (other.sites, other.outputs)
-    return here and other.control is None and max(widths) <= WIDEST_AGREEMENT

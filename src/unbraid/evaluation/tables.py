@@ -6,71 +6,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from unbraid.config.measuring import SUITES, suite_names
+from unbraid.evaluation.suite import Column
+
 CONTROL = "dim"
 
-Column = tuple[str, ...]
-"""Where a number stands in the report of an SAE; beside NAME may stand NAME_interval."""
-
-TABLES: dict[str, tuple[str, dict[str, Column]]] = {
-    "core": (
-        "the reconstruction; cross-entropy and KL score: 1 if spliced in unnoticed, 0 as bad as zeros",
-        {
-            "L0": ("sparsity", "l0"),
-            "R2": ("reconstruction_quality", "r2"),
-            "CE score": ("model_performance_preservation", "ce_loss_score"),
-            "KL score": ("model_behavior_preservation", "kl_div_score"),
-            "alive": ("misc_metrics", "frac_alive"),
-            "CE all": ("replaced_together", "ce_loss_score"),
-        },
-    ),
-    "correlation": (
-        "of the codes of all live pairs; the top and how far it lies below the twin's; pairs above 0.5",
-        {
-            "mean": ("cosine", "mean"),
-            "top": ("cosine", "top"),
-            "reduction": ("reduction", "cosine", "top"),
-            "entangled": ("cosine", "entangled"),
-        },
-    ),
-    "contexts": (
-        "whether a feature's contexts belong together, by a sentence encoder; chance is .5 and .2",
-        {"embedding": ("embedding_score",), "intruder": ("intruder_accuracy",), "features": ("features",)},
-    ),
-    "geometry": (
-        "mean largest cosine between decoder rows; share of them explained by a quarter as many directions",
-        {"max cosine": ("mean_max_decoder_cosine",), "composition": ("composition_rate",)},
-    ),
-    "probing": (
-        "mean test accuracy of probes on 1 or 5 features, on 1 channel, on the whole activation",
-        {
-            "k = 1": ("sae", "sae_top_1_test_accuracy"),
-            "k = 5": ("sae", "sae_top_5_test_accuracy"),
-            "channel": ("llm", "llm_top_1_test_accuracy"),
-            "whole": ("llm", "llm_test_accuracy"),
-        },
-    ),
-    "absorption": (
-        "first letters: share of a letter found in other features; words where it is wholly there; features a letter",
-        {
-            "fraction": ("mean", "mean_absorption_fraction_score"),
-            "full": ("mean", "mean_full_absorption_score"),
-            "split": ("mean", "mean_num_split_features"),
-        },
-    ),
-    "ground-truth": (
-        "against the world's own features",
-        {
-            "MCC": ("mcc",),
-            "F1": ("f1",),
-            "precision": ("precision",),
-            "recall": ("recall",),
-            "unique": ("uniqueness",),
-            "absorption gap": ("absorption_gap",),
-        },
-    ),
-}
-OPTIONAL = {"CE all": "; CE all: with those of all single sites spliced in at once"}
-"""Columns that are left out where no row has a number, and what they add to the meaning."""
 GROUND_TRUTH_TABLES: dict[str, dict[str, str]] = {
     "each latent as a detector of the feature it is most parallel to; the best one-to-one match": {
         "F1": "f1",
@@ -98,16 +38,18 @@ def evaluation_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
     """The main numbers of `evaluation.json`, half the width of a 95 % interval beside those that have one, and the
     reasons why suites were skipped."""
     rows = {**report["saes"], **report["controls"]}
-    for suite, (meaning, columns) in TABLES.items():
-        judged = {name: row[suite] for name, row in rows.items() if suite in row}
+    for name in suite_names():
+        suite = SUITES.readers()[name]
+        judged = {subject: row[name] for subject, row in rows.items() if name in row}
         if judged:
             found = {
                 title: [_at(row, keys) for row in judged.values()]
-                for title, keys in columns.items()
-                if title not in OPTIONAL or any(_at(row, keys)[0] is not None for row in judged.values())
+                for title, keys in suite.columns.items()
+                if title not in suite.optional or any(_at(row, keys)[0] is not None for row in judged.values())
             }
             cells = zip(*([_shown(*cell) for cell in column] for column in found.values()), strict=True)
-            yield f"\n{suite}: {meaning}{OPTIONAL['CE all'] if 'CE all' in found else ''}"
+            added = [suite.optional[title] for title in found if title in suite.optional]
+            yield "; ".join([f"\n{name}: {suite.caption}", *added])
             yield _table(list(found), dict(zip(judged, map(list, cells), strict=True)), set(report["controls"]))
     for suite, reason in report["skipped"].items():
         yield f"\nskipped {suite}: {reason}"
