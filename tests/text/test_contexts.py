@@ -13,8 +13,10 @@ from unbraid.activations.random_model import word_tokenizer
 from unbraid.config import TextConfig
 from unbraid.errors import TextError
 from unbraid.text import Contexts, Counts, Document, Position, count_contexts, explain_shortage
+from unbraid.text import contexts as contexts_module
 from unbraid.text.contexts import is_held_out
 from unbraid.text.documents import TOO_LONG
+from unbraid.text.generated import GeneratedSource
 from unbraid.text.tokens import tokenise
 
 TOKENIZER = word_tokenizer()
@@ -179,6 +181,24 @@ def test_text_that_ends_stays_ended() -> None:
     assert len(rows(contexts)) == 2
     assert rows(contexts) == []
     assert contexts.position.document == 1
+
+
+def test_a_few_held_out_contexts_are_found_without_reading_a_batch_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(GeneratedSource):
+        read = 0
+
+        def text(self, index: int) -> str:
+            self.read += 1
+            return super().text(index)
+
+    source, settings = Counted(0), config(length=32, held_out=0.02)
+    held_out = Contexts(source, TOKENIZER, settings, held_out=True)
+    found = [next(held_out).tolist() for _ in range(20)]
+    assert source.read < 600, "some 200 hold four held-out documents; a whole batch would be 6,000"
+    monkeypatch.setattr(contexts_module, "FIRST_CHARACTERS", contexts_module.BATCH_CHARACTERS)
+    at_once = Contexts(source, TOKENIZER, settings, held_out=True)
+    assert [next(at_once).tolist() for _ in range(20)] == found
+    assert at_once.position == held_out.position
 
 
 def test_counting_stops_at_the_limit() -> None:

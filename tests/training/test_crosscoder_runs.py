@@ -29,6 +29,7 @@ WHOLE, WHOLE_NAME = (
     "mlp_in.0--and--mlp_in.1--to--mlp_out.0--and--mlp_out.1",
 )
 CPU = torch.device("cpu")
+QUICK = ["--control-tokens", "1024", "--meta-steps", "5", "--replicates", "4"]
 
 
 def config(*sites: str) -> RunConfig:
@@ -141,8 +142,8 @@ def test_every_command_answers_or_says_that_it_wants_one_site(run, capsys, monke
     for words in (
         ["figure", str(run)],
         ["compare", str(run)],
-        ["dashboard", str(run)],
-        ["eval", str(run), "--suites", "core,correlation,geometry", "--tokens", "1024"],
+        ["dashboard", str(run), "--tokens", "2048"],
+        ["eval", str(run), "--suites", "core,correlation,geometry", "--tokens", "1024", *QUICK],
     ):
         main(words)
     said = capsys.readouterr().out

@@ -25,6 +25,7 @@ from unbraid.sites import Route
 
 SITE, NAME = "mlp_in.1 -> mlp_out.1", "mlp_in.1--to--mlp_out.1"
 CPU = torch.device("cpu")
+QUICK = ["--control-tokens", "1024", "--meta-steps", "5", "--replicates", "4"]
 
 
 def config(sites: list[str], skip: bool = True, **training) -> RunConfig:
@@ -168,10 +169,10 @@ def test_activations_of_ones_own_come_in_pairs_and_resume_needs_them_again(tmp_p
 def test_every_command_answers_for_a_run_with_a_transcoder(run, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for words in (
-        ["eval", str(run), "--suites", "core,correlation,geometry", "--tokens", "1024"],
+        ["eval", str(run), "--suites", "core,correlation,geometry", "--tokens", "1024", *QUICK],
         ["figure", str(run)],
         ["compare", str(run)],
-        ["dashboard", str(run)],
+        ["dashboard", str(run), "--tokens", "2048"],
         ["read", str(run), "bare tade"],
         ["feature", str(run), f"{NAME}_twin/3"],
         ["export", str(run), "--to", "sae_lens", "--out", "out"],

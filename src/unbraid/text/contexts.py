@@ -25,6 +25,9 @@ from unbraid.text.tokens import DocumentTokenizer
 
 BATCH_CHARACTERS = 1 << 17
 """Documents are tokenised together up to this many characters: fast, yet little is lost when a run starts anew."""
+FIRST_CHARACTERS = 1 << 12
+"""The same at the beginning, doubled from then on: a few held-out contexts are found without reading fifty times their
+number of others for a whole batch."""
 ENOUGH_TO_JUDGE = 100
 """Documents seen before too many skipped ones stop a run."""
 
@@ -208,7 +211,7 @@ class Contexts:
         """Usable documents of this side, tokenised, from the position on."""
         counts, end = self._position.counts, self._position.document
         waiting: list[tuple[int, Content, Counts, Counts]] = []
-        characters = 0
+        characters, enough = 0, FIRST_CHARACTERS
         for document in self.source.documents(self._position.document, self._position.bookmark):
             before = counts
             end = document.index + 1
@@ -217,9 +220,9 @@ class Contexts:
             if counts.used > before.used:
                 waiting.append((document.index, content, before, counts))
                 characters += len(content)
-            if characters >= BATCH_CHARACTERS:
+            if characters >= enough:
                 yield from self._tokenised(waiting)
-                waiting, characters = [], 0
+                waiting, characters, enough = [], 0, min(2 * enough, BATCH_CHARACTERS)
             if problem and counts.seen >= ENOUGH_TO_JUDGE:
                 self._check_skipped(counts)
         yield from self._tokenised(waiting)
