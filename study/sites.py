@@ -340,7 +340,8 @@ def finetuned(folder: Path) -> None:
                 held_out_contexts=64,
                 overwrite=True,
             )
-            return {"before": found.before._asdict(), "after": found.after._asdict()}
+            change = {"ce_change": found.ce_change, "ce_change_interval": found.ce_change_interval}
+            return {"before": found.before._asdict(), "after": found.after._asdict()} | change
 
         note(common, made)
 

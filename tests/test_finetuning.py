@@ -131,6 +131,11 @@ def test_before_and_after_are_what_eval_measures(run, tmp_path):
     )
     assert tuned.before.l0 == pytest.approx(core["sparsity"]["l0"], abs=1e-3)
     assert tuned.before.r2 == pytest.approx(core["reconstruction_quality"]["r2"], abs=1e-4)
+    low, high = tuned.ce_change_interval
+    assert low <= tuned.ce_change <= high
+    assert tuned.ce_change == pytest.approx(tuned.after.ce_loss - tuned.before.ce_loss, abs=1e-9)
+    apart = tuned.after.ce_loss_score, tuned.before.ce_loss_score
+    assert high - low < 0.1 and apart[0] != apart[1], "of differences, far less than of either"
 
 
 @pytest.mark.parametrize("learned", ["decoder", "biases"])
@@ -150,7 +155,7 @@ def test_the_command_answers_and_says_what_it_will_not_do(run, tmp_path, monkeyp
     sae = str(run / "saes" / "resid_post.0")
     main(["finetune", sae, "--out", "tuned", "--tokens", "256", "--held-out-contexts", "4"])
     said = capsys.readouterr().out
-    assert "CE score" in said and "tuned" in said
+    assert "CE score" in said and "tuned" in said and "paired by context" in said
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     for words, why in (

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -26,9 +27,10 @@ from unbraid.config import EvaluationConfig, RunConfig, overridden
 from unbraid.device import pick_device
 from unbraid.errors import ConfigError, EvaluationError, TrainingError
 from unbraid.evaluation.explained import ExplainedVariance
+from unbraid.evaluation.intervals import bootstrap_interval
 from unbraid.evaluation.protocols import predicted
 from unbraid.evaluation.said import said_by_hand
-from unbraid.evaluation.splice import preservation
+from unbraid.evaluation.splice import SUMS, spliced_sums, summary
 from unbraid.evaluation.subjects import EvaluatedSAE, open_subjects
 from unbraid.formats.folder import check_sae_folder
 from unbraid.progress import Progress, default_console
@@ -76,6 +78,8 @@ class Finetuned:
         sae: the dictionary, on raw activations.
         path: its folder.
         before, after: measured on the same held-out contexts.
+        ce_change: of the cross-entropy of the spliced model, in nats a token; below 0 it predicts better.
+        ce_change_interval: its 95 % interval over contexts, before and after paired; None of one context.
         tokens: of training text.
     """
 
@@ -83,6 +87,8 @@ class Finetuned:
     path: Path
     before: Scores
     after: Scores
+    ce_change: float
+    ce_change_interval: tuple[float, float] | None
     tokens: int
 
 
@@ -149,7 +155,7 @@ def finetune(
     steps = max(1, tokens // (batch_contexts * config.text.context_length))
     console = console or default_console()
     contexts = work.held_out(held_out_contexts)
-    before = work.scores(contexts)
+    before, sums_before = work.scores(contexts)
     work.learn(LEARNED[learned])
     done = 0
     optimiser = torch.optim.Adam(work.parameters, lr=lr)
@@ -166,11 +172,19 @@ def finetune(
     if done < steps:
         console.print(f"the text was used up after {done:,} of {steps:,} steps", highlight=False)
     sae = work.sae.requires_grad_(False)
-    after = work.scores(contexts)
+    after, sums_after = work.scores(contexts)
+    change, interval = _ce_change(sums_before, sums_after, config.seed)
     used = done * batch_contexts * config.text.context_length
     note = {"finetuned": {"loss": loss, "mse": mse, "lr": lr, "learned": learned, "tokens": used}}
     path = formats.save(sae.cpu(), Path(out), metadata=sae.metadata | note)
-    return Finetuned(sae, path, before, after, used)
+    return Finetuned(sae, path, before, after, change, interval, used)
+
+
+def _ce_change(before: np.ndarray, after: np.ndarray, seed: int) -> tuple[float, tuple[float, float] | None]:
+    """Cross-entropy after less that before, a token, and its interval over contexts."""
+    targets, change = before[:, SUMS.index("targets")], (after - before)[:, SUMS.index("ce_sae")]
+    interval = bootstrap_interval(lambda counts: (counts @ change) / (counts @ targets), len(targets), seed)
+    return float(change.sum() / targets.sum()), interval
 
 
 def score_table(tuned: Finetuned) -> Table:
@@ -178,6 +192,8 @@ def score_table(tuned: Finetuned) -> Table:
     table = Table("", *(name for name, _ in SHOWN.values()))
     for when, scores in (("before", tuned.before), ("after", tuned.after)):
         table.add_row(when, *(format(getattr(scores, key), form) for key, (_, form) in SHOWN.items()))
+    between = "" if tuned.ce_change_interval is None else " (95 % {:+.4f} to {:+.4f})".format(*tuned.ce_change_interval)
+    table.caption = f"CE changed by {tuned.ce_change:+.4f}{between}, paired by context"
     return table
 
 
@@ -242,11 +258,12 @@ class _Work:
                 if len(batch[0]) == contexts and batch[1].any():
                     yield batch
 
-    def scores(self, contexts: list[tuple[Tensor, ...]]) -> Scores:
-        """On held-out contexts, by what `unbraid eval` measures."""
+    def scores(self, contexts: list[tuple[Tensor, ...]]) -> tuple[Scores, np.ndarray]:
+        """On held-out contexts, by what `unbraid eval` measures, and the sums of each context."""
         with torch.no_grad():
             route = Route((self.reads,), (self.writes,))
-            found = preservation(self.source.model, {route: {"it": self.sae}}, contexts, self.seed)["it"]
+            sums = spliced_sums(self.source.model, {route: {"it": self.sae}}, contexts)["it"]
+            found = summary(sums, self.seed)
             explained, active, rows = ExplainedVariance(), 0.0, 0
             for tokens_1T, keep_1T, *apart in contexts:
                 seen: dict[str, Tensor] = {}
@@ -257,13 +274,14 @@ class _Work:
                 f_RN = self.sae.encode(x_RD)
                 explained.add(y_RM, predicted(self.sae, x_RD, f_RN))
                 active, rows = active + float((f_RN != 0).sum()), rows + len(x_RD)
-        return Scores(
+        scores = Scores(
             found["model_performance_preservation"]["ce_loss_with_sae"],
             found["model_performance_preservation"]["ce_loss_score"],
             found["model_behavior_preservation"]["kl_div_score"],
             explained.r2,
             active / rows,
         )
+        return scores, sums
 
     def visiting(self, seen: dict[str, Tensor], keep_CT: Tensor | None) -> Any:
         """Note what passes at both ends and, where `keep_CT`, put the prediction in its place."""

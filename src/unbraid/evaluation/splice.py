@@ -67,6 +67,21 @@ def preservation(
     Raises:
         EvaluationError: no position counts.
     """
+    tables = spliced_sums(model, saes, contexts)
+    return {name: summary(table, seed) for name, table in tables.items()}
+
+
+SUMS = ("positions", "kept", "targets", "kl_sae", "kl_ablation", "ce_sae", "ce_model", "ce_ablation")
+
+
+@torch.no_grad()
+def spliced_sums(
+    model: Spliceable, saes: Mapping[Any, Mapping[str, Any]], contexts: Iterable[tuple[Tensor, ...]]
+) -> dict[str, np.ndarray]:
+    """Of every SAE `[contexts, SUMS]`: counts of positions, and KL and cross-entropy summed over them.
+
+    Arguments are those of `preservation`. Of two SAEs at the same site on the same contexts the rows are paired.
+    """
     rows: dict[str, list[np.ndarray]] = {name: [] for here in saes.values() for name in here}
     for tables in contexts:
         # One context at a time: it is the unit of the bootstrap, and its logits fit any memory.
@@ -75,10 +90,7 @@ def preservation(
             logits = partial(logits, positions=apart[0]) if apart else logits
             for name, sums in _one_context(model, logits, saes, tokens_1T, keep_1T):
                 rows[name].append(sums)
-    return {name: _summary(np.array(table), seed) for name, table in rows.items()}
-
-
-SUMS = ("positions", "kept", "targets", "kl_sae", "kl_ablation", "ce_sae", "ce_model", "ce_ablation")
+    return {name: np.array(table) for name, table in rows.items()}
 
 
 def _one_context(
@@ -180,7 +192,8 @@ def _seen_at(model: Any, place: Any) -> Iterator[list[Tensor] | None]:
         yield seen
 
 
-def _summary(table: np.ndarray, seed: int) -> dict[str, dict[str, Any]]:
+def summary(table: np.ndarray, seed: int) -> dict[str, dict[str, Any]]:
+    """What `preservation` says of one SAE, from its sums."""
     total = table.sum(0) if len(table) else np.zeros(len(SUMS))
     positions, kept, targets = (int(count) for count in total[:3])
     if targets == 0:
