@@ -60,6 +60,30 @@ def test_a_split_sae_learns_the_weights_of_a_whole_one_on_every_path_in_float64(
             assert_close(one, expected, 1e-10)
 
 
+def test_penalties_on_decoder_rows_split_over_ranks_push_as_on_one():
+    rows = {"space": "decoder", "fraction": 0.1, "lambda2": 2.0}
+    lists = rows | {"push": "rarer", "scan_rows": 8, "neighbours": 4, "interval": 2, "refresh": 3, "floor": 0.05}
+    codes = {"space": "co-active", "fraction": 0.1, "lambda2": 2.0}
+    penalties = [
+        rows | {"path": "tiled"},
+        rows | {"path": "tiled", "push": "rarer", "threshold": "running"},
+        lists,
+        lists | {"by_site": True},
+        codes,
+        codes | {"window": 3, "push": "rarer"},
+        {"method": "orthogonal", "chunk": 11, "lambda2": 2.0},
+    ]
+    expected = split_training.train_penalised(Ranks(), penalties, 14)
+    free = split_training.train_penalised(Ranks(), [rows | {"path": "tiled", "lambda2": 0.0}], 14)[0]
+    for one in expected:
+        assert np.abs(one["W_dec"] - free["W_dec"]).max() > 1e-3, "it pushes"
+    for found in on_ranks(3, split_training.train_penalised, penalties, 14):
+        for one, wanted in zip(found, expected, strict=True):
+            steps = [name for name in wanted if name.startswith("step")]
+            assert all(np.allclose(one.pop(name), wanted[name], 1e-9, 1e-12, equal_nan=True) for name in steps)
+            assert_close(one, {name: tensor for name, tensor in wanted.items() if name not in steps}, 1e-9)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_top_k_of_all_ranks_is_the_top_k_of_one(ties):
     """Row by row and over a batch; among equals the earlier one, as on a single rank."""

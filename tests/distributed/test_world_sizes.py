@@ -40,7 +40,10 @@ def test_any_number_of_ranks_learns_the_same_weights_and_selects_the_same_pairs(
 
 def test_trained_on_four_resumed_on_two_then_on_one_is_trained_on_one(tmp_path):
     """Checkpoints are cut anew for however many read them: weights, moments, windows, selections."""
-    config = split_training.run_config({"architecture": "topk"}, feature_shards=4)
+    rows = {"space": "decoder", "push": "rarer", "scan_rows": 16, "refresh": 3, "fraction": 0.05}
+    variants = {"each": {}, "window": {"decorrelation.window": 4, "decorrelation.measure": "pearson"}}
+    variants |= {"rows": {f"decorrelation.{name}": value for name, value in rows.items()}}
+    config = split_training.run_config({"architecture": "topk"}, variants, feature_shards=4)
     (alone,) = on_ranks(1, split_training.train_run, str(tmp_path / "1"), config)
     moved, steps = str(tmp_path / "moved"), split_training.SPLIT["steps"]
     parts = [on_ranks(4, split_training.train_run, moved, config, 17)[0]]

@@ -89,6 +89,33 @@ def _forced(path: str) -> Iterator[None]:
         base.SPARSE_BELOW.update(before)
 
 
+def train_penalised(ranks: Ranks, penalties: list[dict[str, Any]], steps: int) -> list[dict[str, np.ndarray]]:
+    """Weights of the whole SAE after `steps` steps with each penalty, in float64, with each step's R and |S|."""
+    found = []
+    for penalty in penalties:
+        variant = VariantConfig(
+            seed=0,
+            sae=sae_settings(architecture="batch_topk", n_features=30, k=5),
+            decorrelation=DecorrelationConfig(**penalty),
+            optimiser=OptimiserConfig(warmup_steps=0),
+        )
+        told: dict[str, np.ndarray] = {}
+        normalise = Normalisation.side_by_side([Normalisation.none(5), Normalisation.none(D - 5)])
+        with _default(torch.float64):
+            seat = (torch.device("cpu"), Shard(30, ranks))
+            trainer = trainer_from_settings("split", (0,), variant, 0, normalise, *seat)
+            for step in range(steps):
+                log = step % 3 == 0
+                record = train_step(trainer, batch_of(step, torch.float64), step, 3e-3, log=log)
+                if record is not None:
+                    numbers = record["penalty"], record.get("pairs")
+                    told[f"step {step}"] = np.array([np.nan if number is None else number for number in numbers])
+        sae = trainer.sae
+        weights = {name: whole(ranks, name, tensor, sae.shared) for name, tensor in sae.state_dict().items()}
+        found.append(weights | told)
+    return found
+
+
 def train_several(ranks: Ranks, settings: dict[str, Any], jobs: list[tuple[dict, str]], *rest: Any) -> list[dict]:
     """`train_split` for changes of the settings on forced paths."""
     steps, dtype = rest
@@ -234,7 +261,7 @@ class _Listener(Silent):
         def listened(penalty: Any, *arguments: Any, **named: Any) -> Any:
             value, stats = forward(penalty, *arguments, **named)
             whole = stats if penalty.shard is None else stats.from_all(penalty.shard.ranks)
-            name = f"seed {penalty.seed}, window {penalty.config.window}"
+            name = f"seed {penalty.seed}, {penalty.space}, window {penalty.config.window}"
             self.pairs.setdefault(name, []).append(whole.pairs.tolist())
             return value, stats
 

@@ -6,7 +6,7 @@ reaches only what it belongs to. Codes are checked here, once, and nowhere behin
 Codes of an SAE that is split by features over ranks are brought together on every one of them. What travels is what
 fires: of each active entry its feature and its value, and how many there are a row. Every rank then knows all codes; it
 looks for pairs whose lower feature is its own, so the slices share out the co-activations and no pair is looked at
-twice.
+twice. Where decoder rows are compared, all of them are brought together in the same way.
 """
 
 from abc import ABC, abstractmethod
@@ -94,6 +94,8 @@ class Penalty(WithHostBuffers, ABC):
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
             if isinstance(given, Codes) and self.shard is not None:
                 given, own = gathered(given, self.shard)
+            if self.shard is not None and self.space != "codes":
+                decoder, own = self._all_rows(decoder, acts), slice(self.shard.start, self.shard.end)
             found, stats = self.find(given, decoder, acts)
             stats = stats if self.shard is None else stats.of(self.shard)
         if found is None:
@@ -125,6 +127,8 @@ class Penalty(WithHostBuffers, ABC):
             given = positive_entries(given)
         if isinstance(given, Codes) and self.shard is not None:
             given, _ = gathered(given, self.shard)
+        if self.shard is not None and self.space != "codes":
+            decoder = self._all_rows(decoder, acts)
         with torch.autocast(target.device.type, enabled=False):
             self.remember(given, decoder, acts)
 
@@ -176,6 +180,17 @@ class Penalty(WithHostBuffers, ABC):
             return source
         width = codes.n_features if isinstance(codes, Codes) else codes.shape[1] if codes is not None else None
         return require_decoder(decoder, width, None if source is None else source.device)
+
+    def split(self, shard: Shard) -> None:
+        """From now on codes and decoder rows are those of one slice of the features."""
+        self.shard = shard
+
+    def _all_rows(self, decoder: Tensor | None, acts: bool) -> Tensor | None:
+        """Decoder rows of all ranks, where they are looked at."""
+        assert self.shard is not None and decoder is not None
+        if self.space == "decoder" and not acts:
+            return None
+        return torch.cat(self.shard.ranks.gather_ragged(decoder.detach().flatten())).view(-1, decoder.shape[1])
 
     def _count_call(self) -> bool:
         """Whether this call penalises."""

@@ -36,9 +36,9 @@ def build(
     if shard is not None and not shard.whole:
         if not config.can_be_split:
             raise ConfigError(
-                f"decorrelation.method = {config.kind!r} looks at the whole decoder, or takes a path of one rank, and "
-                f"cannot be split over {shard.ranks.size} ranks; expected a method on codes with path auto or "
-                "coactive; change one of them, or set training.feature_shards to 1"
+                f"decorrelation.method = {config.kind!r} chooses pairs on a path of one rank and cannot be split over "
+                f"{shard.ranks.size} ranks; expected path auto or coactive, and not random pairs by decoder rows; "
+                "change one of them, or set training.feature_shards to 1"
             )
-        penalty.shard = shard
+        penalty.split(shard)
     return penalty

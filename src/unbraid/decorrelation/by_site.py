@@ -18,6 +18,7 @@ from unbraid.decorrelation.base import Penalty
 from unbraid.decorrelation.penalty import SelectiveConfig, SelectiveDecorrelation
 from unbraid.decorrelation.selection import Evaluation
 from unbraid.decorrelation.stats import DecorrelationStats
+from unbraid.distributed.shard import Shard
 from unbraid.kernels.codes import Codes
 
 MEANS = ("penalty", "tau", "mean", "std", "cut")
@@ -53,6 +54,12 @@ class BySite(Penalty):
     def from_settings(cls, config: Any, seed: int, widths: Sequence[int] = ()) -> "BySite":
         """See `Penalty.from_settings`."""
         return cls(config, widths, seed)
+
+    def split(self, shard: Shard) -> None:
+        """See `Penalty.split`."""
+        super().split(shard)
+        for one in self._each():
+            one.split(shard)
 
     def takes_dense(self, f_BN: Tensor) -> bool:
         """Firings are only counted."""

@@ -91,11 +91,6 @@ class OrthogonalConfig(PenaltyConfig):
     chunk: int = Field(default=8192, ge=2)
     """Features per random chunk."""
 
-    @property
-    def can_be_split(self) -> bool:
-        """It looks at the whole decoder."""
-        return False
-
 
 class RandomPairsConfig(PairsConfig):
     """As many pairs as the selective method takes, at random."""

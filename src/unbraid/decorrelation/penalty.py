@@ -116,6 +116,11 @@ class SelectiveConfig(PairsConfig):
     """Of dictionaries that predict several sites: pairs are chosen and pushed apart at each site, by that site's share
     in the cosine of their whole rows."""
 
+    @property
+    def can_be_split(self) -> bool:
+        """Decoder rows are few enough to bring together."""
+        return self.space == "decoder" or self.path in ("auto", "coactive")
+
     def first_penalised_step(self, n_features: int) -> int:
         """See `DecorrelationConfig.first_penalised_step`; in decoder space every row must have been compared once."""
         if self.space != "decoder" or self.path != "auto":
@@ -221,9 +226,10 @@ class SelectiveDecorrelation(Penalty):
         else:
             assert isinstance(codes, Codes)
             found = coactive.evaluate(codes, selection, self.config.measure)
-        if self.shard is not None and isinstance(codes, Codes):
+        if self.shard is not None:
             (penalty,) = self.shard.ranks.total(found.penalty)
-            gradient = self.shard.ranks.sum(found.gradient.to(codes.values.dtype))
+            dtype = codes.values.dtype if rows is None and isinstance(codes, Codes) else found.gradient.dtype
+            gradient = self.shard.ranks.sum(found.gradient.to(dtype))
             found = Evaluation(penalty, gradient, found.correlations)
         return found, stats_of(path, selection, found, w)
 
@@ -306,9 +312,14 @@ class SelectiveDecorrelation(Penalty):
         self, codes: Codes | Tensor | None, decoder: Tensor | None, rows: Scaled | None
     ) -> Selection | None:
         """S among decoder rows, after a look at the next of them where this call penalises."""
-        assert self.selection is not None and decoder is not None
+        assert self.selection is not None
         self._count_firing(codes)
-        self.selection.require_width(len(decoder))
+        if self.shard is not None:
+            n_features = self.shard.n_features
+        else:
+            assert decoder is not None
+            n_features = len(decoder)
+        self.selection.require_width(n_features)
         if self.training:
             self.selection.age()
         refreshed = False
@@ -320,7 +331,8 @@ class SelectiveDecorrelation(Penalty):
         if rows is not None and refreshed:
             search = select_exactly if self.lists is None else self.lists.select
             found = search(rows.values[:, self.columns], self.config.fraction, self.config.max_pairs_per_feature)
-            self.selection.replace(self._with_tau(found, rows, 0), len(decoder))
+            found = found if self.shard is None else found.of(self.shard)
+            self.selection.replace(self._with_tau(found, rows, 0), n_features)
         return self.selection.recall(refreshed)
 
     def _with_tau(self, selection: Selection, rows: Scaled | None, n_dimensions: int | float) -> Selection:

@@ -14,7 +14,7 @@ from unbraid.distributed.shard import Shard
 from unbraid.training.checkpoint import CheckpointTensors
 
 PIECE = re.compile(r"(?P<stem>.+?)(?:\.(?P<rank>\d+)-of-(?P<size>\d+))?")
-PAIRS = re.compile(r"decorrelate\.selection\.(first|second|correlations)")
+PAIRS = re.compile(r"(decorrelate\.(?:sites\.\d+\.)?selection\.)(first|second|correlations)")
 """Pairs of features; a rank holds those whose first feature is its own."""
 
 
@@ -45,8 +45,8 @@ def join(files: CheckpointTensors, stem: str, shard: Shard, shared: tuple[str, .
     names = sorted(pieces, key=lambda name: _features(name, shard.n_features))
     joined = dict(pieces[names[0]])
     for name, tensor in joined.items():
-        if PAIRS.fullmatch(name):
-            first = torch.cat([pieces[piece]["decorrelate.selection.first"] for piece in names])
+        if pairs := PAIRS.fullmatch(name):
+            first = torch.cat([pieces[piece][f"{pairs[1]}first"] for piece in names])
             own = (first >= shard.start) & (first < shard.end)
             joined[name] = torch.cat([pieces[piece][name] for piece in names])[own]
         elif _split(name, tensor, shared):
