@@ -102,7 +102,7 @@ class LiveActivations:
             if len(turns) < self.ranks.size:
                 return
 
-    def _batches(self, position: dict[str, Any] | None, held_out: bool) -> Iterator[tuple[list, dict[str, Any]]]:
+    def _batches(self, position: dict[str, Any] | None, held_out: bool) -> Iterator[tuple[list[Any], dict[str, Any]]]:
         """Model batches as plain lists, and where the text continues after each."""
         contexts = self._contexts(self.documents, position, held_out)
         while batch := list(islice(contexts.with_masks(), self.batch_contexts)):

@@ -255,9 +255,11 @@ class _KnownGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, None, None]:
         gradient = ctx.gradient
-        return None if gradient is None else gradient * grads[0].to(gradient.dtype), None, None
+        return None if gradient is None else gradient * grad_outputs[0].to(gradient.dtype), None, None
 
 
 def attached(source: Tensor, value: float, gradient: Tensor | None) -> Tensor:

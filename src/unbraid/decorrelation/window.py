@@ -31,7 +31,9 @@ LIMITS = ("fraction", "max_pairs_per_feature", "co-activation")
 class ElasticState(WithHostBuffers):
     """A module whose buffers take the shape and dtype of the state they are loaded from."""
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         for name, buffer in self._buffers.items():
             loaded = state_dict.get(prefix + name)
             if buffer is not None and loaded is not None:

@@ -153,7 +153,7 @@ def _one_context(
 
     _, ce_model = losses(intact)
     for place, here in saes.items():
-        several = isinstance(place, Route) and place.has_several_sites
+        several, site = isinstance(place, Route) and place.has_several_sites, place
         if isinstance(place, Together):
             whole: dict[Site, Tensor] = {}
             kl_ablation, ce_ablation = all_spliced({route.writes: torch.zeros_like for route in place.routes})
@@ -163,7 +163,7 @@ def _one_context(
                 logits(tokens_1T)
             kl_ablation, ce_ablation = all_spliced(dict.fromkeys(place.outputs, torch.zeros_like))
         else:
-            whole, site = {}, place.writes if isinstance(place, Route) else place
+            whole, site = {}, place.writes if isinstance(place, Route) else site
             kl_ablation, ce_ablation = spliced(site, torch.zeros_like)
         for name, sae in here.items():
             if isinstance(place, Together):

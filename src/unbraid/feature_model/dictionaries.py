@@ -25,7 +25,7 @@ class Feature(NamedTuple):
     """A dictionary's feature; `index` None stands for all of them."""
 
     dictionary: "Dictionary"
-    index: int | None
+    index: int | None  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __str__(self) -> str:
         return f"{self.dictionary.name}/{'all' if self.index is None else self.index}"

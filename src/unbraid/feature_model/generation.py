@@ -142,7 +142,7 @@ class Generation(Result):
         from transformers import StoppingCriteria, StoppingCriteriaList
 
         class Stopped(StoppingCriteria):
-            def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # pyright: ignore
                 return torch.full((len(input_ids),), bool(stopped()), device=input_ids.device)
 
         options: dict[str, Any] = {"pad_token_id": self.fm.special_ids[0] if self.fm.special_ids else 0} | self.hf

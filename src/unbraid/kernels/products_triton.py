@@ -1,3 +1,4 @@
+# pyright: basic
 """The sparse products as Triton kernels, for CUDA tensors.
 
 One program sums one segment (a row when decoding, a feature when building weight gradients) for one slice of D, entry

@@ -188,10 +188,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_drawable(value: Any) -> bool:
-    return is_number(value) and abs(value) <= LARGEST
-
-
 def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 

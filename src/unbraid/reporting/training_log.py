@@ -70,7 +70,7 @@ class TrainingLog:
 
     names: list[str]
     step: np.ndarray
-    _records: list[dict[str, dict]]
+    _records: list[dict[str, dict[str, Any]]]
 
     @classmethod
     def read(cls, path: Path) -> "TrainingLog":

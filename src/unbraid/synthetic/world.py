@@ -7,6 +7,7 @@ and zeroing what is not allowed, at a fraction of the random numbers (3x fewer i
 Every draw comes from the generator passed in, on the device of the world.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -174,7 +175,7 @@ class World:
         mean, sd = self.magnitude.index_select(0, features), self.magnitude_sd.index_select(0, features)
         return (mean + sd * noise).relu_()
 
-    def _normal(self, shape, generator: torch.Generator) -> Tensor:
+    def _normal(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, device=self.device, dtype=self.dictionary.dtype)
 
     @staticmethod

@@ -98,7 +98,7 @@ class Context(NamedTuple):
 class _Piece(NamedTuple):
     """A tokenised document, BOS and EOS included as the settings say, and the counts before and after it."""
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     tokens: np.ndarray
     trains: np.ndarray
     before: Counts

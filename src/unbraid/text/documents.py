@@ -27,7 +27,7 @@ Content = str | Messages | np.ndarray
 class Document(NamedTuple):
     """Document number `index` and what the source holds there, usable or not."""
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     text: Any
 
 

@@ -28,7 +28,7 @@ class Block(NamedTuple):
 
     path: Path
     place: int
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Reader(ABC):
