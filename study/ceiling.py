@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from full import BATCH, RUNS, variant
-from recipe import trials
+from recipe import ALL_THREE, trials
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix, diags
@@ -30,9 +30,9 @@ from unbraid.synthetic import World, build_world
 from unbraid.synthetic.learning import train_on_world
 
 METHODS = {
-    "small": ("batch_topk", "recipe", "best"),
-    "medium": ("batch_topk", "recipe", "best"),
-    "full": ("best", "batch_topk", "recipe"),
+    "small": ("batch_topk", "recipe", ALL_THREE),
+    "medium": ("batch_topk", "recipe", ALL_THREE),
+    "full": (ALL_THREE, "batch_topk", "recipe"),
 }
 SAMPLES, TRAINED_SAMPLES = 131_072, 5_000_000
 ROUNDS, FLOOR, POWER = 10, 0.3, 2.0
@@ -69,7 +69,7 @@ def trained(name: str, world: World) -> list[SAE]:
         run = RUNS / f"full-{label}"
         return train_on_world(world, variants, TRAINED_SAMPLES, BATCH, checkpoints=run, checkpoint_every=100)
     given = {trial.method: trial for trial in trials(name, SEED)}
-    chosen = [Trial("batch_topk", "batch_topk", NONE, SEED, world=name, sae={}), given["recipe"], given["best"]]
+    chosen = [Trial("batch_topk", "batch_topk", NONE, SEED, world=name, sae={}), given["recipe"], given[ALL_THREE]]
     return train_on_world(world, [trial.settings for trial in chosen], STEPS * BATCH, BATCH)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from recipe import best_of, published
+from recipe import ALL_THREE, ROBUST, SOONER, published
 from trials import RESULTS, append, read
 
 from unbraid.config import DecorrelationConfig, OptimiserConfig, SAEConfig, VariantConfig
@@ -37,7 +37,6 @@ RARER = {
 }
 """The rarer row moves, of pairs above .6 of what random rows reach; chosen and pushed on some steps only."""
 RECIPE = {"architecture": "matryoshka", **published(4096, 25, 5000)}
-BEST = best_of(4096, 25, 5000)
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "batch_topk": ({"architecture": "batch_topk"}, {}),
     "batch_topk + rarer": ({"architecture": "batch_topk"}, RARER),
@@ -45,9 +44,10 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "matryoshka + rarer": ({"architecture": "matryoshka"}, RARER),
     "recipe": (RECIPE, {}),
     "recipe + rarer": (RECIPE, RARER),
-    "recipe, k falls sooner": (RECIPE | {"k_fall": BEST["k_fall"]}, {}),
-    "recipe, k falls sooner, robust": (RECIPE | BEST, {}),
-    "best": (RECIPE | BEST, RARER),
+    "recipe + robust": (RECIPE | ROBUST, {}),
+    "recipe, k falls sooner": (RECIPE | SOONER, {}),
+    "recipe, k falls sooner, robust": (RECIPE | SOONER | ROBUST, {}),
+    ALL_THREE: (RECIPE | SOONER | ROBUST, RARER),
 }
 """Label -> settings of the SAE, settings of the penalty (none without any)."""
 MILESTONES = (500_000, 1_000_000, 2_000_000, 2_500_000, 5_000_000, 10_000_000, 20_000_000)

@@ -1,19 +1,29 @@
 """What docs/architecture.md says of the code is so: its names exist, its walk is short, its example trains."""
 
 import importlib
+import io
 import json
 import re
 import textwrap
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
+import torch
+from rich.console import Console
 
+import unbraid
 from unbraid import cli
+from unbraid.config import EvaluationConfig
 from unbraid.config.measuring import SUITES
 from unbraid.errors import ConfigError
-from unbraid.evaluation.suite import Suite, register
-from unbraid.sae import ARCHITECTURES
+from unbraid.evaluation.suite import Suite, per_dictionary, register
+from unbraid.evaluation.suites import run_suites
+from unbraid.formats import save
+from unbraid.randomness import generator
+from unbraid.sae import ARCHITECTURES, SAE
+from unbraid.sae.build import build
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
 NAMES = sorted(set(re.findall(r"`(unbraid\.[\w.]+(?::\w+)?)`", PAGE)))
@@ -48,8 +58,6 @@ def test_the_architecture_of_the_page_trains_from_the_command_line(tmp_path: Pat
     (tmp_path / "mine.py").write_text(textwrap.dedent(code))
     try:
         cli.main([*line[0].split(), "--training.tokens", "768", "--training.held-out-tokens", "256", "--run", "run"])
-        import unbraid
-
         assert unbraid.load(tmp_path / "run" / "saes" / "resid_post.0_twin").architecture == "gentle"
     finally:
         cast(dict, ARCHITECTURES).pop("gentle", None)
@@ -91,3 +99,39 @@ def test_the_metric_of_the_page_is_measured_on_every_sae_and_control(tmp_path: P
 def test_a_suite_that_could_not_be_told_from_another_is_refused(name, reads, problem):
     with pytest.raises(ConfigError, match=problem):
         register(type("Mine", (Suite,), {"name": name, "caption": "", "columns": {}, "reads": reads}))
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"a": torch.tensor(0.5), "b": np.float32(2), "c": None, "a_interval": (np.float64(0.1), 0.9)}, None),
+        ({"a": torch.ones(3)}, "expected numbers by name"),
+        ({"a": "much"}, "expected numbers by name"),
+        (0.5, "expected numbers by name"),
+        (ValueError("no such thing"), "failed: ValueError: no such thing"),
+    ],
+)
+def test_what_a_plugin_gives_is_numbers_or_the_others_results_stay(given, problem, tmp_path: Path):
+    def measured(one, evaluation):
+        if isinstance(given, Exception):
+            raise given
+        return given
+
+    save(small_sae(), tmp_path / "sae")
+    per_dictionary("mine", "something", {"a": "a", "missing": "missing"})(measured)
+    try:
+        settings = EvaluationConfig(suites=["geometry", "mine"], meta_steps=2, controls=False)
+        shown = io.StringIO()
+        report = run_suites(tmp_path / "sae", settings, console=Console(file=shown, width=100))
+    finally:
+        SUITES.forget("mine")
+    assert report["saes"]["sae"]["geometry"]
+    if problem is None:
+        assert report["saes"]["sae"]["mine"] == {"a": 0.5, "b": 2.0, "c": None, "a_interval": [0.1, 0.9]}
+        assert "0.500 ±.400" in shown.getvalue()
+    else:
+        assert problem in report["skipped"]["mine"] and "mine" not in report["saes"]["sae"]
+
+
+def small_sae() -> SAE:
+    return build(unbraid.SAEConfig(architecture="topk", n_features=32, k=2), 8, generator(0, "init"))

@@ -163,7 +163,8 @@ class EvaluationConfig(Section):
     """What `unbraid eval` measures, and on how much."""
 
     suites: Suites = Field(default_factory=suite_names)
-    """What to run, separated by commas; suites that do not apply are skipped with the reason."""
+    """What to run, separated by commas: core, correlation, contexts, geometry, probing, absorption, ground-truth, or a
+    plugin's; suites that do not apply are skipped with the reason."""
     tokens: Annotated[int, Common, active_when(suites=TEXT)] = Field(default=12_288, ge=1)
     """Held-out tokens that are read, in whole contexts."""
     splice_contexts: Annotated[int, active_when(suites=including("core"))] = Field(default=6, ge=1)

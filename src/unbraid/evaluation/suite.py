@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from unbraid.config.measuring import BUILT_IN, READS_TEXT, SUITES
-from unbraid.errors import ConfigError
+from unbraid.errors import ConfigError, EvaluationError
 from unbraid.files import is_folder_name
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def per_dictionary(
 ) -> Callable[[Callable[["EvaluatedSAE", "Evaluation"], dict[str, Any] | None]], type[Suite]]:
     """A suite from a function that measures one dictionary, and gives numbers by name or None where it cannot.
 
+    A number may be a tensor or an array of one, and an interval a pair under NAME_interval.
+
     Args:
         name: on the command line and in `evaluation.json`.
         caption: what its numbers are, above the table.
@@ -97,7 +99,7 @@ def per_dictionary(
             for one in subjects:
                 found = function(one, evaluation)
                 if found is not None:
-                    one.report[name] = found
+                    one.report[name] = _numbers(name, found)
                 evaluation.bar.advance(task)
 
         places = {title: (number,) for title, number in columns.items()}
@@ -106,3 +108,33 @@ def per_dictionary(
         return register(type(function.__qualname__, (Suite,), body))
 
     return made
+
+
+def _numbers(name: str, found: Any) -> dict[str, Any]:
+    """What a function found, as plain numbers.
+
+    Raises:
+        EvaluationError: it is something else.
+    """
+    if isinstance(found, Mapping):
+        plain = {str(key): _plain(value) for key, value in found.items()}
+        wrong = [key for key, value in plain.items() if value is NotImplemented]
+        if not wrong:
+            return plain
+        found = {key: found[key] for key in found if str(key) in wrong}
+    raise EvaluationError(
+        f"the suite {name!r} gave {str(found)[:120]!r}; expected numbers by name, as in {{'share': 0.5}}, or None"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A number, or a pair of them, as JSON has it; NotImplemented of anything else."""
+    if isinstance(value, list | tuple):
+        pair = [_plain(one) for one in value]
+        return pair if len(pair) == 2 and NotImplemented not in pair else NotImplemented
+    if not isinstance(value, int | float) and getattr(value, "size", None) is not None and hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (ValueError, RuntimeError):  # of several
+            return NotImplemented
+    return value if value is None or isinstance(value, int | float) else NotImplemented

@@ -14,9 +14,10 @@ from rich.console import Console
 from torch import Tensor
 
 from unbraid.config import EvaluationConfig
+from unbraid.config.measuring import BUILT_IN as NAMES
 from unbraid.config.measuring import READS_TEXT, SUITES
 from unbraid.device import pick_device
-from unbraid.errors import EvaluationError
+from unbraid.errors import EvaluationError, UnbraidError
 from unbraid.evaluation import absorption, context_scores, core, correlation, geometry, ground_truth, probing
 from unbraid.evaluation.controls import controls_of, mean_l0, random_control
 from unbraid.evaluation.evaluation_file import EvaluationFile, Report
@@ -167,7 +168,17 @@ class Evaluation:
         self.console.print(f"{name}: {outcome} in {self.seconds[name]} s", highlight=False, markup=False)
 
     def _measure(self, suite: Suite) -> None:
-        self.skipped |= suite.measure(self) or {}
+        """Run it; what goes wrong in somebody else's code must not cost the others' results."""
+        try:
+            self.skipped |= suite.measure(self) or {}
+        except UnbraidError:
+            raise
+        except Exception as problem:
+            if suite.name in NAMES:
+                raise
+            raise EvaluationError(
+                f"the suite {suite.name!r} of {type(suite).__module__} failed: {type(problem).__name__}: {problem}"
+            ) from problem
 
     def _add_controls(self) -> None:
         """For each site, what has learned nothing, at the sparsity of the site's first SAE."""
